@@ -1,0 +1,68 @@
+"""Timing, machine facts and result files shared by every bench."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int = 9, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each run; the functions take turns, so that a slow spell of the machine hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    cuda = torch.cuda.is_available()
+    for i in range(warmup + repeats):
+        for name, f in functions.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            f()
+            if cuda:
+                torch.cuda.synchronize()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"median_ms": statistics.median(seconds) * 1e3, "best_ms": min(seconds) * 1e3, "runs": len(seconds)}
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((x.split(":", 1)[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write benches/results/<name>.json: rows with the machine, versions, commit and command that made them."""
+    import icrl_kernels
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
+    record = {
+        "command": "python " + " ".join(sys.argv),
+        "icrl_kernels": icrl_kernels.__version__,
+        "commit": commit.strip(),
+        "machine": machine(),
+        **more,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

@@ -1,0 +1,19 @@
+// icrl_kernels._C: raw pointers, sizes and a stream in; no torch. One line per source file that has entry points.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace icrl {
+// each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
+}  // namespace icrl
+
+PYBIND11_MODULE(_C, m) {
+  m.def("isa", &icrl::isa_name);
+  m.def("has_team", &icrl::has_team);
+#ifdef ICRL_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

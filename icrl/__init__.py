@@ -1,0 +1,1 @@
+"""In-context reinforcement learning on icrl_kernels: worlds, models, training, evaluation."""

@@ -1,0 +1,34 @@
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """Fill torch.empty with NaN, so that an output a kernel forgot to write is seen."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            t = make(*args, **kwargs)
+            if t.is_floating_point() and not torch.compiler.is_compiling():
+                t.fill_(float("nan"))
+            return t
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    torch.manual_seed(0)
