@@ -6,6 +6,7 @@
 
 namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
+void bind_anymdp(pybind11::module_& m);
 }  // namespace icrl
 
 PYBIND11_MODULE(_C, m) {
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  icrl::bind_anymdp(m);
 }

@@ -1,0 +1,8 @@
+#include <math.h>
+#include <string.h>
+
+#include "cpu/anymdp.h"
+
+namespace icrl::avx2 {
+#include "cpu/anymdp.inl"
+}  // namespace icrl::avx2

@@ -1,0 +1,8 @@
+#include <math.h>
+#include <string.h>
+
+#include "cpu/anymdp.h"
+
+namespace icrl::generic {
+#include "cpu/anymdp.inl"
+}  // namespace icrl::generic

@@ -1,0 +1,62 @@
+"""Counter-based random numbers in torch: value k is a hash of (key, stream, k), on any device, in any order.
+
+The hash is splitmix64 (Steele, Lea, Flood, 2014), whose wrapping 64-bit products int64 tensors give.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64 tensors read as unsigned."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def wrap(x: int) -> int:
+    """Any Python integer as the int64 with the same low 64 bits."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def keys_of(seed: int, index: Tensor, stream: int = 0) -> Tensor:
+    """One int64 key for each index under (seed, stream)."""
+    root = mix(
+        mix(torch.tensor(wrap(seed), device=index.device)) ^ torch.tensor(wrap(stream * GOLDEN), device=index.device)
+    )
+    return mix(root + (index + 1) * GOLDEN)
+
+
+def bits(keys: Tensor, stream: int, count: int) -> Tensor:
+    """[N, count] int64 hashes for keys [N]."""
+    inner = mix(keys ^ mix(torch.tensor(wrap((stream + 1) * GOLDEN), device=keys.device)))
+    return mix(inner[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
+
+
+def uniforms(keys: Tensor, stream: int, count: int) -> Tensor:
+    """[N, count] float64 in [0, 1), multiples of 2⁻⁵³."""
+    return ((bits(keys, stream, count) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def integers(keys: Tensor, stream: int, count: int, high: int) -> Tensor:
+    """[N, count] int64 in [0, high)."""
+    return (uniforms(keys, stream, count) * high).long()
+
+
+def exponential(keys: Tensor, stream: int, count: int) -> Tensor:
+    """[N, count] float64, mean 1."""
+    return -torch.log1p(-uniforms(keys, stream, count))
+
+
+def normals(keys: Tensor, stream: int, count: int) -> Tensor:
+    """[N, count] float64 standard normals, by Box and Muller's transform of two uniforms each."""
+    u = uniforms(keys, stream, 2 * count).view(-1, count, 2)
+    return torch.sqrt(-2 * torch.log1p(-u[..., 0])) * torch.cos(2 * math.pi * u[..., 1])

@@ -1,0 +1,186 @@
+"""Random tasks by the batch: AnyMDP, Garnet, bandits. Task i of a seed is the same whatever batch it is drawn in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from icrl.worlds.counter import exponential, integers, keys_of, normals, uniforms
+from icrl.worlds.tables import TabularTasks
+from icrl_kernels.anymdp import sample_anymdp_tables
+
+Sizes = int | tuple[int, int] | Tensor
+
+
+def sample_anymdp(
+    n: int,
+    num_states: Sizes = 16,
+    num_actions: int = 5,
+    *,
+    seed: int,
+    first: int = 0,
+    num_observations: int | None = None,
+    max_attempts: int = 100_000,
+    progress: bool = False,
+) -> TabularTasks:
+    """n AnyMDP tasks (arXiv 2502.02869): ranked states, banded transitions, composite rewards, filtered for quality.
+
+    A candidate is refused, and drawn anew from the task's own stream, unless its terminal rewards settle within five
+    rounds at γ = .99, and at γ = 2^(−1/ns) the optimal policy earns at least 2 more than the random one from every
+    start state and its visits are spread (Gini > .7, normalised entropy > .35): see `icrl.worlds.quality`.
+
+    Args:
+        n: how many. num_states: of every task, or (low, high) for a uniform draw in [low, high], or an [n] tensor; ≥ 8.
+        num_actions: ≥ 2. seed: any integer. first: index of the first task; `sample(10, seed=0)[4:]` equals
+            `sample(6, seed=0, first=4)` for a fixed `num_observations`.
+        num_observations: how many ids observed states are drawn from, at least the largest num_states (the default).
+        max_attempts: candidates after which a task is given up. progress: show a bar.
+    Raises:
+        ValueError: a bad argument. RuntimeError: a task that `max_attempts` candidates did not yield.
+    """
+    keys = _keys(n, seed, first, stream=1)
+    sizes = _sizes(num_states, n, seed, first, least=8)
+    if num_actions < 2:
+        raise ValueError(f"num_actions: wanted at least 2, got {num_actions}")
+    width = int(sizes.max()) if n else int(sizes.new_tensor(num_states).max())
+    ids = width if num_observations is None else num_observations
+    if ids < width:
+        raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
+    tasks = _empty(n, width, num_actions, ids, sizes)
+    block = 64 if progress else max(n, 1)
+    for i in tqdm(range(0, n, block), unit_scale=block, unit="task", disable=not progress):
+        part = slice(i, i + block)
+        views = {name: getattr(tasks, name)[part] for name in _WRITTEN}
+        sample_anymdp_tables(keys[part], sizes[part], **views, num_observations=ids, max_attempts=max_attempts)
+    return tasks
+
+
+_WRITTEN = (
+    "transition",
+    "reward",
+    "noise_state",
+    "noise_action",
+    "start",
+    "terminal",
+    "state_mapping",
+    "max_steps",
+)
+
+
+def sample_garnet(
+    n: int,
+    num_states: Sizes = 16,
+    num_actions: int = 5,
+    branching: int = 2,
+    *,
+    seed: int,
+    first: int = 0,
+    sigma: float = 0.1,
+    num_observations: int | None = None,
+) -> TabularTasks:
+    """n Garnet tasks: `branching` distinct successors of each (s, a) with uniform-spacing weights, R ~ N(0, sigma²).
+
+    No terminal state, start in state 0, horizon as AnyMDP's. Arguments as `sample_anymdp`; num_states ≥ branching.
+    """
+    keys, sizes = _keys(n, seed, first, stream=2), _sizes(num_states, n, seed, first, least=max(branching, 2))
+    if branching < 1 or num_actions < 1 or not sigma >= 0:
+        raise ValueError(
+            f"branching, num_actions, sigma: wanted ≥ 1, ≥ 1, ≥ 0, got {branching}, {num_actions}, {sigma}"
+        )
+    width = int(sizes.max()) if n else branching
+    ids = width if num_observations is None else num_observations
+    if ids < width:
+        raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
+    tasks = _empty(n, width, num_actions, ids, sizes)
+    shape = (n, width, num_actions)
+    draw = uniforms(keys, 3, width * num_actions * branching).view(*shape, branching).double()
+    chosen = torch.full((*shape, branching), -1)
+    for k in range(branching):  # Floyd's sampling without replacement
+        last = sizes.view(n, 1, 1) - branching + k
+        pick = (draw[..., k] * (last + 1)).long()
+        chosen[..., k] = torch.where((chosen == pick[..., None]).any(-1), last, pick)
+    cuts = uniforms(keys, 4, width * num_actions * (branching - 1)).view(*shape, branching - 1).sort(-1).values
+    edges = torch.nn.functional.pad(cuts, (1, 1))
+    edges[..., -1] = 1
+    live = tasks.state_mask()[:, :, None, None]
+    weights = edges.diff(dim=-1) * live
+    rewards = sigma * normals(keys, 5, width * num_actions * branching).view(*shape, branching) * live
+    tasks.transition.scatter_(3, chosen, weights.float())
+    tasks.reward.scatter_(3, chosen, rewards.float())
+    tasks.start[:, 0] = 1
+    low = (4.0 * sizes).clamp(min=100)
+    high = torch.maximum((8.0 * sizes).clamp(max=500), low + 1)
+    tasks.max_steps.copy_((low + (high - low) * uniforms(keys, 6, 1)[:, 0]).ceil())
+    order = uniforms(keys, 7, ids).argsort(-1)[:, :width]
+    tasks.state_mapping.copy_(order.where(tasks.state_mask(), -1))
+    return tasks
+
+
+def sample_bandit(
+    n: int, num_actions: int = 5, *, seed: int, first: int = 0, num_observations: int = 1
+) -> TabularTasks:
+    """n bandits: one state, an episode is one step (max_steps = 1, so it ends by truncation).
+
+    Means ~ U(b/2, b), b = clip(Exp(1), .05, 2), drawn until their deviation passes .01; noise is c·mean,
+    c = max(0, U(−.3, .3)). Observed ids are drawn from [0, num_observations).
+    """
+    keys = _keys(n, seed, first, stream=3)
+    if num_actions < 2 or num_observations < 1:
+        raise ValueError(
+            f"num_actions, num_observations: wanted at least 2 and 1, got {num_actions}, {num_observations}"
+        )
+    tasks = _empty(n, 1, num_actions, num_observations, torch.ones(n, dtype=torch.int64))
+    base = exponential(keys, 3, 1).clamp(0.05, 2.0)
+    means, left = torch.zeros(n, num_actions, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+    attempt = 0
+    while left.any():
+        fresh = base[left] * (0.5 + 0.5 * uniforms(keys[left], 16 + attempt, num_actions))
+        means[left] = fresh
+        left[left.clone()] = fresh.std(-1, correction=0) <= 0.01
+        attempt += 1
+    noise = (0.6 * uniforms(keys, 4, 1) - 0.3).clamp(min=0)
+    tasks.transition.fill_(1)
+    tasks.reward.copy_(means[:, None, :, None])
+    tasks.noise_action.copy_((noise * means)[:, None])
+    tasks.start.fill_(1)
+    tasks.max_steps.fill_(1)
+    tasks.state_mapping.copy_(integers(keys, 5, 1, num_observations))
+    return tasks
+
+
+def _keys(n: int, seed: int, first: int, stream: int) -> Tensor:
+    if n < 0 or first < 0:
+        raise ValueError(f"n, first: wanted non-negative, got {n}, {first}")
+    return keys_of(seed, torch.arange(first, first + n), stream)
+
+
+def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int) -> Tensor:
+    if isinstance(num_states, tuple):
+        low, high = num_states
+        if low > high:
+            raise ValueError(f"num_states: wanted (low, high) with low ≤ high, got {num_states}")
+        sizes = low + integers(_keys(n, seed, first, stream=0), 1, 1, high - low + 1)[:, 0]
+        smallest = low
+    else:
+        sizes = torch.as_tensor(num_states, dtype=torch.int64).expand(n).contiguous()
+        smallest = int(torch.as_tensor(num_states).min())
+    if smallest < least:
+        raise ValueError(f"num_states: wanted at least {least}, got {smallest}")
+    return sizes
+
+
+def _empty(n: int, states: int, actions: int, ids: int, sizes: Tensor) -> TabularTasks:
+    return TabularTasks(
+        transition=torch.zeros(n, states, actions, states),
+        reward=torch.zeros(n, states, actions, states),
+        noise_state=torch.zeros(n, states),
+        noise_action=torch.zeros(n, states, actions),
+        start=torch.zeros(n, states),
+        terminal=torch.zeros(n, states, dtype=torch.bool),
+        max_steps=torch.zeros(n, dtype=torch.int64),
+        state_mapping=torch.full((n, states), -1),
+        num_states=sizes,
+        num_actions=torch.full((n,), actions),
+        num_observations=ids,
+    )
