@@ -168,7 +168,7 @@ def worlds_sample(
 def worlds_filter(
     tasks: Positional[Path],
     out: Positional[Path],
-    min_gain: float = 2.0,
+    min_advantage: float = 2.0,
     min_gini: float = 0.7,
     min_entropy: float = 0.35,
     overwrite: bool = False,
@@ -177,12 +177,12 @@ def worlds_filter(
     """Keep the tasks that pass AnyMDP's quality filters, at thresholds of your own.
 
     Args:
-        min_gain: what the optimal policy must earn over one greedy on random's values. min_gini, min_entropy: of the
+        min_advantage: how much more than random the optimal policy must earn in an episode. min_gini, min_entropy: of the
             states that the optimal policy visits.
     """
     from icrl.worlds import commands
 
-    _write_json(json, commands.filter_tasks(tasks, out, min_gain, min_gini, min_entropy, overwrite))
+    _write_json(json, commands.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite))
 
 
 def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:

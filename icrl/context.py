@@ -15,7 +15,7 @@ from icrl import evaluate
 from icrl.demo import TEMPERATURE, UNSEEN, shipped
 from icrl.evaluate import Context
 from icrl.omnirl import Agent, OmniRL
-from icrl.worlds.anymdp import sample_anymdp
+from icrl.worlds import sample_anymdp
 from icrl_kernels import rollout_start, rollout_step
 
 

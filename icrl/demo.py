@@ -14,7 +14,7 @@ from tqdm import tqdm
 from icrl import evaluate, plots
 from icrl.evaluate import Context, Curve
 from icrl.omnirl import Agent, OmniRL, Temperature
-from icrl.worlds.anymdp import sample_anymdp
+from icrl.worlds import sample_anymdp
 from icrl.worlds.classic import CLASSIC, ClassicTask
 
 UNSEEN = 2**42  # seeds from here on are never used in training
