@@ -103,6 +103,14 @@ def _linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Lin
     return layer
 
 
+def _compared(x: Tensor, known: Tensor) -> Tensor:
+    """`x [B,T,A,F]` of each action against the mean of the known ones, at three resolutions; zero for unknown actions."""
+    n = known.sum(2, keepdim=True) + 0.1
+    centred = (x - (x * known).sum(2, keepdim=True) / n) * known
+    deviation = ((centred * centred).sum(2, keepdim=True) / n + 1e-5).sqrt()
+    return torch.cat([centred / deviation, torch.tanh(5 * centred), torch.tanh(30 * centred)], -1)
+
+
 class Temperature(NamedTuple):
     """Of the sampling of actions: from `start` to `end`, linearly over the first `steps` steps of a context."""
 
@@ -149,12 +157,14 @@ class OmniRL(nn.Module):
         c = self.config = config or OmniRLConfig()
         d, width, G = c.action_width, c.state_width, len(c.discounts)
         self.register_buffer("discounts", torch.tensor(c.discounts), persistent=False)
-        self.action_features = _linear(9 + TAGS, d, 0.5, bias=True)
+        self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(5, width, 0.5, bias=True)
         rate = math.log(c.write_rate / (1 - c.write_rate))
         self.write_rate = nn.Parameter(torch.full((c.layers,), rate))
         self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(c.layers))
-        self.read = nn.ModuleList(_linear(c.value_width + 1 + G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers))
+        self.read = nn.ModuleList(
+            _linear(c.value_width + 1 + 4 * G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers)
+        )
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers + 1))
         self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
@@ -201,7 +211,8 @@ class OmniRL(nn.Module):
                 ..., c.value_width :
             ]
             backup = ((backup - units[0]) / units[1]).clamp(-8, 8) * (mass[..., None] > 0.02)
-            z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, weight], -1))
+            compared = _compared(backup, (mass[..., None] > 0.02).float())
+            z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
             z, x = self.blocks[i + 1](z, x)
             readouts.append(self._readout(i + 1, z, x, backup))
         output = Output(readouts, mean, scale, next_state, mean_reward)
@@ -265,7 +276,7 @@ class OmniRL(nn.Module):
             stays,
             spread,
         ]
-        z = self.action_features(torch.cat([*features, tags], -1))
+        z = self.action_features(torch.cat([*features, _compared(r, known), tags], -1))
         ended = t.previous_done
         x = self.state_features(
             torch.stack(
