@@ -78,6 +78,7 @@ class Build(build_ext):
 extension = Pybind11Extension(
     "icrl_kernels._C",
     sorted(["csrc/module.cpp", *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if NVCC else [])]),
+    depends=[*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)],
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"],
