@@ -7,6 +7,7 @@
 namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
 void bind_anymdp(pybind11::module_& m);
+void bind_rollout(pybind11::module_& m);
 }  // namespace icrl
 
 PYBIND11_MODULE(_C, m) {
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
   icrl::bind_anymdp(m);
+  icrl::bind_rollout(m);
 }
