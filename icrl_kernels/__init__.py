@@ -1,5 +1,29 @@
 """Kernels for in-context reinforcement learning: linear attention and tabular control, as torch ops."""
 
 from icrl_kernels._version import __version__
+from icrl_kernels.rollout import (
+    Behaviours,
+    Rollout,
+    RolloutState,
+    RolloutTables,
+    constant_behaviours,
+    rollout,
+    rollout_reference,
+    rollout_start,
+    rollout_step,
+    rollout_tables,
+)
 
-__all__ = ["__version__"]
+__all__ = [
+    "Behaviours",
+    "Rollout",
+    "RolloutState",
+    "RolloutTables",
+    "__version__",
+    "constant_behaviours",
+    "rollout",
+    "rollout_reference",
+    "rollout_start",
+    "rollout_step",
+    "rollout_tables",
+]
