@@ -7,17 +7,19 @@
 namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
 void bind_anymdp(pybind11::module_& m);
+void bind_rollout(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
 }  // namespace icrl
 
 PYBIND11_MODULE(_C, m) {
   m.def("isa", &icrl::isa_name);
   m.def("has_team", &icrl::has_team);
+  icrl::bind_anymdp(m);
+  icrl::bind_rollout(m);
   icrl::bind_value_iteration(m);
 #ifdef ICRL_WITH_CUDA
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;
 #endif
-  icrl::bind_anymdp(m);
 }

@@ -1,6 +1,32 @@
 """Kernels for in-context reinforcement learning: linear attention and tabular control, as torch ops."""
 
 from icrl_kernels._version import __version__
+from icrl_kernels.rollout import (
+    Behaviours,
+    Rollout,
+    RolloutState,
+    RolloutTables,
+    constant_behaviours,
+    rollout,
+    rollout_reference,
+    rollout_start,
+    rollout_step,
+    rollout_tables,
+)
 from icrl_kernels.value_iteration import ValueIteration, value_iteration
 
-__all__ = ["ValueIteration", "__version__", "value_iteration"]
+__all__ = [
+    "Behaviours",
+    "Rollout",
+    "RolloutState",
+    "RolloutTables",
+    "ValueIteration",
+    "__version__",
+    "constant_behaviours",
+    "rollout",
+    "rollout_reference",
+    "rollout_start",
+    "rollout_step",
+    "rollout_tables",
+    "value_iteration",
+]

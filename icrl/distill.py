@@ -1,0 +1,377 @@
+"""Decoupled policy distillation (DPD; OmniRL, arXiv 2502.02869): one policy acts, another labels every visited state.
+
+Batches are made on the fly: tasks are sampled, solved at a few discounts, acted in by a mixture of behaviours, and each
+step is labelled by a reference policy, the greedy one at one of the discounts. A batch is a function of (config, seed,
+batch number) alone; seeds are hashed, so that no task comes twice.
+
+Tags name policies: 0..3 greedy at the discounts, 4 model-based learner, 5 Q-learning, 6 random, 7 unknown. The prompt is
+the tag of the reference (whom to imitate), the tag is that of the behaviour (who acted).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from icrl_kernels.rollout import BUILTIN, Behaviours, rollout, rollout_tables
+
+if TYPE_CHECKING:
+    from icrl.worlds import TabularTasks
+
+TAG_MODEL_BASED, TAG_Q_LEARNING, TAG_RANDOM, TAG_UNKNOWN = 4, 5, 6, 7
+BUILTIN_TAGS = {
+    "uniform": TAG_RANDOM,
+    "random_policy": TAG_RANDOM,
+    "q_learning": TAG_Q_LEARNING,
+    "model_based": TAG_MODEL_BASED,
+}
+
+PUBLISHED_BEHAVIOURS: dict[str, float] = {
+    "uniform": 0.10,
+    "model_based+noise": 0.10,
+    "q_learning+noise": 0.10,
+    "model_based->greedy0": 0.10,
+    "model_based->greedy1": 0.10,
+    "model_based->greedy2": 0.10,
+    "model_based->greedy3": 0.10,
+    "greedy2+noise": 0.10,
+    "greedy3+noise": 0.10,
+    "greedy1": 0.02,
+    "greedy2": 0.03,
+    "greedy3": 0.05,
+}
+"""The mixture of the public record generator."""
+
+
+@dataclass(frozen=True)
+class DPDConfig:
+    """What a batch is made of. Mixtures are weights by name.
+
+    A behaviour is `name[+noise][->name]`: `uniform`, `random_policy`, `q_learning`, `model_based` (see
+    icrl_kernels.Behaviours) or `greedy0`.. (greedy at that discount). With `+noise` its actions are uniform with a
+    probability that starts at U(0,1) and decays to zero, or, for 30% of them, stays. After `->` comes who takes over at
+    some episode's end, for good.
+    """
+
+    batch: int = 32
+    steps: int = 512
+    num_states: tuple[int, int] = (8, 16)
+    num_actions: int = 5
+    garnet_branching: int = 2
+    tasks: Mapping[str, float] = field(default_factory=lambda: {"anymdp": 0.8, "garnet": 0.15, "bandit": 0.05})
+    discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
+    references: tuple[float, ...] = (0.1, 0.1, 0.2, 0.6)  # weights of the discounts' greedy policies as labellers
+    behaviours: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "uniform": 0.25,
+            "random_policy": 0.20,
+            "q_learning+noise": 0.15,
+            "model_based+noise": 0.30,
+            "model_based+noise->greedy3": 0.05,
+            "greedy3+noise": 0.05,
+        }
+    )
+    reference_resample: float = 0.2  # a step, in reference_resample_records of the records
+    reference_resample_records: float = 0.75
+    behaviour_resample: float = 0.2  # an episode, in behaviour_resample_records of the records
+    behaviour_resample_records: float = 0.85
+    mask_record: float = 0.15  # the tag becomes unknown for the whole record
+    mask_episode: float = 0.15  # the tag becomes unknown for an episode
+    q_values: bool = True  # whether to gather the references' values
+
+    def __post_init__(self) -> None:
+        if len(self.references) != len(self.discounts):
+            raise ValueError(f"references: wanted {len(self.discounts)} weights, one a discount, got {self.references}")
+        if len(self.discounts) > TAG_MODEL_BASED:
+            raise ValueError(f"discounts: tags leave room for {TAG_MODEL_BASED}, got {len(self.discounts)}")
+        for name in ("batch", "steps", "num_actions", "garnet_branching"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        low, high = self.num_states
+        if not 1 <= low <= high:
+            raise ValueError(f"num_states: wanted 1 <= low <= high, got {self.num_states}")
+        for name in ("tasks", "behaviours"):
+            _check_weights(name, list(getattr(self, name).values()))
+        _check_weights("references", list(self.references))
+        for name in ("reference_resample", "behaviour_resample", "mask_record", "mask_episode"):
+            for each in (name, f"{name}_records"):
+                if not 0 <= getattr(self, each, 0) <= 1:
+                    raise ValueError(f"{each}: wanted a probability, got {getattr(self, each)}")
+        if unknown := set(self.tasks) - {"anymdp", "garnet", "bandit"}:
+            raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(unknown))}")
+        for name in self.behaviours:
+            _parse(name, len(self.discounts))
+
+
+class DPDBatch(NamedTuple):
+    """B records of T steps. [B,T] int64 unless said otherwise."""
+
+    observation: Tensor
+    prompt: Tensor  # the reference's tag, 0..3
+    tag: Tensor  # the behaviour's tag, 0..7
+    action: Tensor  # the behaviour's
+    reward: Tensor  # [B,T] float32
+    done: Tensor  # [B,T] uint8: 0 no, 1 terminated, 2 truncated
+    next_observation: Tensor  # what the action led to, also at an episode's end, where observation[t+1] is a new start
+    label: Tensor  # the reference's action in observation
+    q: Tensor | None  # [B,T,G,A] float32: each discount's advantage (q − max_a q)/scale ≤ 0; 0 past a task's own actions
+    num_actions: Tensor  # [B]
+
+
+def hash_seed(*parts: int) -> int:
+    """SplitMix64 over the parts, 63 bits: close-by seeds and counters give unrelated ones."""
+    mask, x = 2**64 - 1, 0
+    for part in parts:
+        x = (x ^ (part & mask)) + 0x9E3779B97F4A7C15 & mask
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        x ^= x >> 31
+    return x >> 1
+
+
+def sample_tasks(config: DPDConfig, seed: int) -> TabularTasks:
+    """`config.batch` new tasks of the configured kinds."""
+    from icrl import worlds
+
+    generator = torch.Generator().manual_seed(hash_seed(seed, 0))
+    weights = torch.tensor(list(config.tasks.values()), dtype=torch.float64)
+    counts = torch.multinomial(weights, config.batch, replacement=True, generator=generator).bincount(minlength=len(weights))
+    parts = []
+    for i, (kind, n) in enumerate(zip(config.tasks, counts.tolist(), strict=True)):
+        own = hash_seed(seed, 1, i)
+        if n and kind == "anymdp":
+            parts.append(worlds.sample_anymdp(n, num_states=config.num_states, num_actions=config.num_actions, seed=own))
+        elif n and kind == "garnet":
+            parts.append(
+                worlds.sample_garnet(n, config.num_states, config.num_actions, config.garnet_branching, seed=own)
+            )
+        elif n:
+            parts.append(worlds.sample_bandit(n, config.num_actions, seed=own))
+    return parts[0] if len(parts) == 1 else worlds.TabularTasks.cat(parts)
+
+
+def dpd_batch(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> DPDBatch:
+    """One record in each task: behave, then label.
+
+    Args:
+        tasks: any number of them, solved here at `config.discounts`.
+    """
+    N, S, A, _ = tasks.reward.shape
+    tables = rollout_tables(
+        tasks.transition,
+        tasks.reward,
+        tasks.noise_state,
+        tasks.noise_action,
+        tasks.start,
+        tasks.terminal,
+        tasks.max_steps,
+        tasks.num_states,
+        tasks.num_actions,
+    )
+    q = tasks.solve(config.discounts).q  # [N,G,S,A]
+    own_action = torch.arange(A) < tasks.num_actions[:, None]  # [N,A]
+    greedy = q.masked_fill(~own_action[:, None, None], -torch.inf).argmax(3)  # [N,G,S], ties to the lowest
+    policies = torch.nn.functional.one_hot(greedy, A).float()
+    generator = torch.Generator().manual_seed(hash_seed(seed, 0))
+    behaviours = draw_behaviours(config, N, generator)
+    run = rollout(tables, steps=config.steps, seed=hash_seed(seed, 1), policies=policies, behaviours=behaviours)
+    state, next_state, record = run.state.long(), run.next_state.long(), torch.arange(N)[:, None]
+    prompt = _references(config, N, generator)
+    return DPDBatch(
+        observation=tasks.state_mapping.gather(1, state),
+        prompt=prompt,
+        tag=_tags(config, run.behaviour, run.done, generator),
+        action=run.action.long(),
+        reward=run.reward,
+        done=run.done,
+        next_observation=tasks.state_mapping.gather(1, next_state),
+        label=greedy[record, prompt, state],
+        q=_advantage(q, own_action, tasks).permute(0, 2, 1, 3)[record, state] if config.q_values else None,
+        num_actions=tasks.num_actions,
+    )
+
+
+class DPDStream(Iterator[DPDBatch]):
+    """Batches 0, 1, 2, ... of a seed, made in a background thread a few ahead of their use (C++ releases the GIL).
+
+    Args:
+        sampler: (config, seed) -> tasks; by default new tasks every batch. A function that ignores the seed trains on a
+            fixed set.
+        prefetch: how many batches may wait; 0 makes each when it is asked for, in the caller's thread.
+
+    Raises (from next): whatever making the batch raised.
+    """
+
+    def __init__(
+        self,
+        config: DPDConfig,
+        seed: int,
+        *,
+        sampler: Callable[[DPDConfig, int], TabularTasks] = sample_tasks,
+        prefetch: int = 2,
+    ) -> None:
+        if prefetch < 0:
+            raise ValueError(f"prefetch: wanted >= 0, got {prefetch}")
+        self.config, self.seed, self.sampler, self.prefetch = config, seed, sampler, prefetch
+        self._next = 0
+        self._ready: queue.Queue[DPDBatch | BaseException] | None = None
+        self._close: weakref.finalize[..., Any] | None = None
+
+    def batch(self, index: int) -> DPDBatch:
+        """Batch number `index`, whatever the stream has given so far."""
+        return _make(self.config, self.sampler, self.seed, index)
+
+    def __next__(self) -> DPDBatch:
+        if self.prefetch == 0:
+            batch = self.batch(self._next)
+        else:
+            if self._ready is None:
+                self._start()
+            assert self._ready is not None
+            batch = self._ready.get()
+            if isinstance(batch, BaseException):
+                self.close()  # the next call begins anew at the same batch
+                raise batch
+        self._next += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of the batch that comes next, and the seed."""
+        return {"seed": self.seed, "next_batch": self._next}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.close()
+        self.seed, self._next = state["seed"], state["next_batch"]
+
+    def close(self) -> None:
+        """Stop the thread; the next call of next starts another."""
+        if self._close is not None:
+            self._close()
+        self._ready = self._close = None
+
+    def _start(self) -> None:
+        ready: queue.Queue[DPDBatch | BaseException] = queue.Queue(self.prefetch)
+        stop = threading.Event()
+        # the thread must not keep self alive, or a forgotten stream would run for ever
+        args = (self.config, self.sampler, self.seed, self._next, ready, stop)
+        thread = threading.Thread(target=_produce, args=args, name="dpd", daemon=True)
+        thread.start()
+        self._ready, self._close = ready, weakref.finalize(self, _stop, stop, thread)
+
+
+def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Generator) -> Behaviours:
+    """Each record's mixture of behaviours, their noise and the learners' settings."""
+    R, G, T = num_records, len(config.discounts), config.steps
+    parsed = [_parse(name, G) for name in config.behaviours]
+    weights = torch.tensor(list(config.behaviours.values()))
+    kind = torch.multinomial(weights, R, replacement=True, generator=generator)
+    first, noisy, last = (torch.tensor([p[i] for p in parsed]) for i in range(3))
+    M = G + len(BUILTIN)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(R, generator=generator) * (high - low) + low
+
+    def exponential(mean: float) -> Tensor:
+        return torch.empty(R).exponential_(1 / mean, generator=generator)
+
+    # with `->` the successor for good; else any behaviour of the mixture
+    everyone = torch.zeros(M).index_add_(0, first, weights)
+    hands_over = last[kind] >= 0
+    later = torch.where(hands_over[:, None], torch.nn.functional.one_hot(last[kind].clamp_min(0), M).float(), everyone)
+    resamples = (uniform(0, 1) < config.behaviour_resample_records) | hands_over
+    epsilon, stays, decay = uniform(0, 1), uniform(0, 1) < 0.3, uniform(0, 3 / T)
+    return Behaviours(
+        initial=torch.nn.functional.one_hot(first[kind], M).float(),
+        later=later,
+        switch=resamples * config.behaviour_resample,
+        epsilon=epsilon * noisy[kind],
+        epsilon_decay=decay * ~stays,
+        policy_scale=exponential(2.0),
+        q_bonus=exponential(0.5),
+        q_discount=uniform(0.9, 0.99),
+        model_bonus=exponential(0.3) * (uniform(0, 1) < 0.7),
+        model_discount=uniform(0.9, 0.99),
+    )
+
+
+def _check_weights(name: str, weights: list[float]) -> None:
+    if not weights or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise ValueError(f"{name}: wanted weights >= 0 that are not all 0, got {weights}")
+
+
+def _parse(behaviour: str, num_policies: int) -> tuple[int, bool, int]:
+    """(index of the first, whether noisy, index of the successor or -1)."""
+    names = [*(f"greedy{i}" for i in range(num_policies)), *BUILTIN]
+    name, arrow, successor = behaviour.partition("->")
+    name, plus, noise = name.partition("+")
+    if name not in names or (arrow and successor not in names) or (plus and noise != "noise"):
+        raise ValueError(f"behaviours: wanted name[+noise][->name] with names {', '.join(names)}, got {behaviour!r}")
+    return names.index(name), bool(plus), names.index(successor) if arrow else -1
+
+
+def _references(config: DPDConfig, num_records: int, generator: torch.Generator) -> Tensor:
+    R, T = num_records, config.steps
+    drawn = torch.multinomial(torch.tensor(config.references), R * T, replacement=True, generator=generator).view(R, T)
+    resamples = torch.rand(R, 1, generator=generator) < config.reference_resample_records
+    changes = resamples & (torch.rand(R, T, generator=generator) < config.reference_resample)
+    since = torch.where(changes, torch.arange(T), 0).cummax(1).values
+    return drawn.gather(1, since)
+
+
+def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.Generator) -> Tensor:
+    R, T = behaviour.shape
+    tags = torch.tensor([*range(len(config.discounts)), *(BUILTIN_TAGS[name] for name in BUILTIN)])[behaviour.long()]
+    episode = torch.cat([torch.zeros(R, 1, dtype=torch.long), (done != 0).long().cumsum(1)[:, :-1]], 1)
+    masked = (torch.rand(R, T, generator=generator) < config.mask_episode).gather(1, episode)
+    masked |= torch.rand(R, 1, generator=generator) < config.mask_record
+    return tags.masked_fill(masked, TAG_UNKNOWN)
+
+
+def _advantage(q: Tensor, own_action: Tensor, tasks: TabularTasks) -> Tensor:
+    """(q − max_a q)/scale, scale the mean over a task's states of max_a q − min_a q, at each discount: [N,G,S,A]."""
+    own_action = own_action[:, None, None]
+    acts = ((torch.arange(q.shape[2]) < tasks.num_states[:, None]) & ~tasks.terminal)[:, None]  # [N,1,S]
+    gap = q - q.masked_fill(~own_action, -torch.inf).amax(3, keepdim=True)
+    gap = gap.masked_fill(~(own_action & acts[..., None]), 0.0)
+    scale = -gap.amin(3).sum(2) / acts.sum(2)  # [N,G]
+    return (gap / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None, None]).float()
+
+
+def _make(config: DPDConfig, sampler: Callable[[DPDConfig, int], TabularTasks], seed: int, index: int) -> DPDBatch:
+    return dpd_batch(config, sampler(config, hash_seed(seed, index, 0)), seed=hash_seed(seed, index, 1))
+
+
+def _produce(
+    config: DPDConfig,
+    sampler: Callable[[DPDConfig, int], TabularTasks],
+    seed: int,
+    index: int,
+    ready: queue.Queue[DPDBatch | BaseException],
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        try:
+            item: DPDBatch | BaseException = _make(config, sampler, seed, index)
+        except BaseException as error:  # goes to the consumer, which raises it
+            item = error
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+        index += 1
+
+
+def _stop(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join()
