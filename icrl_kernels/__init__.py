@@ -1,6 +1,7 @@
 """Kernels for in-context reinforcement learning: linear attention and tabular control, as torch ops."""
 
 from icrl_kernels._version import __version__
+from icrl_kernels.gla import gla, gla_reference, gla_step
 from icrl_kernels.rollout import (
     Behaviours,
     Rollout,
@@ -23,6 +24,9 @@ __all__ = [
     "ValueIteration",
     "__version__",
     "constant_behaviours",
+    "gla",
+    "gla_reference",
+    "gla_step",
     "rollout",
     "rollout_reference",
     "rollout_start",

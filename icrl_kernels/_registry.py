@@ -6,6 +6,7 @@ serve the device raises: nothing falls back in silence.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,16 @@ def define(
 
 
 def resolve(op: str, device_type: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
-    """The backend (name, function) that serves `op` on this device type; ValueError names what there is."""
+    """The backend (name, function) that serves `op` on this device type; ValueError names what there is.
+
+    Under TRITON_INTERPRET=1 an explicit backend="triton" serves the CPU too, by Triton's interpreter.
+    """
     table = BACKENDS[op]
     if backend != "auto" and backend not in table:
         raise ValueError(f"backend: {op} has {', '.join(table)} (or 'auto'), got {backend!r}")
     for name, (devices, function) in table.items():
-        if device_type in devices and backend in ("auto", name):
+        interpreted = name == "triton" == backend and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        if (device_type in devices or interpreted) and backend in ("auto", name):
             return name, function
     if backend == "auto":
         raise ValueError(f"{op} has no backend for device type {device_type!r}")

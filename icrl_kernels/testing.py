@@ -36,3 +36,42 @@ def assert_as_good_as_torch(
     bound = factor * theirs + roundings * eps * float(torch.linalg.vector_norm(reference.double())) + 1e-30
     if not mine <= bound:  # a NaN fails
         raise AssertionError(f"{name} error {mine:.3e} > bound {bound:.3e} (torch in {actual.dtype} errs {theirs:.3e})")
+
+
+def gla_chunkwise_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention composed of batched matmuls, as one would write it in torch: the benches' peer.
+
+    Within a chunk scores are (q e^b)(k e^-b)ᵀ, b the cumulative gates from the chunk's start, so that gates which sum to
+    less than about -80 over a chunk overflow: use it with mild gates. T must be a multiple of `chunk`, H = Hk.
+    """
+    B, T, H, K = q.shape
+    V, n = v.shape[-1], T // chunk
+    scale = K**-0.5 if scale is None else scale
+    q, k, v = (x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1]) for x in (q * scale, k, v))
+    if g is None:
+        b = q.new_zeros(B * H, n, chunk, 1)
+    else:
+        g = g if g.dim() == 4 else g[..., None]
+        b = g.float().transpose(1, 2).reshape(B * H, n, chunk, g.shape[-1]).cumsum(2)
+    total = b[:, :, -1:]
+    queries = q * b.exp()
+    scores = (queries @ (k * (-b).exp()).transpose(-1, -2)).tril()
+    o = scores @ v
+    updates = (k * (total - b).exp()).transpose(-1, -2) @ v  # [B*H, n, K, V]
+    decay = total.exp().transpose(-1, -2)
+    state = q.new_zeros(B * H, K, V) if initial_state is None else initial_state.float().reshape(B * H, K, V)
+    states = []
+    for i in range(n):
+        states.append(state)
+        state = decay[:, i] * state + updates[:, i]
+    o = o + queries @ torch.stack(states, 1)
+    return o.reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)

@@ -1,0 +1,14 @@
+#include <immintrin.h>
+
+#include <cstdlib>
+
+#include "cpu/gla.h"
+#include "cpu/parallel.h"
+
+namespace icrl::avx2 {
+// clang-format off: each needs the one before
+#include "cpu/vec.h"
+#include "cpu/gemm.h"
+#include "cpu/gla.inl"
+// clang-format on
+}  // namespace icrl::avx2

@@ -1,0 +1,380 @@
+"""Gated linear attention: S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ, o_t = scale · S_tᵀ q_t.
+
+Linear attention (Katharopoulos et al. 2020, g=None), retention and Mamba-2's scalar decay (Sun et al. 2023; Dao and Gu
+2024, g [B, T, Hk]) and GLA (Yang et al. 2023, eq. 4, g [B, T, Hk, K]).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from icrl_kernels import _C, _checks, _registry
+
+GATE_ALLOWANCE = 1e-4
+"""Gates are logarithms of decays in [0, 1]. What rounding may put above 0 passes; a gate above this is refused."""
+
+MAX_HEAD_DIM = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/cpu/vec.h
+
+
+def gla_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The specification of `gla`: the recurrence token by token in plain torch, differentiable, in any dtype.
+
+    It computes and keeps the state in the widest of float32 and the inputs' dtypes, so float64 in gives float64 states.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if g is not None:
+        wide = torch.promote_types(wide, g.dtype)
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens is None:
+        spans = [(slice(b, b + 1), 0, q.shape[1]) for b in range(q.shape[0])]
+    else:
+        spans = [(slice(0, 1), a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    outputs, states = [], []
+    for n, (batch, first, last) in enumerate(spans):
+        state = q.new_zeros(k.shape[2], k.shape[3], v.shape[3], dtype=wide)  # [Hk, K, V]
+        if initial_state is not None:
+            state = initial_state[n].to(wide)
+        for t in range(first, last):
+            if g is not None:
+                decay = g[batch, t].to(wide).exp().squeeze(0)  # [Hk] or [Hk, K]
+                state = decay.reshape(*decay.shape, *[1] * (3 - decay.dim())) * state
+            state = state + k[batch, t].to(wide).squeeze(0)[:, :, None] * v[batch, t].to(wide).squeeze(0)[:, None, :]
+            query = q[batch, t].to(wide).squeeze(0).unflatten(0, (k.shape[2], group))  # [Hk, group, K]
+            outputs.append(scale * (query @ state).flatten(0, 1))
+        states.append(state)
+    shape = (*q.shape[:3], v.shape[3])
+    o = torch.stack(outputs).reshape(shape).to(v.dtype) if outputs else v.new_zeros(shape)
+    final = torch.stack(states) if states else q.new_zeros(0, *k.shape[2:], v.shape[3], dtype=wide)
+    return o, final if output_final_state else None
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention over whole sequences, by chunks, differentiable: S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ,
+    o_t = scale · S_tᵀ q_t.
+
+    Args:
+        q: [B, T, H, K]. H may be a multiple of Hk: query head h reads key/value head h // (H // Hk).
+        k, v: [B, T, Hk, K] and [B, T, Hk, V], of q's dtype: float32, bfloat16, float16 (K, V up to 256), or float64,
+            which the reference backend serves. Sums and states are float32 (float64 there).
+        g: natural logarithms of decays, ≤ 0: None (no decay), [B, T, Hk] (one per head) or [B, T, Hk, K] (one per key
+            channel), float32 (best) or q's dtype. −inf resets the state. A gate above `GATE_ALLOWANCE` is an error on the
+            CPU; a GPU does not look. A NaN gate makes NaN of what depends on it, as any NaN does.
+        scale: default K^-1/2.
+        initial_state: [N, Hk, K, V] float32, N = B or the number of packed sequences; default zeros.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
+            Sequences may be empty. Its values are checked on the CPU, and trusted on a GPU, where reading them would wait.
+        backend: "auto", "cpu", "triton" or "reference".
+
+    Returns:
+        o [B, T, H, V] in the inputs' dtype, and the final state [N, Hk, K, V] float32 or None.
+
+    No output depends on a later token, to the bit. Inputs that are not contiguous are copied. Autocast does not cast
+    this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which recomputes states.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, g, initial_state, cu_seqlens)
+    if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
+        return gla_reference(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+    o, final_state = torch.ops.icrl.gla(q, k, v, g, scale, initial_state, cu_seqlens, backend)
+    return o, final_state if output_final_state else None
+
+
+def gla_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """One token of `gla`: updates `state` in place and returns o [B, H, V]. No gradient.
+
+    Args:
+        q, k, v: [B, H, K], [B, Hk, K], [B, Hk, V], of one dtype: float32, bfloat16 or float16.
+        g: None, [B, Hk] or [B, Hk, K], as for `gla`.
+        state: [B, Hk, K, V] float32, contiguous; changed in place.
+        scale: default K^-1/2.
+
+    Raises:
+        ValueError: as `gla`, and where an input requires a gradient while gradients are on. When a gate is refused the
+            state has changed all the same.
+    """
+    return torch.ops.icrl.gla_step(q, k, v, g, state, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    _checks.shape("q", q, ("B", "T", "H", "K"))
+    B, T, H, K = q.shape
+    _checks.shape("k", k, ("B", "T", "Hk", "K"), B=B, T=T, K=K)
+    Hk = k.shape[2]
+    _checks.shape("v", v, ("B", "T", "Hk", "V"), B=B, T=T, Hk=Hk)
+    _heads(H, Hk, K, v.shape[3])
+    _checks.same_device(q=q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    _checks.dtype("q", q, (*DTYPES, torch.float64))
+    _checks.same_dtype(q=q, k=k, v=v)
+    if g is not None:
+        wanted = ("B", "T", "Hk") if g.dim() == 3 else ("B", "T", "Hk", "K")
+        _checks.shape("g", g, wanted, B=B, T=T, Hk=Hk, K=K)
+        _checks.dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}))
+    N = B
+    if cu_seqlens is not None:
+        _checks.shape("cu_seqlens", cu_seqlens, ("N+1",))
+        _checks.dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+        if B != 1:
+            raise ValueError(f"cu_seqlens: packed sequences want a batch of B=1, got B={B}")
+        N = cu_seqlens.shape[0] - 1
+        if N < 0:
+            raise ValueError("cu_seqlens: wanted N + 1 ≥ 1 entries, got 0")
+    if initial_state is not None:
+        _checks.shape("initial_state", initial_state, ("N", "Hk", "K", "V"), N=N, Hk=Hk, K=K, V=v.shape[3])
+        _checks.dtype("initial_state", initial_state, (torch.promote_types(q.dtype, torch.float32),))
+
+
+def _heads(H: int, Hk: int, K: int, V: int) -> None:
+    if Hk < 1 or H < 1 or H % Hk:
+        raise ValueError(f"q: wanted a number of heads that is a multiple of k's, got H={H} and Hk={Hk}")
+    for name, size in (("K", K), ("V", V)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: wanted 1 to {MAX_HEAD_DIM} channels per head, got {size}")
+
+
+# CPU backend
+
+
+def _native(q: Tensor) -> int:
+    code = DTYPES.get(q.dtype)
+    if code is None:
+        raise ValueError(f"q: this backend serves float32, bfloat16 and float16, got {q.dtype}; gla has backend='reference'")
+    return code
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return torch.arange(0, (B + 1) * T, T, dtype=torch.int64) if T else torch.zeros(B + 1, dtype=torch.int64)
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    values = bounds.tolist()
+    if values[0] != 0 or values[-1] != T or any(a > b for a, b in zip(values[:-1], values[1:], strict=True)):
+        raise ValueError(f"cu_seqlens: wanted a non-decreasing sequence from 0 to T={T}, got {values}")
+    return bounds
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, bounds: Tensor) -> tuple:
+    gate = 0 if g is None else g.dim() - 2
+    gate_dtype = 0 if g is None else DTYPES[g.dtype]
+    sizes = (bounds.numel() - 1, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
+    return (*sizes, bounds.data_ptr(), _native(q), gate_dtype, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
+
+
+def _gate_error() -> ValueError:
+    return ValueError(f"g: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one")
+
+
+def _cpu_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _native(q)
+    _check(q, k, v, g, initial_state, cu_seqlens)
+    q, k, v, g, initial_state = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g), _contiguous(initial_state)
+    bounds = _bounds(q, cu_seqlens)
+    o, final = _outputs(q, k, v, cu_seqlens)
+    shape = _shape(q, k, v, g, scale, bounds)
+    pointers = map(_pointer, (q, k, v, g, initial_state, o, final))
+    if not _C.gla_forward(shape, *pointers):
+        raise _gate_error()
+    return o, final
+
+
+def _cpu_backward(
+    do: Tensor,
+    dfinal_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _native(q)
+    q, k, v, g, initial_state = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g), _contiguous(initial_state)
+    do, dfinal_state = do.contiguous(), dfinal_state.contiguous()
+    bounds = _bounds(q, cu_seqlens)
+    grads = _gradients(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens)
+    dq, dk, dv, dg, dinitial = grads
+    shape = _shape(q, k, v, g, scale, bounds)
+    inputs = map(_pointer, (do, dfinal_state, q, k, v, g, initial_state))
+    wanted = (dq, dk, dv, None if g is None else dg, None if initial_state is None else dinitial)
+    _C.gla_backward(shape, *inputs, *map(_pointer, wanted))
+    return grads
+
+
+def _cpu_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    _check_step(q, k, v, g, state)
+    B, H, K = q.shape
+    Hk, V = v.shape[1:]
+    q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g)
+    o = torch.empty((B, H, V), dtype=q.dtype)
+    gate, gate_dtype = (0, 0) if g is None else (g.dim() - 1, DTYPES[g.dtype])
+    sizes = (B, H, Hk, K, V, 0, DTYPES[q.dtype], gate_dtype, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
+    g_pointer = 0 if g is None else g.data_ptr()
+    if not _C.gla_step(sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), g_pointer, state.data_ptr(), o.data_ptr()):
+        raise _gate_error()
+    return o
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> None:
+    """As cheap as can be where all is well: a step takes microseconds."""
+    if torch.is_grad_enabled():
+        for name, t in (("q", q), ("k", k), ("v", v), ("g", g), ("state", state)):
+            if t is not None and t.requires_grad:
+                raise ValueError(f"{name}: gla_step has no gradient; use gla, or torch.no_grad() around the step")
+    dtype = q.dtype
+    if (
+        q.dim() == k.dim() == v.dim() == 3
+        and dtype in DTYPES
+        and dtype == k.dtype == v.dtype
+        and state.dtype == torch.float32
+        and q.device == k.device == v.device == state.device
+        and q.shape[0] == k.shape[0] == v.shape[0]
+        and q.shape[2] == k.shape[2] <= MAX_HEAD_DIM
+        and k.shape[1] == v.shape[1]
+        and v.shape[2] <= MAX_HEAD_DIM
+        and state.shape == (*k.shape, v.shape[2])
+        and q.shape[1] % max(k.shape[1], 1) == 0
+        and state.is_contiguous()
+        and (g is None or (g.shape in (k.shape, k.shape[:2]) and g.dtype in (dtype, torch.float32) and g.device == q.device))
+        and q.shape[1] and k.shape[1] and k.shape[2] and v.shape[2]
+    ):
+        return
+    _checks.shape("q", q, ("B", "H", "K"))
+    B, H, K = q.shape
+    _checks.shape("k", k, ("B", "Hk", "K"), B=B, K=K)
+    _checks.shape("v", v, ("B", "Hk", "V"), B=B, Hk=k.shape[1])
+    _heads(H, k.shape[1], K, v.shape[2])
+    _checks.shape("state", state, ("B", "Hk", "K", "V"), B=B, Hk=k.shape[1], K=K, V=v.shape[2])
+    _checks.same_device(q=q, k=k, v=v, g=g, state=state)
+    _checks.dtype("q", q, tuple(DTYPES))
+    _checks.same_dtype(q=q, k=k, v=v)
+    _checks.dtype("state", state, (torch.float32,))
+    if not state.is_contiguous():
+        raise ValueError("state: wanted a contiguous tensor, because it is changed in place")
+    if g is not None:
+        _checks.shape("g", g, ("B", "Hk") if g.dim() == 2 else ("B", "Hk", "K"), B=B, Hk=k.shape[1], K=K)
+        _checks.dtype("g", g, (torch.float32, q.dtype))
+
+
+# Triton backend, imported when first called: torch without triton has all the rest.
+
+
+def _triton_forward(q: Tensor, *args):
+    _native(q)
+    from icrl_kernels._triton import gla as kernels
+
+    return kernels.forward(q, *args)
+
+
+def _triton_backward(*args):
+    from icrl_kernels._triton import gla as kernels
+
+    return kernels.backward(*args)
+
+
+def _triton_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    from icrl_kernels._triton import gla as kernels
+
+    _check_step(q, k, v, g, state)
+    return kernels.step(q, k, v, g, state, scale)
+
+
+# Registration
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    return o, torch.empty((sequences, k.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
+
+
+def _gradients(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens) -> tuple[Tensor, ...]:
+    def like(t: Tensor | None) -> Tensor:  # where there is no input: an empty tensor, as the schema wants one
+        if t is None:
+            return torch.empty(0, dtype=torch.float32, device=q.device)
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    return like(q), like(k), like(v), like(g), like(initial_state)
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+
+_registry.define(
+    f"gla({_INPUTS}, str backend) -> (Tensor o, Tensor final_state)",
+    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward)},
+    lambda q, k, v, g, scale, initial_state, cu_seqlens, backend: _outputs(q, k, v, cu_seqlens),
+)
+_registry.define(
+    f"gla_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state)",
+    {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
+    lambda *args: _gradients(*args[:-1]),
+)
+_registry.define(
+    "gla_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, str backend) -> Tensor",
+    {"cpu": (("cpu",), _cpu_step), "triton": (("cuda",), _triton_step)},
+    lambda q, k, v, g, state, scale, backend: q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, g, scale, initial_state, cu_seqlens, backend = inputs
+    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
+    ctx.scale, ctx.backend = scale, backend
+
+
+def _backward(ctx, do: Tensor, dfinal_state: Tensor):
+    q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv, dg, dinitial_state = torch.ops.icrl.gla_backward(
+        do, dfinal_state, q, k, v, g, ctx.scale, initial_state, cu_seqlens, ctx.backend
+    )
+    dg = None if g is None else dg
+    return dq, dk, dv, dg, None, None if initial_state is None else dinitial_state, None, None
+
+
+torch.library.register_autograd("icrl::gla", _backward, setup_context=_setup_context, lib=_registry.LIBRARY)
