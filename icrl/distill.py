@@ -1,11 +1,10 @@
 """Decoupled policy distillation (DPD; OmniRL, arXiv 2502.02869): one policy acts, another labels every visited state.
 
-Batches are made on the fly: tasks are sampled, solved at a few discounts, acted in by a mixture of behaviours, and each
-step is labelled by a reference policy, the greedy one at one of the discounts. A batch is a function of (config, seed,
-batch number) alone; seeds are hashed, so that no task comes twice.
+Records are made on the fly: tasks are sampled, solved at a few discounts and acted in by a mixture of behaviours; every
+step carries the optimal values at each discount, whose greedy policies are the references to imitate. A batch is a
+function of (config, seed, batch number) alone; seeds are hashed, so that no task comes twice.
 
-Tags name policies: 0..3 greedy at the discounts, 4 model-based learner, 5 Q-learning, 6 random, 7 unknown. The prompt is
-the tag of the reference (whom to imitate), the tag is that of the behaviour (who acted).
+Tags name policies: 0..3 greedy at the discounts, 4 model-based learner, 5 Q-learning, 6 random, 7 unknown.
 """
 
 from __future__ import annotations
@@ -13,17 +12,19 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from icrl_kernels.rollout import BUILTIN, Behaviours, rollout, rollout_tables
+from icrl import worlds
+from icrl.worlds import TabularTasks
+from icrl_kernels import Behaviours, rollout, rollout_tables
+from icrl_kernels.rollout import BUILTIN
 
-if TYPE_CHECKING:
-    from icrl.worlds import TabularTasks
+Sampler = Callable[["DPDConfig", int, int], TabularTasks]
 
 TAG_MODEL_BASED, TAG_Q_LEARNING, TAG_RANDOM, TAG_UNKNOWN = 4, 5, 6, 7
 BUILTIN_TAGS = {
@@ -62,13 +63,16 @@ class DPDConfig:
 
     batch: int = 32
     steps: int = 512
-    num_states: tuple[int, int] = (8, 16)
-    num_actions: int = 5
+    states: int = 16
+    """The largest number of states; observed ids are drawn from as many."""
+    least_states: int = 8
+    actions: int = 5
     garnet_branching: int = 2
-    tasks: Mapping[str, float] = field(default_factory=lambda: {"anymdp": 0.8, "garnet": 0.15, "bandit": 0.05})
+    tasks: dict[str, float] = field(default_factory=lambda: {"anymdp": 0.8, "garnet": 0.15, "bandit": 0.05})
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
-    references: tuple[float, ...] = (0.1, 0.1, 0.2, 0.6)  # weights of the discounts' greedy policies as labellers
-    behaviours: Mapping[str, float] = field(
+    references: tuple[float, ...] = (0.1, 0.1, 0.2, 0.6)
+    """Weights of the discounts' greedy policies, for `draw_references`."""
+    behaviours: dict[str, float] = field(
         default_factory=lambda: {
             "uniform": 0.25,
             "random_policy": 0.20,
@@ -78,25 +82,27 @@ class DPDConfig:
             "greedy3+noise": 0.05,
         }
     )
-    reference_resample: float = 0.2  # a step, in reference_resample_records of the records
+    reference_resample: float = 0.2
+    """Probability a step that the reference is drawn anew, in `reference_resample_records` of the records."""
     reference_resample_records: float = 0.75
-    behaviour_resample: float = 0.2  # an episode, in behaviour_resample_records of the records
+    behaviour_resample: float = 0.2
+    """Probability an episode that the behaviour is drawn anew, in `behaviour_resample_records` of the records."""
     behaviour_resample_records: float = 0.85
-    mask_record: float = 0.15  # the tag becomes unknown for the whole record
-    mask_episode: float = 0.15  # the tag becomes unknown for an episode
-    q_values: bool = True  # whether to gather the references' values
+    mask_record: float = 0.15
+    """Probability that the tag is unknown for the whole record."""
+    mask_episode: float = 0.15
+    """Probability that the tag is unknown for an episode."""
 
     def __post_init__(self) -> None:
         if len(self.references) != len(self.discounts):
             raise ValueError(f"references: wanted {len(self.discounts)} weights, one a discount, got {self.references}")
         if len(self.discounts) > TAG_MODEL_BASED:
             raise ValueError(f"discounts: tags leave room for {TAG_MODEL_BASED}, got {len(self.discounts)}")
-        for name in ("batch", "steps", "num_actions", "garnet_branching"):
+        for name in ("batch", "steps", "least_states", "actions", "garnet_branching"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        low, high = self.num_states
-        if not 1 <= low <= high:
-            raise ValueError(f"num_states: wanted 1 <= low <= high, got {self.num_states}")
+        if self.states < self.least_states:
+            raise ValueError(f"states: wanted at least least_states={self.least_states}, got {self.states}")
         for name in ("tasks", "behaviours"):
             _check_weights(name, list(getattr(self, name).values()))
         _check_weights("references", list(self.references))
@@ -110,19 +116,15 @@ class DPDConfig:
             _parse(name, len(self.discounts))
 
 
-class DPDBatch(NamedTuple):
-    """B records of T steps. [B,T] int64 unless said otherwise."""
+class Records(NamedTuple):
+    """B records of T steps, [B,T]."""
 
-    observation: Tensor
-    prompt: Tensor  # the reference's tag, 0..3
-    tag: Tensor  # the behaviour's tag, 0..7
-    action: Tensor  # the behaviour's
-    reward: Tensor  # [B,T] float32
-    done: Tensor  # [B,T] uint8: 0 no, 1 terminated, 2 truncated
-    next_observation: Tensor  # what the action led to, also at an episode's end, where observation[t+1] is a new start
-    label: Tensor  # the reference's action in observation
-    q: Tensor | None  # [B,T,G,A] float32: each discount's advantage (q − max_a q)/scale ≤ 0; 0 past a task's own actions
-    num_actions: Tensor  # [B]
+    observation: Tensor  # int64
+    action: Tensor  # int64, the behaviour's
+    reward: Tensor  # float32
+    done: Tensor  # int64: 0 no, 1 terminated, 2 truncated
+    tag: Tensor  # int64, the behaviour's, 0..7
+    q: Tensor  # [B,T,G,A] float32, optimal values at each discount; -inf past a task's own actions
 
 
 def hash_seed(*parts: int) -> int:
@@ -136,34 +138,38 @@ def hash_seed(*parts: int) -> int:
     return x >> 1
 
 
-def sample_tasks(config: DPDConfig, seed: int) -> TabularTasks:
-    """`config.batch` new tasks of the configured kinds."""
-    from icrl import worlds
-
+def sample_tasks(
+    config: DPDConfig, n: int, seed: int, *, kind: str | None = None, num_states: int | None = None
+) -> TabularTasks:
+    """n new tasks of the configured kinds and sizes, or all of one kind, of one size."""
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
-    weights = torch.tensor(list(config.tasks.values()), dtype=torch.float64)
-    counts = torch.multinomial(weights, config.batch, replacement=True, generator=generator).bincount(minlength=len(weights))
+    mixture = {kind: 1.0} if kind else dict(config.tasks)
+    weights = torch.tensor(list(mixture.values()), dtype=torch.float64)
+    counts = torch.multinomial(weights, n, replacement=True, generator=generator).bincount(minlength=len(weights))
+    sizes = num_states or (config.least_states, config.states)
     parts = []
-    for i, (kind, n) in enumerate(zip(config.tasks, counts.tolist(), strict=True)):
+    for i, (name, count) in enumerate(zip(mixture, counts.tolist(), strict=True)):
         own = hash_seed(seed, 1, i)
-        if n and kind == "anymdp":
-            parts.append(worlds.sample_anymdp(n, num_states=config.num_states, num_actions=config.num_actions, seed=own))
-        elif n and kind == "garnet":
-            parts.append(
-                worlds.sample_garnet(n, config.num_states, config.num_actions, config.garnet_branching, seed=own)
+        if not count:
+            continue
+        if name == "anymdp":
+            tasks = worlds.sample_anymdp(count, sizes, config.actions, seed=own, num_observations=config.states)
+        elif name == "garnet":
+            branching = config.garnet_branching
+            tasks = worlds.sample_garnet(
+                count, sizes, config.actions, branching, seed=own, num_observations=config.states
             )
-        elif n:
-            parts.append(worlds.sample_bandit(n, config.num_actions, seed=own))
-    return parts[0] if len(parts) == 1 else worlds.TabularTasks.cat(parts)
+        elif name == "bandit":
+            tasks = worlds.sample_bandit(count, config.actions, seed=own, num_observations=config.states)
+        else:
+            raise ValueError(f"kind: wanted anymdp, garnet or bandit, got {name!r}")
+        parts.append(tasks)
+    return worlds.TabularTasks.concatenate(parts)
 
 
-def dpd_batch(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> DPDBatch:
-    """One record in each task: behave, then label.
-
-    Args:
-        tasks: any number of them, solved here at `config.discounts`.
-    """
-    N, S, A, _ = tasks.reward.shape
+def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Records:
+    """One record of `config.steps` steps in each task."""
+    N, _, A, _ = tasks.reward.shape
     tables = rollout_tables(
         tasks.transition,
         tasks.reward,
@@ -175,35 +181,41 @@ def dpd_batch(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> DPDBatch:
         tasks.num_states,
         tasks.num_actions,
     )
-    q = tasks.solve(config.discounts).q  # [N,G,S,A]
-    own_action = torch.arange(A) < tasks.num_actions[:, None]  # [N,A]
-    greedy = q.masked_fill(~own_action[:, None, None], -torch.inf).argmax(3)  # [N,G,S], ties to the lowest
-    policies = torch.nn.functional.one_hot(greedy, A).float()
+    own_action = torch.arange(A) < tasks.num_actions[:, None]
+    q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)  # [N,G,S,A]
+    policies = torch.nn.functional.one_hot(q.argmax(3), A).float()
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
     behaviours = draw_behaviours(config, N, generator)
     run = rollout(tables, steps=config.steps, seed=hash_seed(seed, 1), policies=policies, behaviours=behaviours)
-    state, next_state, record = run.state.long(), run.next_state.long(), torch.arange(N)[:, None]
-    prompt = _references(config, N, generator)
-    return DPDBatch(
+    state, record = run.state.long(), torch.arange(N)[:, None]
+    return Records(
         observation=tasks.state_mapping.gather(1, state),
-        prompt=prompt,
-        tag=_tags(config, run.behaviour, run.done, generator),
         action=run.action.long(),
         reward=run.reward,
-        done=run.done,
-        next_observation=tasks.state_mapping.gather(1, next_state),
-        label=greedy[record, prompt, state],
-        q=_advantage(q, own_action, tasks).permute(0, 2, 1, 3)[record, state] if config.q_values else None,
-        num_actions=tasks.num_actions,
+        done=run.done.long(),
+        tag=_tags(config, run.behaviour, run.done, generator),
+        q=q.transpose(1, 2)[record, state],
     )
 
 
-class DPDStream(Iterator[DPDBatch]):
+def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Whom to imitate at each step: (prompt, the reference's tag, and label, its greedy action), both [B,T] int64."""
+    R, T = records.action.shape
+    generator = torch.Generator().manual_seed(hash_seed(seed, 2))
+    drawn = torch.multinomial(torch.tensor(config.references), R * T, replacement=True, generator=generator).view(R, T)
+    resamples = torch.rand(R, 1, generator=generator) < config.reference_resample_records
+    changes = resamples & (torch.rand(R, T, generator=generator) < config.reference_resample)
+    since = torch.where(changes, torch.arange(T), 0).cummax(1).values
+    prompt = drawn.gather(1, since)
+    return prompt, records.q.argmax(3).gather(2, prompt[..., None])[..., 0]
+
+
+class DPDStream(Iterator[Records]):
     """Batches 0, 1, 2, ... of a seed, made in a background thread a few ahead of their use (C++ releases the GIL).
 
     Args:
-        sampler: (config, seed) -> tasks; by default new tasks every batch. A function that ignores the seed trains on a
-            fixed set.
+        sampler: (config, n, seed) -> n tasks; by default new tasks every batch. A function that ignores the seed
+            trains on a fixed set.
         prefetch: how many batches may wait; 0 makes each when it is asked for, in the caller's thread.
 
     Raises (from next): whatever making the batch raised.
@@ -214,21 +226,21 @@ class DPDStream(Iterator[DPDBatch]):
         config: DPDConfig,
         seed: int,
         *,
-        sampler: Callable[[DPDConfig, int], TabularTasks] = sample_tasks,
+        sampler: Sampler = sample_tasks,
         prefetch: int = 2,
     ) -> None:
         if prefetch < 0:
             raise ValueError(f"prefetch: wanted >= 0, got {prefetch}")
         self.config, self.seed, self.sampler, self.prefetch = config, seed, sampler, prefetch
         self._next = 0
-        self._ready: queue.Queue[DPDBatch | BaseException] | None = None
+        self._ready: queue.Queue[Records | BaseException] | None = None
         self._close: weakref.finalize[..., Any] | None = None
 
-    def batch(self, index: int) -> DPDBatch:
+    def batch(self, index: int) -> Records:
         """Batch number `index`, whatever the stream has given so far."""
         return _make(self.config, self.sampler, self.seed, index)
 
-    def __next__(self) -> DPDBatch:
+    def __next__(self) -> Records:
         if self.prefetch == 0:
             batch = self.batch(self._next)
         else:
@@ -246,7 +258,7 @@ class DPDStream(Iterator[DPDBatch]):
         """The number of the batch that comes next, and the seed."""
         return {"seed": self.seed, "next_batch": self._next}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.close()
         self.seed, self._next = state["seed"], state["next_batch"]
 
@@ -257,7 +269,7 @@ class DPDStream(Iterator[DPDBatch]):
         self._ready = self._close = None
 
     def _start(self) -> None:
-        ready: queue.Queue[DPDBatch | BaseException] = queue.Queue(self.prefetch)
+        ready: queue.Queue[Records | BaseException] = queue.Queue(self.prefetch)
         stop = threading.Event()
         # the thread must not keep self alive, or a forgotten stream would run for ever
         args = (self.config, self.sampler, self.seed, self._next, ready, stop)
@@ -316,15 +328,6 @@ def _parse(behaviour: str, num_policies: int) -> tuple[int, bool, int]:
     return names.index(name), bool(plus), names.index(successor) if arrow else -1
 
 
-def _references(config: DPDConfig, num_records: int, generator: torch.Generator) -> Tensor:
-    R, T = num_records, config.steps
-    drawn = torch.multinomial(torch.tensor(config.references), R * T, replacement=True, generator=generator).view(R, T)
-    resamples = torch.rand(R, 1, generator=generator) < config.reference_resample_records
-    changes = resamples & (torch.rand(R, T, generator=generator) < config.reference_resample)
-    since = torch.where(changes, torch.arange(T), 0).cummax(1).values
-    return drawn.gather(1, since)
-
-
 def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.Generator) -> Tensor:
     R, T = behaviour.shape
     tags = torch.tensor([*range(len(config.discounts)), *(BUILTIN_TAGS[name] for name in BUILTIN)])[behaviour.long()]
@@ -334,31 +337,22 @@ def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.G
     return tags.masked_fill(masked, TAG_UNKNOWN)
 
 
-def _advantage(q: Tensor, own_action: Tensor, tasks: TabularTasks) -> Tensor:
-    """(q − max_a q)/scale, scale the mean over a task's states of max_a q − min_a q, at each discount: [N,G,S,A]."""
-    own_action = own_action[:, None, None]
-    acts = ((torch.arange(q.shape[2]) < tasks.num_states[:, None]) & ~tasks.terminal)[:, None]  # [N,1,S]
-    gap = q - q.masked_fill(~own_action, -torch.inf).amax(3, keepdim=True)
-    gap = gap.masked_fill(~(own_action & acts[..., None]), 0.0)
-    scale = -gap.amin(3).sum(2) / acts.sum(2)  # [N,G]
-    return (gap / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None, None]).float()
-
-
-def _make(config: DPDConfig, sampler: Callable[[DPDConfig, int], TabularTasks], seed: int, index: int) -> DPDBatch:
-    return dpd_batch(config, sampler(config, hash_seed(seed, index, 0)), seed=hash_seed(seed, index, 1))
+def _make(config: DPDConfig, sampler: Sampler, seed: int, index: int) -> Records:
+    tasks = sampler(config, config.batch, hash_seed(seed, index, 0))
+    return make_records(config, tasks, seed=hash_seed(seed, index, 1))
 
 
 def _produce(
     config: DPDConfig,
-    sampler: Callable[[DPDConfig, int], TabularTasks],
+    sampler: Sampler,
     seed: int,
     index: int,
-    ready: queue.Queue[DPDBatch | BaseException],
+    ready: queue.Queue[Records | BaseException],
     stop: threading.Event,
 ) -> None:
     while not stop.is_set():
         try:
-            item: DPDBatch | BaseException = _make(config, sampler, seed, index)
+            item: Records | BaseException = _make(config, sampler, seed, index)
         except BaseException as error:  # goes to the consumer, which raises it
             item = error
         while not stop.is_set():

@@ -49,8 +49,8 @@ class Behaviours(NamedTuple):
 
     `random_policy` is a softmax of policy_scale·N(0,1) logits, one policy a record. `q_learning` has the rate
     (H+1)/(H+n), H = 1/(1-q_discount) (Jin et al., 2018) and takes argmax Q + q_bonus·σ·sqrt(log(1+Σn)/n).
-    `model_based` counts, and plans one optimistic Gauss-Seidel sweep a step with the bonus model_bonus·σ/sqrt(n); untried
-    actions are worth the best mean reward seen, for ever. σ is the root mean square of the record's rewards. Both
+    `model_based` counts, and plans one optimistic Gauss-Seidel sweep a step with the bonus model_bonus·σ/sqrt(n);
+    untried actions are worth the best mean reward seen, for ever. σ is the root mean square of the record's rewards. Both
     learners observe every step, whoever acted.
     """
 
@@ -67,7 +67,7 @@ class Behaviours(NamedTuple):
 
 
 class RolloutState(NamedTuple):
-    """Where R records stand; passing it on continues them. Learner tensors are empty where no record has the learner."""
+    """Where R records stand; passing it on continues them. A learner's tensors are empty where no record has it."""
 
     seed: Tensor  # [R] int64
     record: Tensor  # [R] int64, which of the seed's random sequences
@@ -111,14 +111,15 @@ def rollout_tables(
     """Check N tasks and sum their rows for sampling: once per set of tasks.
 
     Args:
-        transition: [N,S,A,S] float32; rows of terminal states, and of states and actions past a task's own, are not read.
+        transition: [N,S,A,S] float32; rows of terminal states, and past a task's own states and actions, are not read.
         reward: [N,S,A,S] float32, mean. noise_state: [N,S], noise_action: [N,S,A] float32, their sum is the reward's
-            standard deviation. start: [N,S] float32. terminal: [N,S] bool. max_steps, num_states, num_actions: [N] int64.
+            standard deviation. start: [N,S] float32, probabilities. terminal: [N,S] bool.
+        max_steps, num_states, num_actions: [N] int64.
 
     Raises:
         ValueError: a shape, dtype or device is not as above; a row is not a distribution over the task's own states
-            (negative, NaN, or a sum off 1 by more than 1e-4); a start state is terminal; a reward or noise is not finite
-            or a noise is negative; a size is out of range.
+            (negative, NaN, or a sum off 1 by more than 1e-4); a start state is terminal; a reward or noise is not
+            finite or a noise is negative; a size is out of range.
     """
     _checks.shape("transition", transition, ["N", "S", "A", "S"])
     N, S, A, _ = transition.shape
@@ -140,7 +141,11 @@ def rollout_tables(
         _checks.shape(name, tensor, wanted)
         _checks.dtype(name, tensor, [dtype])
     _on_cpu(**{name: tensor for name, (tensor, _, _) in named.items()})
-    for name, size, most in (("max_steps", max_steps, None), ("num_states", num_states, S), ("num_actions", num_actions, A)):
+    for name, size, most in (
+        ("max_steps", max_steps, None),
+        ("num_states", num_states, S),
+        ("num_actions", num_actions, A),
+    ):
         if N and (int(size.min()) < 1 or (most is not None and int(size.max()) > most)):
             raise ValueError(f"{name}: wanted 1 to {most or 'any'}, got {int(size.min())} to {int(size.max())}")
     for name, noise in (("noise_state", noise_state), ("noise_action", noise_action)):
@@ -154,13 +159,17 @@ def rollout_tables(
     inputs = (transition, rest[0], start, rest[3], num_states, num_actions, cumulative, window, start_cumulative)
     kind, index = _C.rollout_tables(*(t.data_ptr() for t in inputs), N, S, A, torch.get_num_threads())
     if kind == 3:
-        raise ValueError(f"start[{index}]: wanted probabilities with sum 1 on the task's own states that are not terminal")
+        raise ValueError(
+            f"start[{index}]: wanted probabilities with sum 1 on the task's own states that are not terminal"
+        )
     if kind:
         place = f"[{index // A // S}, {index // A % S}, {index % A}]"
         if kind == 2:
             raise ValueError(f"reward{place}: wanted finite values where transition is positive")
         total = float(transition.view(-1, S)[index].double().sum())
-        raise ValueError(f"transition{place}: wanted probabilities with sum 1 on the task's own states, got sum {total:g}")
+        raise ValueError(
+            f"transition{place}: wanted probabilities with sum 1 on the task's own states, got sum {total:g}"
+        )
     return RolloutTables(cumulative, window, *rest[:3], start_cumulative, rest[3], rest[4], num_states, num_actions)
 
 
@@ -248,7 +257,9 @@ def rollout(
     if state is not None and task_index is not None:
         raise ValueError("task_index: the state already says which task each record has")
     P = 0 if policies is None else policies.shape[1]
-    task = state.task if state is not None else torch.arange(tables.reward.shape[0]) if task_index is None else task_index
+    task = (
+        state.task if state is not None else torch.arange(tables.reward.shape[0]) if task_index is None else task_index
+    )
     R = task.shape[0]
     if behaviours is None:
         behaviours = constant_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0})
@@ -285,7 +296,9 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
 
 
-def constant_behaviours(num_records: int, num_policies: int, weights: dict[int | str, float], **settings: float) -> Behaviours:
+def constant_behaviours(
+    num_records: int, num_policies: int, weights: dict[int | str, float], **settings: float
+) -> Behaviours:
     """The same `Behaviours` for every record: weights by policy index or `BUILTIN` name, the rest by field name."""
     names = {**{i: i for i in range(num_policies)}, **{name: num_policies + i for i, name in enumerate(BUILTIN)}}
     row = torch.zeros(num_policies + len(BUILTIN))
@@ -393,7 +406,7 @@ def _uniform(x: Tensor) -> Tensor:
 
 
 def _normal(x: Tensor) -> Tensor:
-    """The normal quantile of (x + ½)/2³², float64: Wichura's AS 241 PPND7 by + - * / sqrt and frexp, so bits are portable."""
+    """The normal quantile of (x + ½)/2³², float64: Wichura's AS 241 PPND7 by + - * / sqrt and frexp: portable bits."""
 
     p = (x.double() + 0.5) * 2.0**-32
     q = p - 0.5
@@ -481,7 +494,14 @@ def _check_behaviours(behaviours: Behaviours, R: int, P: int) -> None:
 
 def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
     _, S, A, _ = tables.reward.shape
-    sizes = {"visits": [S, A], "q": [S, A], "reward_sum": [S, A], "successors": [S, A, S], "span": [S, A, 2], "value": [S]}
+    sizes = {
+        "visits": [S, A],
+        "q": [S, A],
+        "reward_sum": [S, A],
+        "successors": [S, A, S],
+        "span": [S, A, 2],
+        "value": [S],
+    }
     dtypes = {"visits": torch.int32, "span": torch.int16, "reward_square": torch.float64}
     for i, (name, tensor) in enumerate(state._asdict().items()):
         if i < 7 or tensor.numel():
@@ -517,7 +537,18 @@ def _rollout_cpu(
             if bool((weights[:, i] > 0).any()) and any(not state[RolloutState._fields.index(n)].numel() for n in names):
                 raise ValueError(f"state: was started without {BUILTIN[i]}, which the behaviours use")
     out = tuple(torch.empty(state[0].shape[0], steps, dtype=dtype) for dtype in _OUT)
-    tables = (cumulative, window, reward, noise_state, noise_action, start, terminal, max_steps, num_states, num_actions)
+    tables = (
+        cumulative,
+        window,
+        reward,
+        noise_state,
+        noise_action,
+        start,
+        terminal,
+        max_steps,
+        num_states,
+        num_actions,
+    )
     _C.rollout(
         [t.data_ptr() for t in tables],
         0 if policies is None else policies.data_ptr(),

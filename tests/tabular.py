@@ -1,12 +1,10 @@
 """Small random tasks for tests, with what the tests need of icrl.worlds.TabularTasks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-FIELDS = "transition reward noise_state noise_action start terminal max_steps num_states num_actions".split()
 
 
 class Solution(NamedTuple):
@@ -27,7 +25,7 @@ class Tasks:
     state_mapping: Tensor
 
     def tables(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in FIELDS}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state_mapping"}
 
     def solve(self, discounts) -> Solution:
         """Value iteration in float64, to 1e-6 of the fixed point's scale."""
@@ -45,12 +43,16 @@ def random_tasks(n, states=8, actions=4, *, seed=0, width=None, max_steps=40, ra
     """Rows of `width` neighbouring successors; the last state is terminal; tasks differ in size where `ragged`."""
     g = torch.Generator().manual_seed(seed)
     width = width or states
-    num_states = torch.randint(max(2, states - 3), states + 1, (n,), generator=g) if ragged else torch.full((n,), states)
+    num_states = (
+        torch.randint(max(2, states - 3), states + 1, (n,), generator=g) if ragged else torch.full((n,), states)
+    )
     num_actions = torch.randint(2, actions + 1, (n,), generator=g) if ragged else torch.full((n,), actions)
     index = torch.arange(states)
     own = index < num_states[:, None]
     terminal = index == num_states[:, None] - 1
-    first = (torch.rand(n, states, actions, 1, generator=g) * (num_states.view(n, 1, 1, 1) - width + 1).clamp_min(1)).long()
+    first = (
+        torch.rand(n, states, actions, 1, generator=g) * (num_states.view(n, 1, 1, 1) - width + 1).clamp_min(1)
+    ).long()
     inside = (index >= first) & (index < first + width) & own[:, None, None]
     transition = (torch.randn(n, states, actions, states, generator=g).exp() * inside).masked_fill(
         (terminal | ~own)[:, :, None, None], 0.0

@@ -11,16 +11,18 @@ from icrl.distill import (
     TAG_UNKNOWN,
     DPDConfig,
     DPDStream,
-    dpd_batch,
     draw_behaviours,
+    draw_references,
     hash_seed,
+    make_records,
+    sample_tasks,
 )
 
 SMALL = DPDConfig(batch=6, steps=60)
 
 
-def sampler(config, seed):
-    return random_tasks(config.batch, 8, config.num_actions, seed=seed % 2**31)
+def sampler(config, n, seed):
+    return random_tasks(n, 8, config.actions, seed=seed % 2**31)
 
 
 def stream(config=SMALL, seed=0, **more):
@@ -32,38 +34,38 @@ def assert_same(a, b):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-def test_labels_are_the_references_greedy_actions():
-    tasks = sampler(SMALL, 3)
-    batch = dpd_batch(SMALL, tasks, seed=1)
-    inner = (tasks.state_mapping[:, None] == batch.observation[..., None]).long().argmax(2)
-    q = tasks.solve(SMALL.discounts).q.masked_fill(
-        (torch.arange(5) >= tasks.num_actions[:, None])[:, None, None], -torch.inf
-    )
-    record = torch.arange(6)[:, None]
-    at_reference = q[record, batch.prompt, inner]  # [B,T,A]
-    assert_same([batch.label], [at_reference.argmax(2)])
-    assert batch.q is not None
-    assert bool((batch.q <= 0).all())
-    assert bool((batch.q.gather(3, q[record, :, inner].argmax(3, keepdim=True)) == 0).all())
+def test_values_and_labels_are_the_references():
+    tasks = sampler(SMALL, 6, 3)
+    records = make_records(SMALL, tasks, seed=1)
+    inner = (tasks.state_mapping[:, None] == records.observation[..., None]).long().argmax(2)
     own = (torch.arange(5) < tasks.num_actions[:, None])[:, None, None]
-    gap = (q[record, :, inner] - q[record, :, inner].amax(3, keepdim=True)).masked_fill(~own, 0.0)
-    for n in range(6):  # the same up to one scale for each discount
-        ratio = (gap[n] / batch.q[n]).permute(1, 0, 2)
-        for g in range(4):
-            r = ratio[g][torch.isfinite(ratio[g])]
-            torch.testing.assert_close(r, r.mean().expand_as(r), rtol=1e-4, atol=0.0)
-    assert bool((batch.action < tasks.num_actions[:, None]).all())
+    q = tasks.solve(SMALL.discounts).q.masked_fill(~own, -torch.inf)[torch.arange(6)[:, None], :, inner]
+    assert_same([records.q], [q.float()])
+    prompt, label = draw_references(SMALL, records, seed=1)
+    assert_same([label], [q[torch.arange(6)[:, None], torch.arange(60), prompt].argmax(2)])
+    assert set(prompt.unique().tolist()) == {0, 1, 2, 3}
+    assert bool((records.action < tasks.num_actions[:, None]).all())
 
 
-def test_records_are_consistent():
-    batch = stream().batch(0)
-    going = batch.done[:, :-1] == 0
-    assert bool((batch.next_observation[:, :-1] == batch.observation[:, 1:])[going].all())
-    assert batch.observation.dtype == batch.label.dtype == torch.int64
-    assert batch.reward.dtype == torch.float32
-    assert batch.q is not None
-    assert batch.q.shape == (6, 60, 4, 5)
-    assert DPDStream(DPDConfig(q_values=False, batch=2), 0, sampler=sampler).batch(0).q is None
+def test_greedy_behaviours_are_the_labels():
+    for g in range(4):
+        config = DPDConfig(batch=6, steps=60, behaviours={f"greedy{g}": 1.0}, mask_record=0.0, mask_episode=0.0)
+        records = make_records(config, sampler(config, 6, 3), seed=1)
+        assert_same([records.action], [records.q.argmax(3)[:, :, g]])
+        assert bool((records.tag == g).all())
+
+
+def test_types_and_shapes():
+    records = stream().batch(0)
+    assert [x.dtype for x in records] == [
+        torch.int64,
+        torch.int64,
+        torch.float32,
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    ]
+    assert [list(x.shape) for x in records] == [[6, 60]] * 5 + [[6, 60, 4, 5]]
 
 
 def test_batches_depend_on_seed_and_number_alone():
@@ -95,10 +97,10 @@ def test_seeds_do_not_collide():
 def test_errors_reach_the_consumer_and_can_be_retried():
     failing = [True]
 
-    def sometimes(config, seed):
+    def sometimes(config, n, seed):
         if failing[0]:
             raise RuntimeError("no tasks today")
-        return sampler(config, seed)
+        return sampler(config, n, seed)
 
     s = DPDStream(SMALL, 0, sampler=sometimes)
     with pytest.raises(RuntimeError, match="no tasks today"):
@@ -118,26 +120,28 @@ def test_a_forgotten_stream_stops_its_thread():
 
 
 def test_rates_of_references_and_masks():
-    config = DPDConfig(batch=2000, steps=100, behaviours={"uniform": 1.0}, mask_episode=0.0, q_values=False)
+    shared = {"steps": 100, "behaviours": {"uniform": 1.0}, "discounts": (0.0, 0.3, 0.4, 0.5)}
+    config = DPDConfig(**shared, mask_episode=0.0)
     tasks = random_tasks(2000, 5, 5, seed=1, max_steps=20)
 
     def near(share, wanted, n):
         assert abs(float(share) - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5
 
-    batch = dpd_batch(config, tasks, seed=0)
+    batch = make_records(config, tasks, seed=0)
+    prompt, _ = draw_references(config, batch, seed=0)
     masked = batch.tag == TAG_UNKNOWN
     assert bool((masked == masked[:, :1]).all())
     near(masked[:, 0].float().mean(), 0.15, 2000)
     assert bool((batch.tag[~masked] == TAG_RANDOM).all())
     for g, share in enumerate((0.1, 0.1, 0.2, 0.6)):
-        near((batch.prompt[:, 0] == g).float().mean(), share, 2000)
-    still = (batch.prompt == batch.prompt[:, :1]).all(1).float().mean()
+        near((prompt[:, 0] == g).float().mean(), share, 2000)
+    still = (prompt == prompt[:, :1]).all(1).float().mean()
     near(still, 0.25, 2000)
-    changed = (batch.prompt[:, 1:] != batch.prompt[:, :-1]).float().mean()  # a redraw may give the same
+    changed = (prompt[:, 1:] != prompt[:, :-1]).float().mean()  # a redraw may give the same
     assert abs(float(changed) - 0.75 * 0.2 * (1 - 0.01 - 0.01 - 0.04 - 0.36)) < 0.004
 
-    config = DPDConfig(batch=2000, steps=100, behaviours={"uniform": 1.0}, mask_record=0.0, q_values=False)
-    batch = dpd_batch(config, tasks, seed=0)
+    config = DPDConfig(**shared, mask_record=0.0)
+    batch = make_records(config, tasks, seed=0)
     masked, ends = batch.tag == TAG_UNKNOWN, batch.done > 0
     assert not bool((masked[:, 1:] != masked[:, :-1])[~ends[:, :-1]].any())
     starts = torch.cat([torch.ones(2000, 1, dtype=torch.bool), ends[:, :-1]], 1)
@@ -159,8 +163,20 @@ def test_mixture_of_behaviours():
 
 
 def test_published_mixture_runs():
-    batch = dpd_batch(DPDConfig(batch=64, steps=80, behaviours=PUBLISHED_BEHAVIOURS), random_tasks(64, 8, 5), seed=0)
+    batch = make_records(DPDConfig(steps=300, behaviours=PUBLISHED_BEHAVIOURS), random_tasks(64, 8, 5), seed=0)
     assert set(batch.tag.unique().tolist()) == {*range(8)}
+
+
+def test_sampled_tasks_follow_the_mixture():
+    tasks = sample_tasks(DPDConfig(tasks={"anymdp": 1.0, "garnet": 1.0, "bandit": 1.0}), 300, seed=0)
+    bandits, garnets = tasks.num_states == 1, (tasks.noise_action == 0).flatten(1).all(1) & (tasks.num_states > 1)
+    assert 70 < int(bandits.sum()) < 130
+    assert set(tasks.num_states.unique().tolist()) <= {1, *range(8, 17)}
+    assert int(tasks.state_mapping.max()) == 15
+    assert int(garnets.sum()) >= 70
+    assert bool((sample_tasks(DPDConfig(), 20, seed=0, kind="anymdp", num_states=12).num_states == 12).all())
+    with pytest.raises(ValueError, match="kind: wanted"):
+        sample_tasks(DPDConfig(), 20, seed=0, kind="maze")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +190,7 @@ def test_published_mixture_runs():
         ({"tasks": {"gridworld": 1.0}}, "tasks: wanted"),
         ({"references": (1.0,)}, "references: wanted 4"),
         ({"mask_record": 1.5}, "mask_record: wanted a probability"),
-        ({"num_states": (9, 8)}, "num_states: wanted"),
+        ({"least_states": 9, "states": 8}, "states: wanted at least least_states=9"),
         ({"steps": 0}, "steps: wanted"),
         ({"discounts": (0.1,) * 5, "references": (0.2,) * 5}, "discounts: tags"),
     ],

@@ -26,7 +26,9 @@ def random_policies(tasks, num, seed=3):
 def mixed_run(tasks, steps=200, **more):
     N = len(tasks.num_states)
     b = constant_behaviours(N, 2, MIXED, switch=0.5, epsilon=0.3, epsilon_decay=0.001)
-    return rollout(rollout_tables(**tasks.tables()), steps=steps, policies=random_policies(tasks, 2), behaviours=b, **more)
+    return rollout(
+        rollout_tables(**tasks.tables()), steps=steps, policies=random_policies(tasks, 2), behaviours=b, **more
+    )
 
 
 def assert_same(a, b):
@@ -67,9 +69,8 @@ def test_same_bits_as_reference(states, width):
     assert bool((run.done == (2 if states == 64 else 1)).any())
 
     state = rollout_start(rollout_tables(**tasks.tables()), **keys)
-    tables, columns = rollout_tables(**tasks.tables()), []
-    for t in range(50):
-        columns.append((state.state.clone(), *rollout_step(tables, state, run.action[:, t].long())))
+    tables = rollout_tables(**tasks.tables())
+    columns = [(state.state.clone(), *rollout_step(tables, state, run.action[:, t].long())) for t in range(50)]
     by_step = [torch.stack(c, 1) for c in zip(*columns, strict=True)]
     wanted = rollout_reference(**tasks.tables(), **keys, steps=50, actions=run.action.long())
     assert_same([by_step[0].short(), *by_step[1:]], [wanted[0], wanted[2], wanted[3], wanted[5]])
@@ -226,7 +227,9 @@ def test_learner_counts_are_the_record():
     )
     for r in range(3):
         s, a, j = run.state[r].long(), run.action[r].long(), run.next_state[r].long()
-        visits = torch.zeros(7, 3, dtype=torch.int32).index_put_((s, a), torch.ones(400, dtype=torch.int32), accumulate=True)
+        visits = torch.zeros(7, 3, dtype=torch.int32).index_put_(
+            (s, a), torch.ones(400, dtype=torch.int32), accumulate=True
+        )
         follows = (run.done[r] != 1).float()
         counts = torch.zeros(7, 3, 7).index_put_((s, a, j), follows, accumulate=True)
         assert_same([run.final.visits[r], run.final.successors[r]], [visits, counts])
