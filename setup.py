@@ -14,7 +14,7 @@ from setuptools import setup
 
 ISA_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512".split(),
+    "_avx512.cpp": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 NVCC_FLAGS = [
     "-O3",
@@ -41,7 +41,9 @@ def find_nvcc() -> str | None:
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
     # nvcc on PATH may be a wrapper script, so its own folder says nothing: ask it.
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    )
     line = next((x for x in dry.stderr.splitlines() if "LIBRARIES=" in x), "")
     return re.findall(r'-L([^"\s]+)', line)
 
@@ -76,6 +78,7 @@ class Build(build_ext):
 extension = Pybind11Extension(
     "icrl_kernels._C",
     sorted(["csrc/module.cpp", *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if NVCC else [])]),
+    depends=[*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)],
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"],
@@ -85,7 +88,6 @@ if NVCC:
     extension.define_macros.append(("ICRL_WITH_CUDA", "1"))
     extension.library_dirs += cuda_library_dirs(NVCC)
     extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
-
 
 
 def changed(obj: str, src: str) -> bool:

@@ -39,7 +39,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    cpu = next((x.split(":", 1)[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
+    cpu = next(
+        (x.split(":", 1)[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.processor()
+    )
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
@@ -53,7 +55,9 @@ def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     """Write benches/results/<name>.json: rows with the machine, versions, commit and command that made them."""
     import icrl_kernels
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout
     record = {
         "command": "python " + " ".join(sys.argv),
         "icrl_kernels": icrl_kernels.__version__,

@@ -7,11 +7,13 @@
 namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
 void bind_anymdp(pybind11::module_& m);
+void bind_value_iteration(pybind11::module_& m);
 }  // namespace icrl
 
 PYBIND11_MODULE(_C, m) {
   m.def("isa", &icrl::isa_name);
   m.def("has_team", &icrl::has_team);
+  icrl::bind_value_iteration(m);
 #ifdef ICRL_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

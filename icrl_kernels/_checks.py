@@ -15,7 +15,9 @@ def shape(name: str, tensor: Tensor, wanted: Sequence[int | str | None], **sizes
     fits = tensor.dim() == len(values) and all(w is None or s == w for s, w in zip(tensor.shape, values, strict=True))
     if not fits:
         known = ", ".join(f"{k}={v}" for k, v in sizes.items())
-        raise ValueError(f"{name}: wanted shape {names}" + (f" with {known}" if known else "") + f", got {list(tensor.shape)}")
+        raise ValueError(
+            f"{name}: wanted shape {names}" + (f" with {known}" if known else "") + f", got {list(tensor.shape)}"
+        )
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:

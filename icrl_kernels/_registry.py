@@ -17,7 +17,9 @@ LIBRARY = torch.library.Library("icrl", "FRAGMENT")
 BACKENDS: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., Any]]]] = {}
 
 
-def define(schema: str, backends: dict[str, tuple[tuple[str, ...], Callable[..., Any]]], fake: Callable[..., Any]) -> None:
+def define(
+    schema: str, backends: dict[str, tuple[tuple[str, ...], Callable[..., Any]]], fake: Callable[..., Any]
+) -> None:
     """Define `icrl::<schema>`; its last argument must be `str backend`. Backend functions take the other arguments."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -42,4 +44,6 @@ def resolve(op: str, device_type: str, backend: str = "auto") -> tuple[str, Call
             return name, function
     if backend == "auto":
         raise ValueError(f"{op} has no backend for device type {device_type!r}")
-    raise ValueError(f"backend={backend!r} serves {op} on {', '.join(table[backend][0])}, but the tensors are on {device_type!r}")
+    raise ValueError(
+        f"backend={backend!r} serves {op} on {', '.join(table[backend][0])}, but the tensors are on {device_type!r}"
+    )

@@ -18,7 +18,13 @@ def error(a: Tensor, reference: Tensor) -> float:
 
 
 def assert_as_good_as_torch(
-    actual: Tensor, same_dtype: Tensor, reference: Tensor, *, factor: float = 2.0, roundings: float = 4.0, name: str = ""
+    actual: Tensor,
+    same_dtype: Tensor,
+    reference: Tensor,
+    *,
+    factor: float = 2.0,
+    roundings: float = 4.0,
+    name: str = "",
 ) -> None:
     """Assert ‖actual − reference‖ ≤ factor·‖same_dtype − reference‖ + roundings·eps·‖reference‖.
 

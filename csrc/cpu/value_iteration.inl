@@ -1,0 +1,503 @@
+// Tabular control in float64. Included once for each instruction set, inside its namespace.
+//
+// States are taken in blocks of eight. The rows of one state are packed over the blocks that any of its actions reaches, so
+// that a Bellman backup has no tails and one branch for each state. Policy evaluation factors I - discount P by block LU
+// without pivoting (it is an M-matrix: every pivot is positive, growth is at most 2), tile rows of eight at a time within
+// the envelope of the policy's rows; a banded table costs what its band costs, a dense one runs at GEMM speed. A policy that
+// changed only from state s on keeps the factors of the blocks before s.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace {
+
+typedef double v8 __attribute__((vector_size(64)));
+typedef double v8u __attribute__((vector_size(64), aligned(8)));
+typedef float f8u __attribute__((vector_size(32), aligned(4)));
+typedef long long i8 __attribute__((vector_size(64)));
+
+constexpr double kUnit = 0x1p-53;
+
+inline v8 load(const double* p) { return *reinterpret_cast<const v8u*>(p); }
+inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
+inline void store(double* p, const v8& x) { *reinterpret_cast<v8u*>(p) = x; }
+inline v8 splat(double x) { return v8{x, x, x, x, x, x, x, x}; }
+
+// Lane r of the result is the sum of a[r].
+inline v8 row_sums(const v8 (&a)[8]) {
+  v8 t[4], u[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    t[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(a[2 * i], a[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    u[i] = __builtin_shufflevector(t[2 * i], t[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(t[2 * i], t[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(u[0], u[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(u[0], u[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
+
+// A packed task and the planner's workspace, carved from the caller's scratch by plan_layout.
+struct Task {
+  int64_t ns, na, nb;       // states, actions, blocks of eight states
+  int64_t widest;           // blocks in the widest packed row
+  double row_sum;           // largest row sum, rounded up
+  double reward_magnitude;  // largest sum of |transition * reward|
+  bool is_double;
+  // for each state: first block, blocks, offset of its packed rows [num_actions, blocks, 8]
+  int32_t *first, *blocks;
+  int64_t* offset;
+  int32_t *row_first, *row_end;  // for each state and action: its own blocks, a part of the state's
+  double *reward, *magnitude;    // for each state and action: expected reward, sum of |transition * reward|
+  double *q, *v, *next, *rhs;
+  int32_t *low, *high;  // for each block row of the factors: its first and last block
+  int64_t* tile;        // and where its tiles begin
+  double *tiles, *inverse;  // U right of the diagonal and multipliers left of it; inverses of the diagonal blocks
+  int64_t* policy;
+  uint8_t* reached;
+  void* packed;
+};
+
+template <class T>
+T* take(char*& at, int64_t n) {
+  T* p = reinterpret_cast<T*>(at);
+  at += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  return p;
+}
+
+// Carves; with a null base it only measures. The packed tables come last: they have the only size that depends on the data.
+int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
+  char* at = base;
+  take<Task>(at, 1);
+  const int64_t nb = (ns + 7) / 8, rows = ns * na + 8;
+  t.ns = ns, t.na = na, t.nb = nb;
+  t.first = take<int32_t>(at, ns), t.blocks = take<int32_t>(at, ns), t.offset = take<int64_t>(at, ns);
+  t.row_first = take<int32_t>(at, rows), t.row_end = take<int32_t>(at, rows);
+  t.reward = take<double>(at, rows), t.magnitude = take<double>(at, rows), t.q = take<double>(at, rows);
+  t.v = take<double>(at, nb * 8), t.next = take<double>(at, nb * 8), t.rhs = take<double>(at, nb * 8);
+  t.low = take<int32_t>(at, nb), t.high = take<int32_t>(at, nb), t.tile = take<int64_t>(at, nb + 1);
+  t.tiles = take<double>(at, nb * nb * 64), t.inverse = take<double>(at, nb * 64);
+  t.policy = take<int64_t>(at, ns), t.reached = take<uint8_t>(at, ns);
+  t.packed = take<double>(at, ns * na * nb * 8);
+  return at - base;
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------------
+
+inline bool any(const float* p) {
+  uint64_t w[4];
+  __builtin_memcpy(w, p, 32);
+  return ((w[0] | w[1] | w[2] | w[3]) & 0x7fffffff7fffffffull) != 0;
+}
+inline bool any(const double* p) {
+  uint64_t w[8];
+  __builtin_memcpy(w, p, 64);
+  return ((w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) << 1) != 0;
+}
+template <class T>
+inline bool any_of(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (p[i] != 0) return true;
+  return false;
+}
+
+template <class T>
+PlanResult refuse(const T* row, int64_t ns, int64_t index) {
+  PlanResult r;
+  r.row = index, r.refusal = Refusal::row_sum;
+  for (int64_t j = 0; j < ns; ++j) {
+    const double x = row[j];
+    if (!(x - x == 0)) return r.refusal = Refusal::not_finite, r;
+    if (x < 0) return r.refusal = Refusal::negative, r;
+  }
+  return r;
+}
+
+template <class T>
+PlanResult pack(Task& t, const TaskTables& in) {
+  const int64_t ns = t.ns, na = t.na, stride = in.stride, whole = ns / 8, rest = ns % 8;
+  const T* transition = static_cast<const T*>(in.transition);
+  const T* reward = static_cast<const T*>(in.reward);
+  T* out = static_cast<T*>(t.packed);
+  int64_t used = 0;
+  t.widest = 0, t.row_sum = 0, t.reward_magnitude = 0;
+  for (int64_t s = 0; s < ns; ++s) {
+    int32_t first = static_cast<int32_t>(t.nb), end = 0;
+    for (int64_t a = 0; a < na; ++a) {
+      const T* row = transition + (s * na + a) * stride;
+      int64_t lo = 0, hi = whole;
+      bool tail = rest && any_of(row + whole * 8, rest);
+      while (lo < whole && !any(row + lo * 8)) ++lo;
+      if (tail)
+        hi = whole + 1;
+      else
+        while (hi > lo && !any(row + hi * 8 - 8)) --hi;
+      if (lo >= hi) lo = hi = 0;  // an all-zero row
+      t.row_first[s * na + a] = static_cast<int32_t>(lo), t.row_end[s * na + a] = static_cast<int32_t>(hi);
+      if (lo < hi) first = lo < first ? static_cast<int32_t>(lo) : first, end = hi > end ? static_cast<int32_t>(hi) : end;
+    }
+    const bool declared = in.terminal && in.terminal[s], ends = declared || (!in.terminal && end == 0);
+    if (end == 0) first = 0;
+    const int64_t n = end - first;
+    t.first[s] = first, t.blocks[s] = static_cast<int32_t>(n), t.offset[s] = used;
+    if (n > t.widest) t.widest = n;
+    for (int64_t a = 0; a < na; ++a) {
+      const int64_t k = s * na + a;
+      const T* row = transition + k * stride;
+      const T* gain = in.reward_by_successor ? reward + k * stride : nullptr;
+      v8 total = splat(0), mean = splat(0), size = splat(0), least = splat(0);
+      for (int64_t b = first; b < end; ++b, used += 8) {
+        T* to = out + used;
+        T g[8] = {};
+        if (b < whole) {
+          __builtin_memcpy(to, row + b * 8, 8 * sizeof(T));
+          if (gain) __builtin_memcpy(g, gain + b * 8, 8 * sizeof(T));
+        } else {
+          for (int64_t j = 0; j < 8; ++j) to[j] = j < rest ? row[b * 8 + j] : T(0);
+          if (gain) __builtin_memcpy(g, gain + b * 8, rest * sizeof(T));
+        }
+        const v8 p = load(to);
+        total += p;
+        least = p < least ? p : least;
+        if (gain) {
+          // the reward of an impossible transition counts for nothing, even if it is NaN
+          const v8 x = p != 0 ? load(g) * p : splat(0);
+          mean += x;
+          size += x < 0 ? -x : x;
+        }
+      }
+      const double mass = sum(total);
+      const bool empty = t.row_first[k] == t.row_end[k];
+      bool negative = false;
+      for (int j = 0; j < 8; ++j) negative |= least[j] < 0;
+      if (negative || (!empty && !(mass - 1 <= 1e-4 && mass - 1 >= -1e-4))) return refuse(row, ns, k);
+      PlanResult r;
+      r.row = k;
+      if (declared && !empty) return r.refusal = Refusal::terminal_row, r;
+      t.reward[k] = ends ? 0 : gain ? sum(mean) : static_cast<double>(reward[k]);
+      t.magnitude[k] = ends ? 0 : gain ? sum(size) : t.reward[k] < 0 ? -t.reward[k] : t.reward[k];
+      if (!(t.magnitude[k] <= 0x1.fffffffffffffp1023)) return r.refusal = Refusal::reward, r;
+      if (mass > t.row_sum) t.row_sum = mass;
+      if (t.magnitude[k] > t.reward_magnitude) t.reward_magnitude = t.magnitude[k];
+    }
+  }
+  t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
+  return {};
+}
+
+// ---- Bellman backup ----------------------------------------------------------------------------------------------------
+
+// t.q = reward + discount T v, t.next = max over actions; v is padded with zeros to whole blocks.
+template <class T>
+void backup(Task& t, double discount, const double* v) {
+  const int64_t na = t.na;
+  for (int64_t s = 0; s < t.ns; ++s) {
+    const int64_t n = t.blocks[s];
+    const double* at = v + t.first[s] * 8;
+    double* q = t.q + s * na;
+    double best = -__builtin_inf();
+    for (int64_t a0 = 0; a0 < na; a0 += 8) {
+      const int64_t rows = na - a0 < 8 ? na - a0 : 8;
+      const T* p = static_cast<const T*>(t.packed) + t.offset[s] + a0 * n * 8;
+      v8 acc[8] = {};
+      if (rows == 5) {
+        for (int64_t b = 0; b < n * 8; b += 8) {
+          const v8 x = load(at + b);
+#pragma GCC unroll 5
+          for (int r = 0; r < 5; ++r) acc[r] += load(p + r * n * 8 + b) * x;
+        }
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          v8 one = splat(0);
+          for (int64_t b = 0; b < n * 8; b += 8) one += load(p + r * n * 8 + b) * load(at + b);
+          acc[r] = one;
+        }
+      }
+      // eight are written where fewer are meant; the next state or the padding takes them over
+      store(q + a0, load(t.reward + s * na + a0) + discount * row_sums(acc));
+      for (int64_t r = 0; r < rows; ++r) best = q[a0 + r] > best ? q[a0 + r] : best;
+    }
+    t.next[s] = best;
+  }
+}
+
+// A bound on the rounding error of one entry of backup(), given max |v|.
+double backup_rounding(const Task& t, double discount, double largest) {
+  return (t.widest * 8 + 16) * 2 * kUnit * (t.reward_magnitude + discount * t.row_sum * largest);
+}
+
+double largest_magnitude(const double* x, int64_t n) {
+  double m = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double a = x[i] < 0 ? -x[i] : x[i];
+    m = a > m ? a : m;
+  }
+  return m;
+}
+
+// ---- policy evaluation by block LU -------------------------------------------------------------------------------------
+
+// acc -= m u, each 8 x 8
+inline void subtract_product(v8 (&acc)[8], const double* m, const double* u) {
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) {
+    const v8 row = load(u + 8 * k);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) acc[r] -= m[8 * r + k] * row;
+  }
+}
+
+template <int k>
+inline bool eliminate(v8 (&a)[8]) {
+  const i8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const i8 at_k = lanes == k;
+  const double pivot = a[k][k];
+  const v8 row = (at_k ? splat(1) : a[k]) * (1 / pivot);
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    if (r == k) continue;
+    const double f = a[r][k];
+    a[r] = (at_k ? splat(0) : a[r]) - f * row;
+  }
+  a[k] = row;
+  return pivot > 0;
+}
+
+// In place by Gauss-Jordan elimination; false where a pivot is not positive.
+inline bool invert(v8 (&a)[8]) {
+  bool fine = eliminate<0>(a);
+  fine &= eliminate<1>(a);
+  fine &= eliminate<2>(a);
+  fine &= eliminate<3>(a);
+  fine &= eliminate<4>(a);
+  fine &= eliminate<5>(a);
+  fine &= eliminate<6>(a);
+  fine &= eliminate<7>(a);
+  return fine;
+}
+
+inline void subtract_times(v8 (&acc)[8], const double* m, const double* x) {
+  const v8 right = load(x);
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) acc[r] -= load(m + 8 * r) * right;
+}
+
+// Factors I - discount P[policy] from block row `from` on and solves for t.v. False where a pivot is not positive.
+template <class T>
+bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
+  const int64_t na = t.na, nb = t.nb;
+  if (from == 0) t.tile[0] = 0;
+  for (int64_t i = from; i < nb; ++i) {
+    const int64_t begin = i * 8, count = t.ns - begin < 8 ? t.ns - begin : 8;
+    int64_t low = i, high = i;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t k = (begin + r) * na + policy[begin + r];
+      if (t.row_first[k] == t.row_end[k]) continue;
+      if (t.row_first[k] < low) low = t.row_first[k];
+      if (t.row_end[k] - 1 > high) high = t.row_end[k] - 1;
+    }
+    for (int64_t k = low; k < i; ++k) high = t.high[k] > high ? t.high[k] : high;
+    t.low[i] = static_cast<int32_t>(low), t.high[i] = static_cast<int32_t>(high);
+    t.tile[i + 1] = t.tile[i] + (high - low + 1) * 64;
+    double* tiles = t.tiles + t.tile[i];  // tile j at tiles + (j - low) * 64
+
+    for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, splat(0));
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t s = begin + r, k = s * na + policy[s];
+      const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (policy[s] * t.blocks[s] - t.first[s]) * 8;
+      for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j)
+        store(tiles + (j - low) * 64 + r * 8, -discount * load(p + j * 8));
+      t.rhs[s] = t.reward[k];
+    }
+    for (int64_t r = 0; r < 8; ++r) tiles[(i - low) * 64 + r * 9] += 1;
+    for (int64_t r = count; r < 8; ++r) t.rhs[begin + r] = 0;
+
+    v8 residual[8] = {};
+    for (int64_t j = low; j <= high; ++j) {
+      double* here = tiles + (j - low) * 64;
+      v8 acc[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) acc[r] = load(here + 8 * r);
+      const int64_t last = j < i ? j : i;
+      for (int64_t k = low; k < last; ++k)
+        if (t.high[k] >= j) subtract_product(acc, tiles + (k - low) * 64, t.tiles + t.tile[k] + (j - t.low[k]) * 64);
+      if (j == i) {
+        if (!invert(acc)) return false;
+        here = t.inverse + i * 64;
+      } else if (j < i) {
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
+        v8 product[8] = {};
+        subtract_product(product, here, t.inverse + j * 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) acc[r] = product[r];
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) store(here + 8 * r, acc[r]);
+      if (j < i) subtract_times(residual, here, t.rhs + j * 8);
+    }
+    store(t.rhs + begin, load(t.rhs + begin) + row_sums(residual));
+  }
+  for (int64_t i = nb - 1; i >= 0; --i) {
+    v8 acc[8] = {};
+    for (int64_t j = i + 1; j <= t.high[i]; ++j)
+      subtract_times(acc, t.tiles + t.tile[i] + (j - t.low[i]) * 64, t.v + j * 8);
+    const v8 right = load(t.rhs + i * 8) + row_sums(acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) acc[r] = load(t.inverse + i * 64 + 8 * r) * right;
+    store(t.v + i * 8, row_sums(acc));
+  }
+  return true;
+}
+
+// ---- discount 1: policies that end -------------------------------------------------------------------------------------
+
+// Marks the states from which an end can be reached under `policy`, or with `choose` under some policy, which is written.
+// Returns the first state from which none can, or -1.
+template <class T>
+int64_t cannot_end(Task& t, int64_t* policy, bool choose) {
+  const int64_t na = t.na;
+  for (int64_t s = 0; s < t.ns; ++s) t.reached[s] = 0;
+  for (bool more = true; more;) {
+    more = false;
+    for (int64_t s = 0; s < t.ns; ++s) {
+      for (int64_t a = choose ? 0 : policy[s], end = choose ? na : a + 1; a < end && !t.reached[s]; ++a) {
+        const int64_t k = s * na + a;
+        bool found = t.row_first[k] == t.row_end[k];
+        const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (a * t.blocks[s] - t.first[s]) * 8;
+        for (int64_t j = t.row_first[k] * 8; j < t.row_end[k] * 8 && !found; ++j) found = p[j] > 0 && t.reached[j];
+        if (found) t.reached[s] = 1, more = true, policy[s] = a;
+      }
+    }
+  }
+  for (int64_t s = 0; s < t.ns; ++s)
+    if (!t.reached[s]) return s;
+  return -1;
+}
+
+// ---- the two methods ---------------------------------------------------------------------------------------------------
+
+// |t.q - Q*| given that t.q = backup(v) and t.next = max t.q: the residual q - (r + discount T next) is at most
+// rounding + contraction * max |v - next|.
+double certificate(const Task& t, double discount, const double* v) {
+  const double contraction = discount * t.row_sum * (1 + 4 * kUnit);
+  if (!(contraction < 1)) return __builtin_nan("");
+  double change = 0;
+  for (int64_t s = 0; s < t.ns; ++s) {
+    const double d = t.next[s] > v[s] ? t.next[s] - v[s] : v[s] - t.next[s];
+    change = d > change ? d : change;
+  }
+  const double rounding = backup_rounding(t, discount, largest_magnitude(v, t.ns));
+  return (rounding + contraction * change) / (1 - contraction) * (1 + 16 * kUnit);
+}
+
+inline int64_t greedy(const double* q, int64_t na) {
+  int64_t best = 0;
+  for (int64_t a = 1; a < na; ++a)
+    if (q[a] > q[best]) best = a;
+  return best;
+}
+
+// How far two actions of state s may seem apart by the rounding of their backups alone.
+template <class T>
+double tie(const Task& t, double discount, int64_t s, int64_t a, int64_t b) {
+  double size = t.magnitude[s * t.na + a] + t.magnitude[s * t.na + b];
+  for (int64_t x = a, left = 2; left > 0; x = b, --left) {
+    const T* p = static_cast<const T*>(t.packed) + t.offset[s] + x * t.blocks[s] * 8;
+    const double* v = t.v + t.first[s] * 8;
+    for (int64_t j = 0; j < t.blocks[s] * 8; ++j) size += discount * (v[j] < 0 ? -v[j] : v[j]) * p[j];
+  }
+  return (t.blocks[s] * 8 + 16) * 2 * kUnit * size;
+}
+
+template <class T>
+PlanResult policy_iteration(Task& t, double discount) {
+  PlanResult out;
+  int64_t* policy = t.policy;
+  if (discount == 1 && cannot_end<T>(t, policy, false) >= 0) {
+    const int64_t s = cannot_end<T>(t, policy, true);
+    if (s >= 0) return out.refusal = Refusal::no_proper_policy, out.row = s * t.na, out;
+  }
+  // Rounding in v, which is that of a backup amplified by 1 / (1 - contraction), may make policies go round in circles:
+  // after a few rounds without a larger gain the search ends.
+  const double slack = 1 - discount * t.row_sum, amplified = 4 / (slack > 1e-6 ? slack : 1e-6);
+  int64_t from = 0, small_rounds = 0;
+  for (;;) {
+    ++out.iterations;
+    if (!evaluate<T>(t, discount, policy, from)) return out.refusal = Refusal::singular, out;
+    backup<T>(t, discount, t.v);
+    const double coarse = backup_rounding(t, discount, largest_magnitude(t.v, t.ns)) * 2;
+    bool changed = false, large = false;
+    for (int64_t s = 0; s < t.ns; ++s) {
+      const double* q = t.q + s * t.na;
+      const double gain = t.next[s] - q[policy[s]];
+      if (!(gain > 0)) continue;
+      const int64_t best = greedy(q, t.na);
+      if (!(gain > coarse * amplified)) {
+        const double fine = tie<T>(t, discount, s, best, policy[s]);
+        if (gain <= fine) continue;
+        large |= gain > fine * amplified;
+      } else {
+        large = true;
+      }
+      if (!changed) from = s / 8;
+      changed = true, policy[s] = best;
+    }
+    small_rounds = large ? 0 : small_rounds + 1;
+    if (!changed || small_rounds > 4) break;
+    if (discount == 1) {
+      const int64_t s = cannot_end<T>(t, policy, false);
+      if (s >= 0) return out.refusal = Refusal::unbounded, out.row = s * t.na, out;
+    }
+  }
+  out.bound = certificate(t, discount, t.v);
+  return out;
+}
+
+template <class T>
+PlanResult value_iteration(Task& t, double discount, double tol) {
+  PlanResult out;
+  for (int64_t s = 0; s < t.nb * 8; ++s) t.v[s] = 0;
+  for (;;) {
+    ++out.iterations;
+    backup<T>(t, discount, t.v);
+    out.bound = certificate(t, discount, t.v);
+    if (!(out.bound == out.bound)) return out.refusal = Refusal::no_contraction, out;
+    double change = 0;
+    for (int64_t s = 0; s < t.ns; ++s) {
+      const double d = t.next[s] > t.v[s] ? t.next[s] - t.v[s] : t.v[s] - t.next[s];
+      change = d > change ? d : change;
+    }
+    // below rounding nothing is to be gained
+    if (out.bound <= tol || change <= backup_rounding(t, discount, largest_magnitude(t.v, t.ns))) return out;
+    for (int64_t s = 0; s < t.ns; ++s) t.v[s] = t.next[s];
+  }
+}
+
+}  // namespace
+
+int64_t vi_bytes(int64_t ns, int64_t na) {
+  Task t;
+  return layout(t, nullptr, ns, na);
+}
+
+PlanResult vi_pack(const TaskTables& in, void* scratch) {
+  Task& t = *static_cast<Task*>(scratch);
+  layout(t, static_cast<char*>(scratch), in.num_states, in.num_actions);
+  t.is_double = in.is_double;
+  return in.is_double ? pack<double>(t, in) : pack<float>(t, in);
+}
+
+PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch) {
+  Task& t = *static_cast<Task*>(scratch);
+  for (int64_t s = 0; s < t.ns; ++s) t.policy[s] = policy[0] < 0 ? greedy(t.reward + s * t.na, t.na) : policy[s];
+  const PlanResult out = method == Method::policy_iteration
+                             ? t.is_double ? policy_iteration<double>(t, discount) : policy_iteration<float>(t, discount)
+                         : t.is_double ? value_iteration<double>(t, discount, tol)
+                                       : value_iteration<float>(t, discount, tol);
+  if (out.refusal != Refusal::none) return out;
+  __builtin_memcpy(q, t.q, t.ns * t.na * sizeof(double));
+  for (int64_t s = 0; s < t.ns; ++s) v[s] = t.next[s], policy[s] = greedy(t.q + s * t.na, t.na);
+  return out;
+}

@@ -1,0 +1,234 @@
+"""The `icrl` command: demo, context, train, eval, worlds. Wrong input ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+GROUPS = ("train", "worlds")
+Positional = tyro.conf.Positional
+
+
+def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
+    if path is None:
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(numbers, indent=1) + "\n")
+    os.replace(part, path)
+    print(f"numbers: {path}")
+
+
+def _new_file(name: str, path: Path | None) -> None:
+    """Refuse a place that cannot be written before hours are spent on what goes there."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"{name}: cannot write a file at {path}")
+
+
+def demo(
+    checkpoint: Path | None = None,
+    tasks: int = 64,
+    num_states: int = 16,
+    steps: int = 2000,
+    seed: int = 0,
+    out: Path = Path("icrl-demo.png"),
+    json: Path | None = None,
+) -> None:
+    """The shipped model learns unseen tasks from its context, beside honest baselines: two tables and a picture.
+
+    Args:
+        checkpoint: a model of your own instead of the shipped one.
+        tasks: unseen AnyMDP tasks. num_states: of each. steps: of each context.
+        out: the picture. json: also write the numbers here.
+    """
+    from icrl.demo import demo as run
+
+    _new_file("out", out)
+    _new_file("json", json)
+    _write_json(json, run(checkpoint, tasks, num_states, steps, seed, out))
+
+
+def context(
+    steps: int = 500_000, num_states: int = 16, seed: int = 0, checkpoint: Path | None = None, json: Path | None = None
+) -> None:
+    """One context of many steps, acting all the way: pace, memory and score as it goes.
+
+    Args:
+        json: also write the numbers here.
+    """
+    from icrl.context import context as run
+
+    _new_file("json", json)
+    _write_json(json, run(steps, num_states, seed, checkpoint))
+
+
+def train_omnirl(
+    out: Path = Path("runs/omnirl"),
+    config: Path | None = None,
+    seed: int | None = None,
+    updates: int | None = None,
+    threads: int | None = None,
+    compile: bool | None = None,
+    json: Path | None = None,
+) -> None:
+    """Meta-train OmniRL. Kill it whenever you like: the same command continues from its last checkpoint.
+
+    Args:
+        out: the run's folder. config: a JSON file {"training": {...}, "loop": {...}} over the defaults; a run's own
+            config.json is one. seed, updates, threads, compile: over the configuration.
+        json: write the last evaluation here.
+    """
+    import torch
+
+    from icrl.omnirl_training import OmniRLLearner, OmniRLTraining
+    from icrl.train import LoopConfig, configured, start_processes, train
+
+    _new_file("json", json)
+    given: dict[str, Any] = {}
+    if config is not None:
+        given = read_json("config", config)
+        if unknown := set(given) - {"training", "loop", "world_size"}:
+            raise ValueError(f"config: {config} has {', '.join(sorted(unknown))}; wanted training, loop")
+    training = configured(OmniRLTraining, given.get("training", {}), "training")
+    loop = configured(LoopConfig, given.get("loop", {}), "loop")
+    if seed is not None:
+        training, loop = replace(training, seed=seed), replace(loop, seed=seed)
+    loop = replace(
+        loop, **{k: v for k, v in {"updates": updates, "threads": threads, "compile": compile}.items() if v is not None}
+    )
+    if loop.threads:
+        torch.set_num_threads(loop.threads)
+    torch.set_flush_denormal(True)
+    start_processes()
+    learner = OmniRLLearner(training, loop)
+    path = train(learner, loop, out)
+    print(f"model: {path}")
+    _write_json(json, {"model": str(path), **learner.evaluate()})
+
+
+def read_json(name: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{name}: {path} is not a readable JSON file ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {path} holds {type(value).__name__}, wanted an object")
+    return value
+
+
+def evaluate(
+    tasks: Path | None = None,
+    checkpoint: Path | None = None,
+    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
+    num_tasks: int = 64,
+    num_states: int = 16,
+    steps: int = 2000,
+    seed: int = 1,
+    prompt: int = 2,
+    json: Path | None = None,
+) -> None:
+    """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones.
+
+    Args:
+        tasks: a file written by `icrl worlds sample`. kind, num_tasks, num_states: of fresh tasks otherwise.
+        prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994.
+    """
+    from icrl.evaluation_table import evaluation_table
+
+    _new_file("json", json)
+    _write_json(json, evaluation_table(tasks, checkpoint, kind, num_tasks, num_states, steps, seed, prompt))
+
+
+def worlds_sample(
+    out: Positional[Path],
+    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
+    num_tasks: int = 1000,
+    num_states: int = 16,
+    num_actions: int = 5,
+    branching: int = 2,
+    seed: int = 0,
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Sample tasks into a safetensors file.
+
+    Args:
+        branching: successors of each state and action (Garnet). overwrite: replace an existing file.
+    """
+    from icrl.worlds import commands
+
+    _write_json(json, commands.sample(out, kind, num_tasks, num_states, num_actions, branching, seed, overwrite))
+
+
+def worlds_filter(
+    tasks: Positional[Path],
+    out: Positional[Path],
+    min_advantage: float = 2.0,
+    min_gini: float = 0.7,
+    min_entropy: float = 0.35,
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Keep the tasks that pass AnyMDP's quality filters, at thresholds of your own.
+
+    Args:
+        min_advantage: how much more than random the optimal policy must earn in an episode. min_gini, min_entropy: of the
+            states that the optimal policy visits.
+    """
+    from icrl.worlds import commands
+
+    _write_json(json, commands.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite))
+
+
+def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:
+    """Sizes, rewards, terminals and values of the tasks in a file."""
+    from icrl.worlds import commands
+
+    _write_json(json, commands.inspect(tasks))
+
+
+def worlds_draw(
+    tasks: Positional[Path], out: Path = Path("icrl-task.png"), index: int = 0, json: Path | None = None
+) -> None:
+    """Draw one task: its transitions under the optimal policy, rewards, values, terminals."""
+    from icrl.worlds import commands
+
+    _new_file("out", out)
+    _write_json(json, commands.draw(tasks, out, index))
+
+
+COMMANDS = {
+    "demo": demo,
+    "context": context,
+    "train omnirl": train_omnirl,
+    "eval": evaluate,
+    "worlds sample": worlds_sample,
+    "worlds filter": worlds_filter,
+    "worlds inspect": worlds_inspect,
+    "worlds draw": worlds_draw,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0, or 2 with one line on what was wrong with the input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
+        args = [f"{args[0]} {args[1]}", *args[2:]]
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="icrl", args=args)
+    except (ValueError, OSError) as e:
+        print(f"icrl: {e}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nicrl: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,359 @@
+"""OmniRL: a linear-attention sequence model that learns a Markov decision process from its context.
+
+One token an environment step: the observation and the transition that led to it. Every memory is a gated linear attention
+(`icrl_kernels.gla`), so training runs in parallel over the sequence, acting is recurrent with a state of constant size, and
+a sequence of any length is trained by segments.
+
+What differs from the published OmniRL (arXiv 2502.02869), a plain stack of token mixers: the mixers' keys start, and stay,
+where they are of use for a table.
+
+- *Transition memory* (one layer, a head an action): key = the previous observation, in the head of the previous action;
+  value = (1, reward, termination, observation, behaviour tag). Its read at the current observation gives, for each action,
+  how often it was tried, its mean reward and where it led: sums that attention forms exactly, because observations enter as
+  orthonormal vectors.
+- *Value memories* (`layers` of them): key = the current observation, value = what the layer below thinks of it, with a decay
+  on the addressed slot alone (an average that forgets stale estimates). The query is the transition memory's distribution
+  of next states, so that the read is an expectation of values over next states: one layer is one learned Bellman backup.
+- *Blocks* between them: per-action streams `z [B,T,A,d]` whose weights are shared by all actions, and a state stream
+  `x [B,T,D]` that pools over them. Observations have no other embedding, so a checkpoint serves any number of states.
+
+Readouts after every block (trained on all, used from the last): policy logits and Q-values at each discount. The prompt tag
+of decoupled policy distillation chooses the discount whose policy acts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icrl import checkpoint
+from icrl_kernels import gla, gla_step
+
+TAGS = 8  # behaviours of decoupled policy distillation: 0-3 optimal at a discount, 4 model-based, 5 Q-learning, 6 random, 7 unknown
+UNKNOWN = 7
+START = 3  # `done` of the token before the first: 0 no, 1 terminated, 2 truncated
+
+
+@dataclass(frozen=True)
+class OmniRLConfig:
+    actions: int = 5
+    layers: int = 4
+    action_width: int = 32
+    state_width: int = 64
+    value_width: int = 24
+    action_hidden: int = 48
+    state_hidden: int = 96
+    pool_heads: int = 4
+    write_rate: float = 0.3
+    discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
+
+
+class Tokens(NamedTuple):
+    """One token a step, all `[B,T]`: where the agent is, and what brought it there."""
+
+    observation: Tensor  # int64 in [0, states)
+    previous_observation: Tensor  # int64; anything where done is START
+    previous_action: Tensor  # int64; `actions` where done is START
+    previous_reward: Tensor  # float32
+    previous_done: Tensor  # int64: 0 no, 1 terminated, 2 truncated, 3 START
+    previous_tag: Tensor  # int64 in [0, TAGS): who chose previous_action
+
+
+class Readout(NamedTuple):
+    logits: Tensor  # [B,T,A,G] policy at each discount
+    q: Tensor  # [B,T,A,G] (1-discount)·Q, in units of the rewards' mean and deviation seen so far
+
+
+class Output(NamedTuple):
+    readouts: list[Readout]  # one a block; the last is the model's
+    reward_mean: Tensor  # [B,T] causal statistics that the q readouts are relative to
+    reward_scale: Tensor
+    next_state: Tensor  # [B,T,A,S] unnormalised frequencies of the next observation
+    mean_reward: Tensor  # [B,T,A]
+
+
+class State(NamedTuple):
+    """All that the model keeps of its context; float32, constant in size."""
+
+    transition: Tensor  # [B,A,S,3+TAGS+S]
+    values: list[Tensor]  # each [B,1,S,1+value_width+G]
+    reward_sum: Tensor  # [B]
+    reward_deviation: Tensor  # [B]
+    count: Tensor  # [B]
+
+    def detach(self) -> State:
+        return State(*(([x.detach() for x in f] if isinstance(f, list) else f.detach()) for f in self))
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), None, 1e-5)
+
+
+def _linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Temperature(NamedTuple):
+    """Of the sampling of actions: from `start` to `end`, linearly over the first `steps` steps of a context."""
+
+    start: float = 0.5
+    end: float = 0.1
+    steps: int = 300
+
+    def at(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(1.0, step / max(1, self.steps))
+
+
+class Block(nn.Module):
+    """Pools the actions' streams into the state's and sends it back, each through a gated MLP."""
+
+    def __init__(self, c: OmniRLConfig) -> None:
+        super().__init__()
+        d, width, pooled = c.action_width, c.state_width, 8 * c.pool_heads
+        self.score = _linear(d, c.pool_heads, d**-0.5)
+        self.value = _linear(d, 2 * pooled, d**-0.5)
+        self.pool_out = _linear(2 * pooled, width, 0.3 * (2 * pooled) ** -0.5)
+        self.state_in = _linear(width, 2 * c.state_hidden, width**-0.5)
+        self.state_out = _linear(c.state_hidden, width, 0.3 * c.state_hidden**-0.5)
+        self.action_in = _linear(d, 2 * c.action_hidden, d**-0.5)
+        self.action_state_in = _linear(width, 2 * c.action_hidden, width**-0.5)
+        self.action_out = _linear(c.action_hidden, d, 0.3 * c.action_hidden**-0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        zn = _normed(z)
+        weight = F.softmax(2 * self.score(zn), dim=2)  # over actions
+        mean, best = self.value(zn).unflatten(-1, (2, weight.shape[-1], 8)).unbind(3)
+        pooled = torch.cat([(weight[..., None] * mean).sum(2).flatten(-2), best.amax(2).flatten(-2)], -1)
+        x = x + self.pool_out(pooled)
+        a, b = self.state_in(_normed(x)).chunk(2, -1)
+        x = x + self.state_out(F.silu(a) * b)
+        a, b = (self.action_in(zn) + self.action_state_in(_normed(x))[:, :, None]).chunk(2, -1)
+        return z + self.action_out(F.silu(a) * b), x
+
+
+class OmniRL(nn.Module):
+    """`model(tokens, state) -> (output, state)`; see the module's docstring for what it is."""
+
+    def __init__(self, config: OmniRLConfig | None = None) -> None:
+        super().__init__()
+        c = self.config = config or OmniRLConfig()
+        d, width, G = c.action_width, c.state_width, len(c.discounts)
+        self.register_buffer("discounts", torch.tensor(c.discounts), persistent=False)
+        self.action_features = _linear(9 + TAGS, d, 0.5, bias=True)
+        self.state_features = _linear(5, width, 0.5, bias=True)
+        rate = math.log(c.write_rate / (1 - c.write_rate))
+        self.write_rate = nn.Parameter(torch.full((c.layers,), rate))
+        self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(c.layers))
+        self.read = nn.ModuleList(_linear(c.value_width + 1 + G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers + 1))
+        self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+
+    def initial_state(self, batch: int, states: int) -> State:
+        """An empty context for `batch` sequences of tasks with up to `states` observations."""
+        c, device = self.config, self.write_rate.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        values = [zeros(batch, 1, states, 1 + c.value_width + len(c.discounts)) for _ in range(c.layers)]
+        return State(
+            zeros(batch, c.actions, states, 3 + TAGS + states), values, zeros(batch), zeros(batch), zeros(batch)
+        )
+
+    def forward(self, tokens: Tokens, state: State) -> tuple[Output, State]:
+        """Tokens `[B,T]` after the context in `state` -> readouts `[B,T,...]` and the state after them.
+
+        With T=1 and gradients off, the state's tensors are updated in place and returned.
+        """
+        c = self.config
+        states = state.transition.shape[2]
+        here = F.one_hot(tokens.observation, states).float()
+        mean, scale, count, statistics = self._reward_statistics(tokens.previous_reward, state)
+        seen, new_transition = self._read_transitions(tokens, here, state.transition)
+        z, x, next_state, mean_reward, mass = self._features(tokens, here, seen, mean, scale, count)
+        z, x = self.blocks[0](z, x)
+        readouts = [self._readout(0, z, x, torch.zeros(()))]
+        new_values = []
+        units = (mean[..., None, None], scale[..., None, None])
+        for i in range(c.layers):
+            best = readouts[-1].q.amax(2) * units[1][..., 0] + units[0][..., 0]
+            value = torch.cat([torch.ones_like(best[..., :1]), self.write[i](_normed(x)), best], -1)[:, :, None]
+            rate = torch.sigmoid(self.write_rate[i]).clamp(max=0.8)
+            key = here[:, :, None]
+            read, new = self._attend(next_state, key * rate, value, key * torch.log1p(-rate), state.values[i])
+            new_values.append(new)
+            weight = read[..., :1]
+            average = read[..., 1:] / (weight + 1e-2)
+            # one Bellman backup at each discount, in raw reward units, then in the units of the readouts
+            backup = (1 - self.discounts) * mean_reward[..., None] + self.discounts * mass[..., None] * average[
+                ..., c.value_width :
+            ]
+            backup = ((backup - units[0]) / units[1]).clamp(-8, 8) * (mass[..., None] > 0.02)
+            z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, weight], -1))
+            z, x = self.blocks[i + 1](z, x)
+            readouts.append(self._readout(i + 1, z, x, backup))
+        output = Output(readouts, mean, scale, next_state, mean_reward)
+        return output, State(new_transition, new_values, *statistics)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        if q.shape[1] == 1 and not torch.is_grad_enabled():
+            o = gla_step(q[:, 0], k[:, 0], v[:, 0], None if g is None else g[:, 0], state, scale=1.0)
+            return o[:, None], state
+        o, new = gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+        assert new is not None
+        return o, new
+
+    def _reward_statistics(
+        self, reward: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Running mean and mean absolute deviation of the rewards so far, `[B,T]` each."""
+        steps = torch.arange(reward.shape[1], device=reward.device, dtype=torch.float32)
+        count = state.count[:, None] + steps  # rewards seen; the first token brings none
+        total = state.reward_sum[:, None] + reward.cumsum(1)
+        mean = total / count.clamp(min=1)
+        deviation = state.reward_deviation[:, None] + (reward - mean).abs().cumsum(1)
+        scale = deviation / count.clamp(min=1) + 1e-2
+        return mean, scale, count, (total[:, -1], deviation[:, -1], count[:, -1] + 1)
+
+    def _read_transitions(self, t: Tokens, here: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        A, done = self.config.actions, t.previous_done
+        head = (
+            F.one_hot(t.previous_action, A + 1)[..., :A] * (done != START)[..., None]
+        )  # head a is written when a was taken
+        key = F.one_hot(t.previous_observation, here.shape[-1]).float()[:, :, None] * head[..., None]
+        value = torch.cat(
+            [
+                torch.ones_like(here[..., :1]),
+                t.previous_reward[..., None],
+                (done == 1).float()[..., None],
+                F.one_hot(t.previous_tag, TAGS).float(),
+                (done == 0).float()[..., None] * here,  # where an episode ended, the observation is no next state
+            ],
+            -1,
+        )
+        query = here[:, :, None].expand(-1, -1, A, -1)
+        return self._attend(query, key, value[:, :, None].expand(-1, -1, A, -1), None, memory)
+
+    def _features(self, t: Tokens, here: Tensor, seen: Tensor, mean: Tensor, scale: Tensor, count: Tensor):
+        """What the transition memory knows of each action here: streams z, x; frequencies, mean reward, mass of next states."""
+        n = seen[..., :1].clamp(min=0)
+        average = seen[..., 1:] / (n + 1e-2)
+        reward, end, tags, next_state = average.split([1, 1, TAGS, here.shape[-1]], -1)
+        known = n / (n + 0.1)
+        r = (reward - mean[..., None, None]) / scale[..., None, None] * known
+        stays, spread = (next_state * here[:, :, None]).sum(-1, keepdim=True), (next_state**2).sum(-1, keepdim=True)
+        features = [
+            known,
+            0.5 * torch.log1p(n),
+            1 / (1 + n),
+            0.5 * r.clamp(-8, 8),
+            torch.tanh(r),
+            torch.tanh(4 * r),
+            end,
+            stays,
+            spread,
+        ]
+        z = self.action_features(torch.cat([*features, tags], -1))
+        ended = t.previous_done
+        x = self.state_features(
+            torch.stack(
+                [
+                    0.3 * torch.log1p(count),
+                    0.3 * torch.log(scale),
+                    (mean / scale).clamp(-5, 5),
+                    (ended == 1).float(),
+                    (ended == 2).float(),
+                ],
+                -1,
+            )
+        )
+        return z, x, next_state, reward[..., 0], (known * (1 - end))[..., 0]
+
+    def _readout(self, i: int, z: Tensor, x: Tensor, backup: Tensor) -> Readout:
+        zn = _normed(z)
+        q = backup + self.q_heads[i](zn) + self.q_state_heads[i](_normed(x))[:, :, None]
+        return Readout(self.policy_heads[i](zn), q)
+
+    def save(self, path: Path | str, **facts: object) -> None:
+        checkpoint.save(path, self.state_dict(), {"model": "omnirl", "config": asdict(self.config), **facts})
+
+    @classmethod
+    def load(cls, path: Path | str) -> OmniRL:
+        """A model from a checkpoint written by `save`. Raises ValueError where the file is not one."""
+        tensors, facts = checkpoint.load(path)
+        if facts.get("model") != "omnirl":
+            raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
+        config = facts["config"]
+        config["discounts"] = tuple(config["discounts"])
+        model = cls(OmniRLConfig(**config))
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as e:
+            raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e
+        return model.eval()
+
+
+class Agent:
+    """Acts in a batch of tasks with one context each, learning from nothing but that context.
+
+    Args:
+        model: an OmniRL. batch: how many tasks. states: capacity for observations (at least the largest task's).
+        prompt: which policy to imitate, by its tag: 0..3, the optimal one at `model.config.discounts[prompt]`.
+        temperature: of sampling. seed: of sampling.
+        num_actions: `[batch]` or int, where a task has fewer actions than the model; actions beyond wrap around.
+    """
+
+    def __init__(
+        self,
+        model: OmniRL,
+        batch: int,
+        states: int,
+        *,
+        prompt: int = 2,
+        temperature: Temperature | None = None,
+        seed: int = 0,
+        num_actions: Tensor | int | None = None,
+    ) -> None:
+        c = model.config
+        if not 0 <= prompt < len(c.discounts):
+            raise ValueError(f"prompt: wanted a tag in 0..{len(c.discounts) - 1}, got {prompt}")
+        self.model, self.prompt, self.temperature = model, prompt, temperature or Temperature()
+        self.num_actions = c.actions if num_actions is None else num_actions
+        largest = int(torch.as_tensor(self.num_actions).max())
+        if largest > c.actions:
+            raise ValueError(f"num_actions: the model has {c.actions} actions, the task {largest}")
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state = model.initial_state(batch, states)
+        zeros = torch.zeros(batch, dtype=torch.int64)
+        self.step = 0
+        self._observation = zeros
+        self._previous = (zeros, zeros + c.actions, torch.zeros(batch), zeros + START, zeros + UNKNOWN)
+
+    @torch.no_grad()
+    def act(self, observation: Tensor) -> Tensor:
+        """Observations `[batch]` int64 -> actions of the tasks `[batch]`."""
+        tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
+        output, self.state = self.model(tokens, self.state)
+        logits = output.readouts[-1].logits[:, 0, :, self.prompt]
+        noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=self.generator).clamp_(1e-9, 1 - 1e-7)))
+        self._observation = observation
+        self._action = (logits / self.temperature.at(self.step) + noise).argmax(-1)
+        self.step += 1
+        return self._action % self.num_actions
+
+    def observe(self, reward: Tensor, done: Tensor, tag: int = UNKNOWN) -> None:
+        """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated)."""
+        tags = torch.full_like(self._action, tag)
+        self._previous = (self._observation, self._action, reward.float(), done.long(), tags)

@@ -1,0 +1,51 @@
+"""Pictures: learning curves with intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is asked for
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from icrl.evaluate import Curve
+
+COLOURS = {
+    "OmniRL (in context)": "#d1495b",
+    "tabular model-based": "#30638e",
+    "Q-learning (UCB)": "#edae49",
+    "random": "#9a9a9a",
+    "oracle": "#3a7d44",
+}
+
+
+def draw_curves(ax: Axes, curves: dict[str, Curve], title: str, ylabel: str) -> None:
+    """One line a method, its 95% interval shaded."""
+    for name, c in curves.items():
+        colour = COLOURS.get(name)
+        dashed = name in ("random", "oracle")
+        ax.plot(c.steps, c.mean, color=colour, label=name, lw=1.2 if dashed else 2, ls="--" if dashed else "-")
+        if not dashed:
+            low = [m - i for m, i in zip(c.mean, c.ci95, strict=True)]
+            high = [m + i for m, i in zip(c.mean, c.ci95, strict=True)]
+            ax.fill_between(c.steps, low, high, color=colour, alpha=0.15, lw=0)
+    ax.set(title=title, xlabel="steps in context", ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.2)
+
+
+def demo_picture(path: Path, anymdp: dict[str, Curve], classic: dict[str, dict[str, Curve]], title: str) -> None:
+    """The demo's picture: unseen AnyMDP tasks at the left, the Gymnasium tasks beside them."""
+    n = len(classic)
+    fig, axes = plt.subplot_mosaic([["a", *map(str, range(n))]], figsize=(6 + 3.2 * n, 4), width_ratios=[1.8, *[1] * n])
+    draw_curves(axes["a"], anymdp, title, "normalised reward per step")
+    axes["a"].set_ylim(-0.1, 1.15)
+    axes["a"].legend(frameon=False, fontsize=8, loc="lower right")
+    for i, (name, curves) in enumerate(classic.items()):
+        draw_curves(axes[str(i)], curves, name, "episodes that reach the goal" if i == 0 else "")
+        axes[str(i)].set_ylim(-0.03, 1.05)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)

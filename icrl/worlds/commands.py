@@ -1,0 +1,99 @@
+"""What `icrl worlds` does: sample, filter, inspect and draw files of tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from icrl.worlds.quality import quality
+from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
+from icrl.worlds.tables import TabularTasks
+
+DISCOUNT = 0.994
+
+
+def draw_tasks(
+    kind: str, num_tasks: int, num_states: int, num_actions: int, branching: int, seed: int, progress: bool = False
+) -> TabularTasks:
+    """Fresh tasks of a kind: "anymdp", "garnet" or "bandit"."""
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks: wanted at least 1, got {num_tasks}")
+    if kind == "anymdp":
+        return sample_anymdp(num_tasks, num_states, num_actions, seed=seed, progress=progress)
+    if kind == "garnet":
+        return sample_garnet(num_tasks, num_states, num_actions, branching, seed=seed)
+    if kind == "bandit":
+        return sample_bandit(num_tasks, num_actions, seed=seed)
+    raise ValueError(f"kind: wanted anymdp, garnet or bandit, got {kind!r}")
+
+
+def _target(out: Path, overwrite: bool) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"out: cannot write a file at {out}")
+    if out.exists() and not overwrite:
+        raise ValueError(f"out: {out} exists; give --overwrite to replace it")
+
+
+def sample(
+    out: Path, kind: str, num_tasks: int, num_states: int, num_actions: int, branching: int, seed: int, overwrite: bool
+) -> dict[str, Any]:
+    _target(out, overwrite)
+    tasks = draw_tasks(kind, num_tasks, num_states, num_actions, branching, seed, progress=True)
+    tasks.save(out)
+    print(f"{out}: {tasks}, {out.stat().st_size / 2**20:.1f} MB")
+    return {"out": str(out), "kind": kind, "seed": seed, "tasks": len(tasks), "bytes": out.stat().st_size}
+
+
+def filter_tasks(
+    path: Path, out: Path, min_advantage: float, min_gini: float, min_entropy: float, overwrite: bool
+) -> dict[str, Any]:
+    _target(out, overwrite)
+    tasks = TabularTasks.load(path)
+    if int(tasks.num_states.min()) < 2:
+        raise ValueError(f"tasks: the filters need two states or more; {path} has bandits")
+    q = quality(tasks)
+    keep = (q.advantage >= min_advantage) & (q.gini > min_gini) & (q.entropy > min_entropy)
+    tasks[keep].save(out)
+    print(f"{out}: {int(keep.sum())} of {len(tasks)} tasks kept")
+    return {"out": str(out), "kept": int(keep.sum()), "of": len(tasks)}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    tasks = TabularTasks.load(path)
+    solved = tasks.solve(DISCOUNT)
+    rows: dict[str, Tensor] = {
+        "states": tasks.num_states,
+        "actions": tasks.num_actions,
+        "horizon (steps)": tasks.max_steps,
+        "terminal states": tasks.terminal.sum(1),
+        "successors of a state and action": (tasks.transition > 0).sum((1, 2, 3)) / tasks.transition.sum((1, 2, 3)).clamp(min=1),
+        "mean reward, all states and actions": tasks.expected_reward().sum((1, 2)) / tasks.transition.sum((1, 2, 3)).clamp(min=1),
+        f"optimal value of the start, γ={DISCOUNT}": (solved.v * tasks.start).sum(1),
+        "certified error of the values": solved.error_bound,
+    }
+    if int(tasks.num_states.min()) > 1:
+        q = quality(tasks)
+        rows |= {"advantage over random": q.advantage, "Gini of visits": q.gini, "entropy of visits": q.entropy}
+    print(f"{path}: {tasks}\n")
+    print(f"  {'a task':38}{'least':>12}{'median':>12}{'largest':>12}")
+    numbers: dict[str, Any] = {"tasks": len(tasks)}
+    for name, values in rows.items():
+        v = values.double()
+        low, middle, high = (float(x) for x in (v.min(), v.median(), v.max()))
+        print(f"  {name:38}{low:12.4g}{middle:12.4g}{high:12.4g}")
+        numbers[name] = {"least": low, "median": middle, "largest": high}
+    return numbers
+
+
+def draw(path: Path, out: Path, index: int) -> dict[str, Any]:
+    from icrl.worlds.draw import draw_task
+
+    tasks = TabularTasks.load(path)
+    if not 0 <= index < len(tasks):
+        raise ValueError(f"index: wanted 0 to {len(tasks) - 1}, got {index}")
+    figure = draw_task(tasks, index)
+    figure.savefig(out, dpi=130)
+    print(f"picture: {out}")
+    return {"out": str(out), "index": index}
