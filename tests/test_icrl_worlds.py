@@ -9,7 +9,16 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from icrl.worlds import TabularEnv, TabularTasks, TabularVectorEnv, sample_anymdp, sample_bandit, sample_garnet
+from icrl.worlds import (
+    TabularEnv,
+    TabularTasks,
+    TabularVectorEnv,
+    quality,
+    sample_anymdp,
+    sample_bandit,
+    sample_garnet,
+)
+from icrl.worlds.draw import draw_task, to_rgb
 
 SAMPLERS = {
     "anymdp": lambda n, **k: sample_anymdp(n, 16, 5, **k),
@@ -69,6 +78,38 @@ def test_anymdp_semantics(tasks):
         assert getattr(tasks, name).any(), name
     assert (tasks.max_steps >= (4 * tasks.num_states).clamp(min=100)).all()
     assert (tasks.noise_state[tasks.terminal] == 0).all()
+
+
+def test_accepted_tasks_pass_the_filters_as_recomputed_from_their_tables(tasks):
+    found = quality(tasks)
+    assert (found.advantage >= 2 - 1e-3).all()
+    assert (found.gini > 0.7 - 1e-5).all()
+    assert (found.entropy > 0.35 - 1e-5).all()
+    assert not quality(sample_garnet(50, 16, 5, seed=0)).accepted().all()
+    for a, b in zip(quality(tasks[5]), found, strict=True):  # padding and neighbours do not matter
+        torch.testing.assert_close(a, b[5:6], rtol=1e-9, atol=1e-9)
+    assert quality(tasks[:0]).gini.shape == (0,)
+
+
+def test_solve_satisfies_bellman_and_ignores_lacking_actions(tasks):
+    mixed = TabularTasks.concatenate([tasks[:4], sample_garnet(3, 10, 2, seed=0), sample_bandit(2, 3, seed=0)])
+    gammas = [0.0, 0.5, 0.994]
+    found = mixed.solve(gammas)
+    t, r = mixed.transition.double(), mixed.reward.double()
+    lacking = ~mixed.action_mask()[:, None, :]
+    for k, gamma in enumerate(gammas):
+        want = (t * (r + gamma * found.v[:, k, None, None, :])).sum(-1).masked_fill(lacking, -torch.inf)
+        bound = 2 * found.error_bound[:, k, None, None] + 1e-10
+        assert ((found.q[:, k] - want).nan_to_num(0).abs() <= bound).all()
+        assert torch.equal(found.q[:, k].isinf(), lacking.expand_as(want))
+    assert (found.policy < mixed.num_actions[:, None, None]).all()
+    one = mixed.solve(0.994)
+    assert torch.equal(one.q, found.q[:, 2])
+
+
+def test_expected_reward(tasks):
+    want = (tasks.transition.double() * tasks.reward.double()).sum(-1)
+    torch.testing.assert_close(tasks.expected_reward(), want.float(), rtol=0, atol=0)
 
 
 def test_garnet_semantics():
@@ -388,3 +429,18 @@ def test_make_vec():
     env = gymnasium.make_vec("icrl/AnyMDP-v0", 3, vectorization_mode="vector_entry_point", num_states=8)
     assert isinstance(env.unwrapped, TabularVectorEnv)
     assert env.reset(seed=0)[0].shape == (3,)
+
+
+def test_picture(tasks):
+    picture = to_rgb(draw_task(tasks, 3, current=1))
+    assert picture.dtype == np.uint8
+    assert picture.ndim == 3
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert (picture != to_rgb(draw_task(tasks, 3, current=2))).any()
+    for other in (sample_bandit(1, 3, seed=0), sample_garnet(1, 70, 2, seed=0)):
+        assert to_rgb(draw_task(other)).std() > 5
+    env = TabularEnv(tasks[3], render_mode="rgb_array")
+    env.reset(seed=0)
+    before = env.render()
+    env.step(0)
+    assert env.render().shape == before.shape == picture.shape

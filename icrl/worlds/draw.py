@@ -35,8 +35,8 @@ def draw_task(
     task = tasks[i].to("cpu")
     ns = int(task.num_states[0])
     gamma = 2.0 ** (-1.0 / ns) if discount is None else discount
-    q = task.solve(float(gamma)).q[0, :ns].double().masked_fill(~task.action_mask()[0], -torch.inf)
-    value, policy = q.amax(-1).numpy(), q.argmax(-1)
+    best = task.solve(float(gamma))
+    value, policy = best.v[0, :ns].numpy(), best.policy[0, :ns]
     every = torch.arange(ns)
     p = task.transition[0, every, policy, :ns].double().numpy()
     r = task.reward[0, every, policy, :ns].double().numpy()
@@ -57,20 +57,13 @@ def draw_task(
     for mark, chosen in (("o", ~terminal), ("s", terminal)):
         face = values.to_rgba(value[chosen])
         face[terminal[chosen]] = (1, 1, 1, 1)
-        top.scatter(
-            every[chosen],
-            0 * every[chosen],
-            size,
-            face,
-            mark,
-            edgecolors=INK,
-            linewidths=1.2 if ns <= 40 else 0.5,
-            zorder=4,
-        )
-    for s in np.flatnonzero(start):
-        top.scatter(s, 0, size * 2.1, "none", "o", edgecolors=START, linewidths=1 + 2 * start[s], zorder=3)
-    if current is not None:
-        top.scatter(current, 0, size * 3.4, "none", "o", edgecolors=HERE, linewidths=2.5, zorder=5)
+        line = 1.2 if ns <= 40 else 0.5
+        x = every[chosen]
+        top.scatter(x, 0 * x, size, face, marker=mark, edgecolors=INK, linewidths=line, zorder=4)
+    rings = [(int(s), 2.1, START, 1 + 2 * start[s], 3) for s in np.flatnonzero(start)]
+    rings += [] if current is None else [(current, 3.4, HERE, 2.5, 5)]
+    for s, scale, colour, line, z in rings:
+        top.scatter(s, 0, size * scale, facecolors="none", edgecolors=colour, linewidths=line, zorder=z)
     if ns <= 40:
         lightness = values.to_rgba(value)[:, :3] @ (0.3, 0.59, 0.11)
         for s in range(ns):
@@ -80,7 +73,7 @@ def draw_task(
     top.set(ylim=(-1.05 * down, 1.22 * up), xlim=(-0.5 - ns / 50, ns - 0.5 + ns / 50), yticks=[])
     top.spines["bottom"].set_visible(False)
     top.tick_params(bottom=False, labelbottom=False)
-    figure.colorbar(values, ax=top, pad=0.01, aspect=30, label=f"optimal value, γ = {gamma:.3f}")
+    figure.colorbar(values, ax=top, pad=0.01, aspect=30, label=f"optimal value, discount {gamma:.3f}")
     figure.colorbar(colours, ax=top, pad=0.01, aspect=30, label="mean reward of the transition")
     legend = [
         Line2D([], [], ls="", marker="o", ms=11, mfc="none", mec=START, mew=2.2, label="start"),
@@ -88,14 +81,11 @@ def draw_task(
         Line2D([], [], color=FAINT, lw=2.5, label="forward above, backward below"),
     ]
     top.legend(handles=legend, loc="upper left", frameon=False, fontsize=9, ncols=3)
-    ids = task.num_observations
-    top.set_title(
-        f"{ns} states ({ids} observed ids), {int(task.num_actions[0])} actions, at most {int(task.max_steps[0])} steps: "
-        "the optimal policy",
-        loc="left",
-        fontsize=11,
-        color=INK,
+    na, steps = int(task.num_actions[0]), int(task.max_steps[0])
+    title = (
+        f"{ns} states ({task.num_observations} observed ids), {na} actions, at most {steps} steps: the optimal policy"
     )
+    top.set_title(title, loc="left", fontsize=11, color=INK)
 
     chain = np.where(terminal[:, None], start, p)
     visits = start @ np.linalg.matrix_power((np.eye(ns) + chain) / 2, 1 << 14)  # lazy: same limit, no oscillation
