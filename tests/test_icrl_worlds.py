@@ -6,8 +6,19 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
 
-from icrl.worlds import TabularTasks, sample_anymdp, sample_bandit, sample_garnet
+from icrl.worlds import (
+    TabularEnv,
+    TabularTasks,
+    TabularVectorEnv,
+    quality,
+    sample_anymdp,
+    sample_bandit,
+    sample_garnet,
+)
+from icrl.worlds.draw import draw_task, to_rgb
 
 SAMPLERS = {
     "anymdp": lambda n, **k: sample_anymdp(n, 16, 5, **k),
@@ -67,6 +78,38 @@ def test_anymdp_semantics(tasks):
         assert getattr(tasks, name).any(), name
     assert (tasks.max_steps >= (4 * tasks.num_states).clamp(min=100)).all()
     assert (tasks.noise_state[tasks.terminal] == 0).all()
+
+
+def test_accepted_tasks_pass_the_filters_as_recomputed_from_their_tables(tasks):
+    found = quality(tasks)
+    assert (found.advantage >= 2 - 1e-3).all()
+    assert (found.gini > 0.7 - 1e-5).all()
+    assert (found.entropy > 0.35 - 1e-5).all()
+    assert not quality(sample_garnet(50, 16, 5, seed=0)).accepted().all()
+    for a, b in zip(quality(tasks[5]), found, strict=True):  # padding and neighbours do not matter
+        torch.testing.assert_close(a, b[5:6], rtol=1e-9, atol=1e-9)
+    assert quality(tasks[:0]).gini.shape == (0,)
+
+
+def test_solve_satisfies_bellman_and_ignores_lacking_actions(tasks):
+    mixed = TabularTasks.concatenate([tasks[:4], sample_garnet(3, 10, 2, seed=0), sample_bandit(2, 3, seed=0)])
+    gammas = [0.0, 0.5, 0.994]
+    found = mixed.solve(gammas)
+    t, r = mixed.transition.double(), mixed.reward.double()
+    lacking = ~mixed.action_mask()[:, None, :]
+    for k, gamma in enumerate(gammas):
+        want = (t * (r + gamma * found.v[:, k, None, None, :])).sum(-1).masked_fill(lacking, -torch.inf)
+        bound = 2 * found.error_bound[:, k, None, None] + 1e-10
+        assert ((found.q[:, k] - want).nan_to_num(0).abs() <= bound).all()
+        assert torch.equal(found.q[:, k].isinf(), lacking.expand_as(want))
+    assert (found.policy < mixed.num_actions[:, None, None]).all()
+    one = mixed.solve(0.994)
+    assert torch.equal(one.q, found.q[:, 2])
+
+
+def test_expected_reward(tasks):
+    want = (tasks.transition.double() * tasks.reward.double()).sum(-1)
+    torch.testing.assert_close(tasks.expected_reward(), want.float(), rtol=0, atol=0)
 
 
 def test_garnet_semantics():
@@ -223,3 +266,181 @@ def test_from_gymnasium():
     tasks = TabularTasks.from_gymnasium(taxi)
     assert tasks.terminal.sum() == 4
     assert np.allclose(tasks.start[0], taxi.unwrapped.initial_state_distrib)
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+def rollout(env, seed: int, steps: int = 300) -> list:
+    env.reset(seed=seed)
+    actions = np.random.default_rng(seed)
+    out = []
+    for _ in range(steps):
+        out.append(env.step(int(actions.integers(env.action_space.n)))[:4])
+        if out[-1][2] or out[-1][3]:
+            out.append(env.reset()[0])
+    return out
+
+
+def test_env_passes_the_checker_and_honours_seeds():
+    env = gymnasium.make("icrl/AnyMDP-v0", num_states=8, num_actions=3, render_mode="ansi")
+    check_env(env.unwrapped)
+    assert rollout(env, 0) == rollout(env, 0)
+    assert rollout(env, 0) != rollout(env, 1)
+    assert env.render().startswith("step ")
+
+
+def test_env_ends_as_the_task_says(tasks):
+    env = TabularEnv(tasks[2])
+    mapping, ns = tasks.state_mapping[2].tolist(), int(tasks.num_states[2])
+    ends = {True: 0, False: 0}
+    for episode in range(30):
+        seen, info = env.reset(seed=episode)
+        for k in range(int(tasks.max_steps[2])):
+            assert mapping[info["state"]] == seen
+            seen, _, terminated, truncated, info = env.step(k % 5)
+            assert terminated == bool(tasks.terminal[2, info["state"]])
+            assert truncated == (k + 1 == tasks.max_steps[2])
+            if terminated or truncated:
+                ends[terminated] += 1
+                break
+        with pytest.raises(RuntimeError, match="reset"):
+            env.step(0)
+    assert sum(ends.values()) == 30
+    assert env.observation_space.n >= ns
+
+
+def test_env_changes_task_and_refuses_bad_ones(tasks):
+    env = TabularEnv(tasks[0])
+    env.reset(options={"task": tasks[1]})
+    assert same(env.task, tasks[1])
+    for options, named in (({"task": tasks}, "task"), ({"tsk": 1}, "options")):
+        with pytest.raises(ValueError, match=named):
+            env.reset(options=options)
+    with pytest.raises(ValueError, match="observed ids"):
+        env.reset(options={"task": sample_anymdp(1, 64, 5, seed=0)})
+    env = TabularEnv(tasks[0])
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action"):
+        env.step(5)
+    with pytest.raises(ValueError, match="render_mode"):
+        TabularEnv(tasks[0], render_mode="human")
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_vector_env_ends_and_resets(mode):
+    tasks = TabularTasks.concatenate([sample_anymdp(20, 16, 5, seed=0), sample_bandit(4, 5, seed=0)])
+    env = TabularVectorEnv(tasks, mode)
+    assert env.metadata["autoreset_mode"] is mode
+    rng = np.random.default_rng(0)
+    _, info = env.reset(seed=0)
+    state, steps, over = info["state"], np.zeros(24, dtype=int), np.zeros(24, dtype=bool)
+    arange, transition = np.arange(24), tasks.transition.numpy()
+    for _ in range(250):
+        actions = rng.integers(0, 5, 24)
+        seen, reward, terminated, truncated, info = env.step(actions)
+        assert env.observation_space.contains(seen)
+        steps += 1
+        if mode == AutoresetMode.NEXT_STEP:
+            assert (reward[over] == 0).all()
+            assert not (terminated | truncated)[over].any()
+            steps[over] = 0
+            landed = info["state"]
+            assert (tasks.start.numpy()[arange, landed][over] > 0).all()
+            moved = ~over
+            over = terminated | truncated
+        else:
+            moved, over = np.ones(24, dtype=bool), terminated | truncated
+            landed = info["state"].copy()
+            if over.any():
+                assert (info["_final_obs"] == over).all()
+                inner = tasks.state_of().numpy()[arange, info["final_obs"]]
+                assert (tasks.start.numpy()[arange, landed][over] > 0).all()
+                landed[over] = inner[over]
+        assert (transition[arange, state, actions, landed][moved] > 0).all()
+        assert (tasks.terminal.numpy()[arange, landed][moved] == terminated[moved]).all()
+        assert ((steps == tasks.max_steps.numpy())[moved] == truncated[moved]).all()
+        state = info["state"]
+        if mode == AutoresetMode.SAME_STEP:
+            steps[over] = 0
+
+
+def test_vector_trajectories_depend_on_their_own_seed_only(tasks):
+    def run(env, seed, columns):
+        env.reset(seed=seed)
+        rng = np.random.default_rng(0)
+        return [np.stack(env.step(rng.integers(0, 5, 64)[columns])[:2])[:] for _ in range(120)]
+
+    whole = run(TabularVectorEnv(tasks), 7, slice(None))
+    part = run(TabularVectorEnv(tasks[20:30]), 27, slice(20, 30))
+    assert all((w[:, 20:30] == p).all() for w, p in zip(whole, part, strict=True))
+    other = run(TabularVectorEnv(tasks), 8, slice(None))
+    assert any((w != o).any() for w, o in zip(whole, other, strict=True))
+    env = TabularVectorEnv(tasks)
+    first = [env.reset()[0] for _ in range(40)]
+    assert any((first[0] != f).any() for f in first)
+
+
+def test_vector_env_equals_single_env_and_the_tables_in_distribution(tasks):
+    """One state and action, many draws: next-state frequencies (χ²) and reward moments against the table, for both."""
+    n, task, action = 4000, tasks[4], 2
+    state = int(task.start.argmax())
+    p = task.transition[0, state, action].double().numpy()
+    mean = float(task.expected_reward()[0, state, action])
+    one = dataclasses.replace(task, start=torch.nn.functional.one_hot(task.start.argmax(-1), p.size).float())
+    vector, single = TabularVectorEnv(one[[0] * n]), TabularEnv(one)
+    vector.reset(seed=0)
+    _, rewards, _, _, info = vector.step(np.full(n, action))
+    drawn = {"vector": (info["state"], rewards)}
+    single.reset(seed=0)
+    steps = []
+    for _ in range(n):
+        steps.append(single.step(action))
+        single.reset()
+    drawn["single"] = np.array([s[4]["state"] for s in steps]), np.array([s[1] for s in steps])
+    r = task.reward[0, state, action].double().numpy()
+    sigma = (task.noise_state[0] + task.noise_action[0, state, action]).double().numpy()
+    deviation = np.sqrt((p * (r**2 + sigma**2)).sum() - mean**2)
+    for name, (states, got) in drawn.items():
+        count = np.bincount(states, minlength=p.size)
+        assert (count[p == 0] == 0).all(), name
+        often = n * p > 5
+        chi2 = ((count - n * p)[often] ** 2 / (n * p)[often]).sum()
+        assert chi2 < often.sum() + 5 * np.sqrt(2 * often.sum()), name
+        assert abs(got.mean() - mean) < 5 * deviation / np.sqrt(n), name
+
+
+def test_vector_env_refusals(tasks):
+    env = TabularVectorEnv(tasks)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(64, dtype=int))
+    with pytest.raises(ValueError, match="seed"):
+        env.reset(seed=[1, 2])
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions.*environment 0: wanted 0 to 4, got 5"):
+        env.step(np.full(64, 5))
+    with pytest.raises(ValueError, match="actions"):
+        env.step(np.zeros(3, dtype=int))
+    with pytest.raises(ValueError, match="autoreset_mode"):
+        TabularVectorEnv(tasks, AutoresetMode.DISABLED)
+
+
+def test_make_vec():
+    env = gymnasium.make_vec("icrl/AnyMDP-v0", 3, vectorization_mode="vector_entry_point", num_states=8)
+    assert isinstance(env.unwrapped, TabularVectorEnv)
+    assert env.reset(seed=0)[0].shape == (3,)
+
+
+def test_picture(tasks):
+    picture = to_rgb(draw_task(tasks, 3, current=1))
+    assert picture.dtype == np.uint8
+    assert picture.ndim == 3
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert (picture != to_rgb(draw_task(tasks, 3, current=2))).any()
+    for other in (sample_bandit(1, 3, seed=0), sample_garnet(1, 70, 2, seed=0)):
+        assert to_rgb(draw_task(other)).std() > 5
+    env = TabularEnv(tasks[3], render_mode="rgb_array")
+    env.reset(seed=0)
+    before = env.render()
+    env.step(0)
+    assert env.render().shape == before.shape == picture.shape

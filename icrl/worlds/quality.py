@@ -31,35 +31,32 @@ class Quality(NamedTuple):
 
 def quality(tasks: TabularTasks) -> Quality:
     """AnyMDP's quality numbers (arXiv 2502.02869); entropy is NaN for one-state tasks."""
-    parts = Quality(*(torch.empty(len(tasks), dtype=torch.float64, device=tasks.device) for _ in range(3)))
-    for ns in tasks.num_states.unique().tolist():  # γ is a function of ns
-        index = (tasks.num_states == ns).nonzero()[:, 0]
-        block = max(1, (1 << 23) // tasks.transition[0].numel())
-        for rows in index.split(block):
-            for whole, part in zip(parts, _quality(tasks[rows], ns), strict=True):
-                whole[rows] = part
-    return parts
+    block = max(1, (1 << 22) // max(1, tasks.transition[:1].numel()))  # float64 copies of at most 32 MB
+    parts = [_quality(tasks[i : i + block]) for i in range(0, len(tasks), block)]
+    return Quality(*(torch.cat(x) for x in zip(*parts, strict=True))) if parts else Quality(*torch.zeros(3, 0))
 
 
-def _quality(tasks: TabularTasks, ns: int) -> Quality:
-    gamma = 2.0 ** (-1.0 / ns)
-    q = tasks.solve(gamma).q[:, :ns].double().masked_fill(~tasks.action_mask()[:, None], -torch.inf)
-    t = tasks.transition[:, :ns, :, :ns].double()
-    mean_reward = tasks.expected_reward()[:, :ns].double()
-    share = (tasks.action_mask() / tasks.num_actions[:, None]).double()
-    eye = torch.eye(ns, dtype=torch.float64, device=tasks.device)
-    random_p = torch.einsum("nsap,na->nsp", t, share)
-    random_v = torch.linalg.solve(eye - gamma * random_p, torch.einsum("nsa,na->ns", mean_reward, share))
-    random_q = mean_reward + gamma * torch.einsum("nsap,np->nsa", t, random_v)
-    random_q = random_q.masked_fill(~tasks.action_mask()[:, None], -torch.inf)
-    start = tasks.start[:, :ns].double()
-    advantage = (q.amax(-1) - random_q.amax(-1)) * (1 - gamma) * tasks.max_steps[:, None]
+def _quality(tasks: TabularTasks) -> Quality:
+    ns = tasks.num_states.double()
+    gamma = torch.exp2(-1 / ns)
+    best = tasks.solve(gamma[:, None])
+    t, start = tasks.transition.double(), tasks.start.double()
+    lacking = ~tasks.action_mask()
+    share = (~lacking).double() / tasks.num_actions[:, None]
+    mean_reward = tasks.expected_reward().double()
+    discounted = gamma[:, None, None] * torch.einsum("nsap,na->nsp", t, share)
+    eye = torch.eye(t.shape[1], dtype=torch.float64, device=tasks.device)
+    random_v = torch.linalg.solve(eye - discounted, torch.einsum("nsa,na->ns", mean_reward, share))
+    random_q = mean_reward + gamma[:, None, None] * torch.einsum("nsap,np->nsa", t, random_v)
+    random_best = random_q.masked_fill(lacking[:, None], -torch.inf).amax(-1)
+    advantage = (best.v[:, 0] - random_best) * (1 - gamma[:, None]) * tasks.max_steps[:, None]
 
-    chain = t.gather(2, q.argmax(-1)[:, :, None, None].expand(-1, -1, 1, ns))[:, :, 0]
-    chain = torch.where(tasks.terminal[:, :ns, None], start[:, None], chain)
+    states = t.shape[1]
+    chain = t.gather(2, best.policy[:, 0, :, None, None].expand(-1, -1, 1, states))[:, :, 0]
+    chain = torch.where(tasks.terminal[:, :, None], start[:, None], chain)
     power = torch.frexp(tasks.max_steps.double()).exponent  # ⌊log2⌋ + 1
     for k in range(int(power.max())):
         chain = torch.where((k < power)[:, None, None], chain @ chain, chain)
-    p = chain + 1e-12
-    gini, entropy = 1 - (p * p).sum(-1), -(p * p.log()).sum(-1) / torch.tensor(float(ns)).log()
+    p = (chain + 1e-12) * tasks.state_mask()[:, None]
+    gini, entropy = 1 - (p * p).sum(-1), -torch.xlogy(p, p).sum(-1) / ns.log()[:, None]
     return Quality(*(x.masked_fill(start == 0, torch.inf).amin(-1) for x in (advantage, gini, entropy)))

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from icrl_kernels import ValueIteration, value_iteration
+
 FORMAT, VERSION = "icrl.TabularTasks", "1"
 ROW_TOLERANCE = 1e-4  # of a probability row's sum: float32 tables of a thousand entries, and hand-written ones
 
@@ -212,21 +214,31 @@ class TabularTasks:
             out[i : i + block] = (t * r).sum(-1)
         return out
 
-    def solve(self, discounts: float | Sequence[float] | Tensor, **options: Any) -> Any:
+    def solve(self, discounts: float | Sequence[float] | Tensor, **options: Any) -> ValueIteration:
         """Optimal values at each discount: `icrl_kernels.value_iteration` on these tables.
 
         Args:
-            discounts: one discount or G of them. options: passed on (tol, method, backend).
+            discounts: γ in [0, 1]: a float; or G of them, a sequence or a tensor [G] or [N,G].
+            options: tol, method, backend.
         Returns:
-            its result: q [N,G,S,A], v [N,G,S], policy, error_bound, iterations (no G for a single float).
+            q [N,G,S,A] float64 (−inf at actions that a task lacks), v, policy [N,G,S], error_bound, iterations [N,G];
+            no G for a float.
         """
-        from icrl_kernels import value_iteration
-
         if not isinstance(discounts, (float, int, Tensor)):
             discounts = torch.tensor(list(discounts), dtype=torch.float64, device=self.device)
-        return value_iteration(
-            self.transition, self.reward, discounts, terminal=self.terminal, num_states=self.num_states, **options
+        lacking = ~self.action_mask()
+        transition, reward = self.transition, self.reward
+        if lacking.any():  # a copy of action 0 changes no value and, coming later, no policy
+            absent = lacking[:, None, :, None]
+            transition = torch.where(absent, transition[:, :, :1], transition)
+            reward = torch.where(absent, reward[:, :, :1], reward)
+        found = value_iteration(
+            transition, reward, discounts, terminal=self.terminal, num_states=self.num_states, **options
         )
+        if lacking.any():
+            shape = (len(self), *(1,) * (found.q.dim() - 2), lacking.shape[1])
+            found = found._replace(q=found.q.masked_fill(lacking.view(shape), -torch.inf))
+        return found
 
     # --- files --------------------------------------------------------------------------------------------------------
 
