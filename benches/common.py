@@ -39,9 +39,8 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    cpu = next(
-        (x.split(":", 1)[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.processor()
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

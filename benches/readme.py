@@ -31,7 +31,8 @@ def main() -> int:
         block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
         if not block.search(new):
             raise SystemExit(f"README.md has no block <!-- {name} --> ... <!-- end -->")
-        new = block.sub(lambda m, text=make(): m[1] + text + m[2], new)
+        text = make()
+        new = block.sub(lambda m, text=text: m[1] + text + m[2], new)
     if "--check" in sys.argv:
         return int(old != new)
     README.write_text(new)

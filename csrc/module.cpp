@@ -8,6 +8,7 @@ namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
 void bind_anymdp(pybind11::module_& m);
 void bind_gla(pybind11::module_& m);
+void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
 }  // namespace icrl
@@ -17,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_team", &icrl::has_team);
   icrl::bind_anymdp(m);
   icrl::bind_gla(m);
+  icrl::bind_model_based(m);
   icrl::bind_rollout(m);
   icrl::bind_value_iteration(m);
 #ifdef ICRL_WITH_CUDA

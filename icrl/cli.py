@@ -129,14 +129,14 @@ def evaluate(
     num_states: int = 16,
     steps: int = 2000,
     seed: int = 1,
-    prompt: int = 2,
+    prompt: int = 4,
     json: Path | None = None,
 ) -> None:
     """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones.
 
     Args:
         tasks: a file written by `icrl worlds sample`. kind, num_tasks, num_states: of fresh tasks otherwise.
-        prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994.
+        prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
     """
     from icrl.evaluation_table import evaluation_table
 

@@ -19,7 +19,7 @@ from icrl.worlds.classic import CLASSIC, ClassicTask
 
 UNSEEN = 2**42  # seeds from here on are never used in training
 OURS = "OmniRL (in context)"
-TEMPERATURE = Temperature(1.0, 0.3, 500)
+TEMPERATURE = Temperature(0.5, 0.1, 300)
 
 
 def shipped() -> Path:

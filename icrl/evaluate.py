@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icrl.omnirl import Agent, OmniRL, Temperature
+from icrl.omnirl import EXPLORER, Agent, OmniRL, Temperature
 from icrl.worlds.tables import TabularTasks
 from icrl_kernels import RolloutTables, constant_behaviours, rollout, rollout_start, rollout_step, rollout_tables
 
@@ -30,7 +30,7 @@ BASELINES = {
     "tabular model-based": {"model_based": 1.0},
     "oracle": {0: 1.0},
 }
-SETTINGS = {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.3, "model_discount": 0.95}
+SETTINGS = {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.2, "model_discount": 0.9}
 
 
 def tables_of(tasks: TabularTasks) -> RolloutTables:
@@ -153,7 +153,7 @@ def run_agent(
     tasks: TabularTasks,
     steps: int,
     *,
-    prompt: int = 2,
+    prompt: int = EXPLORER,
     temperature: Temperature | None = None,
     seed: int = 0,
     progress: str | None = None,
@@ -164,7 +164,7 @@ def run_agent(
     agent = Agent(
         model,
         len(tasks),
-        tasks.transition.shape[1],
+        tasks.num_observations,
         prompt=prompt,
         temperature=temperature,
         seed=seed,

@@ -17,8 +17,9 @@ where they are of use for a table.
 - *Blocks* between them: per-action streams `z [B,T,A,d]` whose weights are shared by all actions, and a state stream
   `x [B,T,D]` that pools over them. Observations have no other embedding, so a checkpoint serves any number of states.
 
-Readouts after every block (trained on all, used from the last): policy logits and Q-values at each discount. The prompt tag
-of decoupled policy distillation chooses the discount whose policy acts.
+Readouts after every block (trained on all, used from the last): logits and Q-values of five policies, by their tags in
+decoupled policy distillation: 0-3, the optimal one at a discount; 4, the optimistic model-based learner, which says what to
+do under uncertainty. The prompt tag chooses the one that acts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from icrl import checkpoint
 from icrl_kernels import gla, gla_step
 
 TAGS = 8  # behaviours of decoupled policy distillation: 0-3 optimal at a discount, 4 model-based, 5 Q-learning, 6 random, 7 unknown
+EXPLORER = 4
 UNKNOWN = 7
 START = 3  # `done` of the token before the first: 0 no, 1 terminated, 2 truncated
 
@@ -43,7 +45,7 @@ START = 3  # `done` of the token before the first: 0 no, 1 terminated, 2 truncat
 @dataclass(frozen=True)
 class OmniRLConfig:
     actions: int = 5
-    layers: int = 4
+    layers: int = 5
     action_width: int = 32
     state_width: int = 64
     value_width: int = 24
@@ -52,6 +54,12 @@ class OmniRLConfig:
     pool_heads: int = 4
     write_rate: float = 0.3
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
+    explorer_discount: float = 0.9
+
+    @property
+    def policies(self) -> int:
+        """How many policies are read out: the optimal one at each discount, and the explorer (tags 0..4)."""
+        return len(self.discounts) + 1
 
 
 class Tokens(NamedTuple):
@@ -66,7 +74,7 @@ class Tokens(NamedTuple):
 
 
 class Readout(NamedTuple):
-    logits: Tensor  # [B,T,A,G] policy at each discount
+    logits: Tensor  # [B,T,A,G] of each policy
     q: Tensor  # [B,T,A,G] (1-discount)·Q, in units of the rewards' mean and deviation seen so far
 
 
@@ -78,6 +86,16 @@ class Output(NamedTuple):
     mean_reward: Tensor  # [B,T,A]
 
 
+class Rewards(NamedTuple):
+    """The rewards so far, `[B,T]` each: what they are measured against."""
+
+    mean: Tensor
+    scale: Tensor  # mean absolute deviation
+    rms: Tensor
+    most: Tensor
+    count: Tensor
+
+
 class State(NamedTuple):
     """All that the model keeps of its context; float32, constant in size."""
 
@@ -85,6 +103,8 @@ class State(NamedTuple):
     values: list[Tensor]  # each [B,1,S,1+value_width+G]
     reward_sum: Tensor  # [B]
     reward_deviation: Tensor  # [B]
+    reward_square: Tensor  # [B]
+    reward_max: Tensor  # [B], 0 before the first
     count: Tensor  # [B]
 
     def detach(self) -> State:
@@ -155,12 +175,14 @@ class OmniRL(nn.Module):
     def __init__(self, config: OmniRLConfig | None = None) -> None:
         super().__init__()
         c = self.config = config or OmniRLConfig()
-        d, width, G = c.action_width, c.state_width, len(c.discounts)
-        self.register_buffer("discounts", torch.tensor(c.discounts), persistent=False)
+        d, width, G = c.action_width, c.state_width, c.policies
+        self.discounts: Tensor
+        self.register_buffer("discounts", torch.tensor([*c.discounts, c.explorer_discount]), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
-        self.state_features = _linear(5, width, 0.5, bias=True)
+        self.state_features = _linear(7, width, 0.5, bias=True)
         rate = math.log(c.write_rate / (1 - c.write_rate))
         self.write_rate = nn.Parameter(torch.full((c.layers,), rate))
+        self.bonus = nn.Parameter(torch.tensor([0.0] * len(c.discounts) + [0.2]))  # of rarely tried actions, a policy
         self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(c.layers))
         self.read = nn.ModuleList(
             _linear(c.value_width + 1 + 4 * G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers)
@@ -177,10 +199,9 @@ class OmniRL(nn.Module):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        values = [zeros(batch, 1, states, 1 + c.value_width + len(c.discounts)) for _ in range(c.layers)]
-        return State(
-            zeros(batch, c.actions, states, 3 + TAGS + states), values, zeros(batch), zeros(batch), zeros(batch)
-        )
+        values = [zeros(batch, 1, states, 1 + c.value_width + c.policies) for _ in range(c.layers)]
+        memory = zeros(batch, c.actions, states, 3 + TAGS + states)
+        return State(memory, values, *(zeros(batch) for _ in range(5)))
 
     def forward(self, tokens: Tokens, state: State) -> tuple[Output, State]:
         """Tokens `[B,T]` after the context in `state` -> readouts `[B,T,...]` and the state after them.
@@ -190,9 +211,11 @@ class OmniRL(nn.Module):
         c = self.config
         states = state.transition.shape[2]
         here = F.one_hot(tokens.observation, states).float()
-        mean, scale, count, statistics = self._reward_statistics(tokens.previous_reward, state)
+        rewards, statistics = self._reward_statistics(tokens.previous_reward, state)
+        mean, scale = rewards.mean, rewards.scale
         seen, new_transition = self._read_transitions(tokens, here, state.transition)
-        z, x, next_state, mean_reward, mass = self._features(tokens, here, seen, mean, scale, count)
+        z, x, next_state, mean_reward, known, mass = self._features(tokens, here, seen, rewards)
+        gain = mean_reward[..., None] + self.bonus * rewards.rms[..., None, None] * known
         z, x = self.blocks[0](z, x)
         readouts = [self._readout(0, z, x, torch.zeros(()))]
         new_values = []
@@ -207,9 +230,7 @@ class OmniRL(nn.Module):
             weight = read[..., :1]
             average = read[..., 1:] / (weight + 1e-2)
             # one Bellman backup at each discount, in raw reward units, then in the units of the readouts
-            backup = (1 - self.discounts) * mean_reward[..., None] + self.discounts * mass[..., None] * average[
-                ..., c.value_width :
-            ]
+            backup = (1 - self.discounts) * gain + self.discounts * mass[..., None] * average[..., c.value_width :]
             backup = ((backup - units[0]) / units[1]).clamp(-8, 8) * (mass[..., None] > 0.02)
             compared = _compared(backup, (mass[..., None] > 0.02).float())
             z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
@@ -226,17 +247,22 @@ class OmniRL(nn.Module):
         assert new is not None
         return o, new
 
-    def _reward_statistics(
-        self, reward: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Running mean and mean absolute deviation of the rewards so far, `[B,T]` each."""
+    def _reward_statistics(self, reward: Tensor, state: State) -> tuple[Rewards, tuple[Tensor, ...]]:
+        """What is known of the rewards' scale at each token, and the state that continues it."""
         steps = torch.arange(reward.shape[1], device=reward.device, dtype=torch.float32)
-        count = state.count[:, None] + steps  # rewards seen; the first token brings none
+        count = state.count[:, None] + steps  # rewards seen; the first token of a context brings none
+        n = count.clamp(min=1)
         total = state.reward_sum[:, None] + reward.cumsum(1)
-        mean = total / count.clamp(min=1)
+        mean = total / n
         deviation = state.reward_deviation[:, None] + (reward - mean).abs().cumsum(1)
-        scale = deviation / count.clamp(min=1) + 1e-2
-        return mean, scale, count, (total[:, -1], deviation[:, -1], count[:, -1] + 1)
+        square = state.reward_square[:, None] + reward.square().cumsum(1)
+        unseen = torch.full_like(state.reward_max, -math.inf)
+        most = torch.where(count > 0, reward, unseen[:, None]).cummax(1).values
+        most = torch.maximum(most, torch.where(state.count > 1, state.reward_max, unseen)[:, None]).nan_to_num(
+            neginf=0.0
+        )
+        found = Rewards(mean, deviation / n + 1e-2, (square / n).sqrt(), most, count)
+        return found, (total[:, -1], deviation[:, -1], square[:, -1], most[:, -1], count[:, -1] + 1)
 
     def _read_transitions(self, t: Tokens, here: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         A, done = self.config.actions, t.previous_done
@@ -257,40 +283,33 @@ class OmniRL(nn.Module):
         query = here[:, :, None].expand(-1, -1, A, -1)
         return self._attend(query, key, value[:, :, None].expand(-1, -1, A, -1), None, memory)
 
-    def _features(self, t: Tokens, here: Tensor, seen: Tensor, mean: Tensor, scale: Tensor, count: Tensor):
-        """What the transition memory knows of each action here: streams z, x; frequencies, mean reward, mass of next states."""
+    def _features(self, t: Tokens, here: Tensor, seen: Tensor, rewards: Rewards) -> tuple[Tensor, ...]:
+        """What the transition memory knows of each action here.
+
+        Streams z and x; then, of each action: frequencies of next states, mean reward, 1/√visits (0 where untried), and
+        the share of its outcomes that went on.
+        """
         n = seen[..., :1].clamp(min=0)
         average = seen[..., 1:] / (n + 1e-2)
         reward, end, tags, next_state = average.split([1, 1, TAGS, here.shape[-1]], -1)
+        mean, scale = rewards.mean, rewards.scale
         known = n / (n + 0.1)
         r = (reward - mean[..., None, None]) / scale[..., None, None] * known
         stays, spread = (next_state * here[:, :, None]).sum(-1, keepdim=True), (next_state**2).sum(-1, keepdim=True)
-        features = [
-            known,
-            0.5 * torch.log1p(n),
-            1 / (1 + n),
-            0.5 * r.clamp(-8, 8),
-            torch.tanh(r),
-            torch.tanh(4 * r),
-            end,
-            stays,
-            spread,
+        visits = [known, 0.5 * torch.log1p(n), 1 / (1 + n)]
+        gains = [0.5 * r.clamp(-8, 8), torch.tanh(r), torch.tanh(4 * r), _compared(r, known)]
+        z = self.action_features(torch.cat([*visits, *gains, end, stays, spread, tags], -1))
+        parts = [
+            0.3 * torch.log1p(rewards.count),
+            0.3 * torch.log(scale),
+            (mean / scale).clamp(-5, 5),
+            (t.previous_done == 1).float(),
+            (t.previous_done == 2).float(),
+            0.5 * (rewards.rms / scale).clamp(max=8),
+            0.3 * ((rewards.most - mean) / scale).clamp(-8, 8),
         ]
-        z = self.action_features(torch.cat([*features, _compared(r, known), tags], -1))
-        ended = t.previous_done
-        x = self.state_features(
-            torch.stack(
-                [
-                    0.3 * torch.log1p(count),
-                    0.3 * torch.log(scale),
-                    (mean / scale).clamp(-5, 5),
-                    (ended == 1).float(),
-                    (ended == 2).float(),
-                ],
-                -1,
-            )
-        )
-        return z, x, next_state, reward[..., 0], (known * (1 - end))[..., 0]
+        x = self.state_features(torch.stack(parts, -1))
+        return z, x, next_state, reward[..., 0], known * (n + 1e-2).rsqrt(), (known * (1 - end))[..., 0]
 
     def _readout(self, i: int, z: Tensor, x: Tensor, backup: Tensor) -> Readout:
         zn = _normed(z)
@@ -321,7 +340,8 @@ class Agent:
 
     Args:
         model: an OmniRL. batch: how many tasks. states: capacity for observations (at least the largest task's).
-        prompt: which policy to imitate, by its tag: 0..3, the optimal one at `model.config.discounts[prompt]`.
+        prompt: which policy to imitate, by its tag: 0..3, the optimal one at `model.config.discounts[prompt]`; 4, the
+            optimistic model-based learner, which explores.
         temperature: of sampling. seed: of sampling.
         num_actions: `[batch]` or int, where a task has fewer actions than the model; actions beyond wrap around.
     """
@@ -332,14 +352,14 @@ class Agent:
         batch: int,
         states: int,
         *,
-        prompt: int = 2,
+        prompt: int = EXPLORER,
         temperature: Temperature | None = None,
         seed: int = 0,
         num_actions: Tensor | int | None = None,
     ) -> None:
         c = model.config
-        if not 0 <= prompt < len(c.discounts):
-            raise ValueError(f"prompt: wanted a tag in 0..{len(c.discounts) - 1}, got {prompt}")
+        if not 0 <= prompt < c.policies:
+            raise ValueError(f"prompt: wanted a tag in 0..{c.policies - 1}, got {prompt}")
         self.model, self.prompt, self.temperature = model, prompt, temperature or Temperature()
         self.num_actions = c.actions if num_actions is None else num_actions
         largest = int(torch.as_tensor(self.num_actions).max())

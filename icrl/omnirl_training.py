@@ -1,8 +1,8 @@
 """Meta-training of OmniRL by decoupled policy distillation, with the model's own rollouts mixed in (DAgger).
 
 A batch holds records: a behaviour policy acted, references label every state. The loss, after each block of the model (the
-last at weight 1, the others at `auxiliary_weight`), is the cross-entropy of each discount's optimal action, plus a
-smooth-L1 loss of the Q-values. From `dagger_from` on, a share of each batch is records in which the model itself acted.
+last at weight 1, the others at `auxiliary_weight`), is the cross-entropy of each policy's action - optimal at each
+discount, and that of the model-based learner fed with the same history - plus a smooth-L1 loss of the Q-values. From `dagger_from` on, a share of each batch is records in which the model itself acted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from icrl.distill import DPDConfig, DPDStream, Records, sample_tasks
 from icrl.evaluate import mean_ci, normalized, references, run_agent
-from icrl.omnirl import START, UNKNOWN, OmniRL, OmniRLConfig, Output, Temperature, Tokens
+from icrl.omnirl import EXPLORER, START, UNKNOWN, OmniRL, OmniRLConfig, Output, Temperature, Tokens
 from icrl.train import LoopConfig, rank, world_size
+from icrl_kernels import model_based_q
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class OmniRLTraining:
     data: DPDConfig = field(default_factory=DPDConfig)
     segment: int = 512
     """Steps of a record between two updates; the model's state is carried on, detached."""
-    policy_weights: tuple[float, ...] = (0.5, 0.5, 1.0, 0.7)
-    """Of the policy loss at each discount."""
+    policy_weights: tuple[float, ...] = (0.5, 0.5, 0.7, 0.5, 1.0)
+    """Of each policy's loss: the optimal one at each discount, and the explorer."""
+    explorer_bonus: float = 0.2
+    """Of the model-based learner that the explorer imitates: see icrl_kernels.model_based_q."""
     q_weight: float = 0.3
     auxiliary_weight: float = 0.3
     """Of the losses after each block but the last."""
@@ -63,26 +66,52 @@ def tokens_of(records: Records) -> Tokens:
     )
 
 
-def loss_of(output: Output, q: Tensor, config: OmniRLTraining) -> tuple[Tensor, dict[str, float]]:
-    """Loss of a segment and what to log; `q [B,T,G,A]` are the references' values."""
-    discounts = torch.tensor(config.model.discounts)
-    labels = q.argmax(-1)
-    target = (q * (1 - discounts)[:, None] - output.reward_mean[..., None, None]) / output.reward_scale[..., None, None]
-    target = target.clamp(-5, 5).transpose(-1, -2)
+class Targets(NamedTuple):
+    """What a loss asks for, `[B,T,A,G]`: policies, and values (1-discount)·Q in raw reward units."""
+
+    policy: Tensor
+    value: Tensor
+
+
+def targets_of(records: Records, config: OmniRLTraining) -> Targets:
+    """The references' labels: optimal at each discount, and the model-based learner that watched the same history."""
+    c = config.model
+    explorer = model_based_q(
+        records.observation,
+        records.action,
+        records.reward,
+        records.done,
+        config.data.states,
+        c.actions,
+        bonus=config.explorer_bonus,
+        discount=c.explorer_discount,
+    )
+    q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
+    best = q.amax(2, keepdim=True)
+    ties = (q >= best - 1e-6 * (1 + best.abs())).float()
+    discounts = torch.tensor([*c.discounts, c.explorer_discount])
+    return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
+
+
+def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[Tensor, dict[str, float]]:
+    """Loss of a segment and what to log."""
+    value = (targets.value - output.reward_mean[..., None, None]) / output.reward_scale[..., None, None]
+    value = value.clamp(-5, 5)
     weights = torch.tensor(config.policy_weights)
     total = torch.zeros(())
     metrics: dict[str, float] = {}
     for i, readout in enumerate(output.readouts):
         last = i == len(output.readouts) - 1
-        entropy = F.cross_entropy(readout.logits.permute(0, 2, 1, 3), labels, reduction="none").mean((0, 1))
-        q_loss = F.smooth_l1_loss(readout.q, target)
+        entropy = -(targets.policy * F.log_softmax(readout.logits, 2)).sum(2).mean((0, 1))
+        q_loss = F.smooth_l1_loss(readout.q, value)
         total = total + (1.0 if last else config.auxiliary_weight) * (
             (entropy * weights).sum() + config.q_weight * q_loss
         )
         if last:
-            metrics = {f"policy_{g:g}": float(e) for g, e in zip(config.model.discounts, entropy, strict=True)}
-            metrics["q"] = float(q_loss)
-    return total, {"loss": float(total), **metrics}
+            names = [*(f"policy_{g:g}" for g in config.model.discounts), "explorer"]
+            metrics = {name: float(e) for name, e in zip(names, entropy.detach(), strict=True)}
+            metrics["q"] = float(q_loss.detach())
+    return total, {"loss": float(total.detach()), **metrics}
 
 
 class OmniRLLearner:
@@ -118,13 +147,13 @@ class OmniRLLearner:
             n = int(c.dagger * len(records.observation))
             chosen = torch.randperm(len(self.own.observation))[:n]
             records = Records(*(torch.cat([a[n:], b[chosen]]) for a, b in zip(records, self.own, strict=True)))
-        tokens = tokens_of(records)
+        tokens, targets = tokens_of(records), targets_of(records, c)
         B, T = records.observation.shape
         state = self.model.initial_state(B, c.data.states)
         for begin in range(0, T, c.segment):
             part = Tokens(*(x[:, begin : begin + c.segment] for x in tokens))
             output, state = self.forward(part, state.detach())
-            yield loss_of(output, records.q[:, begin : begin + c.segment], c)
+            yield loss_of(output, Targets(*(x[:, begin : begin + c.segment] for x in targets)), c)
 
     def _collect(self) -> None:
         """Let the model act in fresh tasks, and label where it went."""
@@ -139,7 +168,7 @@ class OmniRLLearner:
         def record(state: Tensor, observation: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> None:
             rows.append((observation, action, reward, done.long(), q[everyone, :, state]))
 
-        prompt = (2, 3)[self.collections % 2]
+        prompt = (EXPLORER, 2, EXPLORER, 3)[self.collections % 4]
         run_agent(
             self.model,
             tasks,
@@ -165,7 +194,7 @@ class OmniRLLearner:
             tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, kind="anymdp", num_states=c.data.states)
             self._judge = tasks, references(tasks)
         tasks, reference = self._judge
-        context = run_agent(self.model, tasks, c.evaluation_steps, temperature=Temperature(1.0, 0.3, 500), seed=7)
+        context = run_agent(self.model, tasks, c.evaluation_steps, seed=7)
         half = c.evaluation_steps // 2
         spans = {"score_first_half": (0, half), "score": (half, c.evaluation_steps)}
         return {name: mean_ci(normalized(context, reference, *span))[0] for name, span in spans.items()}

@@ -2,6 +2,7 @@
 
 from icrl_kernels._version import __version__
 from icrl_kernels.gla import gla, gla_reference, gla_step
+from icrl_kernels.model_based import model_based_q
 from icrl_kernels.rollout import (
     Behaviours,
     Rollout,
@@ -27,6 +28,7 @@ __all__ = [
     "gla",
     "gla_reference",
     "gla_step",
+    "model_based_q",
     "rollout",
     "rollout_reference",
     "rollout_start",

@@ -167,7 +167,9 @@ def _heads(H: int, Hk: int, K: int, V: int) -> None:
 def _native(q: Tensor) -> int:
     code = DTYPES.get(q.dtype)
     if code is None:
-        raise ValueError(f"q: this backend serves float32, bfloat16 and float16, got {q.dtype}; gla has backend='reference'")
+        raise ValueError(
+            f"q: this backend serves float32, bfloat16 and float16, got {q.dtype}; gla has backend='reference'"
+        )
     return code
 
 
@@ -198,7 +200,9 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, boun
 
 
 def _gate_error() -> ValueError:
-    return ValueError(f"g: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one")
+    return ValueError(
+        f"g: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one"
+    )
 
 
 def _cpu_forward(
@@ -212,7 +216,13 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor]:
     _native(q)
     _check(q, k, v, g, initial_state, cu_seqlens)
-    q, k, v, g, initial_state = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g), _contiguous(initial_state)
+    q, k, v, g, initial_state = (
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        _contiguous(g),
+        _contiguous(initial_state),
+    )
     bounds = _bounds(q, cu_seqlens)
     o, final = _outputs(q, k, v, cu_seqlens)
     shape = _shape(q, k, v, g, scale, bounds)
@@ -234,7 +244,13 @@ def _cpu_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _native(q)
-    q, k, v, g, initial_state = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g), _contiguous(initial_state)
+    q, k, v, g, initial_state = (
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        _contiguous(g),
+        _contiguous(initial_state),
+    )
     do, dfinal_state = do.contiguous(), dfinal_state.contiguous()
     bounds = _bounds(q, cu_seqlens)
     grads = _gradients(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens)
@@ -280,8 +296,14 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
         and state.shape == (*k.shape, v.shape[2])
         and q.shape[1] % max(k.shape[1], 1) == 0
         and state.is_contiguous()
-        and (g is None or (g.shape in (k.shape, k.shape[:2]) and g.dtype in (dtype, torch.float32) and g.device == q.device))
-        and q.shape[1] and k.shape[1] and k.shape[2] and v.shape[2]
+        and (
+            g is None
+            or (g.shape in (k.shape, k.shape[:2]) and g.dtype in (dtype, torch.float32) and g.device == q.device)
+        )
+        and q.shape[1]
+        and k.shape[1]
+        and k.shape[2]
+        and v.shape[2]
     ):
         return
     _checks.shape("q", q, ("B", "H", "K"))

@@ -266,12 +266,17 @@ def broken():
     yield "cu_seqlens", {**one, "cu_seqlens": bounds.float()}
     for values in ([0, 5], [1, 6], [0, 7, 6], []):
         n = max(len(values) - 1, 0)
-        yield "cu_seqlens", {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": state[:1].repeat(n, 1, 1, 1)}
+        yield (
+            "cu_seqlens",
+            {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": state[:1].repeat(n, 1, 1, 1)},
+        )
     wide = torch.zeros(1, 1, 1, 257)
     yield "K", {"q": wide, "k": wide, "v": wide}
 
 
-@pytest.mark.parametrize(("name", "arguments"), [pytest.param(n, a, id=f"{i}-{n}") for i, (n, a) in enumerate(broken())])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [pytest.param(n, a, id=f"{i}-{n}") for i, (n, a) in enumerate(broken())]
+)
 def test_refusals(name, arguments):
     with pytest.raises(ValueError, match=f"^{name}"):
         gla(**arguments)
@@ -301,7 +306,9 @@ def test_step_refusals():
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("sizes", [(3, 1, 4, 2, 60, 40), (2, 1, 1, 1, 16, 16), (1, 1, 1, 1, 3, 5), (4, 1, 4, 4, 128, 256)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 4, 2, 60, 40), (2, 1, 1, 1, 16, 16), (1, 1, 1, 1, 3, 5), (4, 1, 4, 4, 128, 256)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_step(gate, sizes, dtype):
     tensors = inputs(*sizes, gate, dtype=dtype)
@@ -337,7 +344,9 @@ def test_compile(dynamic):
     q, k, v, g, state = inputs(2, 1, 2, 1, 8, 4, "channel")
     other = state.clone()
     step = torch.compile(gla_step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    assert torch.equal(step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], other), gla_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], state))
+    assert torch.equal(
+        step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], other), gla_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], state)
+    )
     assert torch.equal(state, other)
 
 

@@ -5,7 +5,9 @@ import torch
 
 from icrl.omnirl import START, TAGS, UNKNOWN, Agent, OmniRL, OmniRLConfig, Temperature, Tokens
 
-SMALL = OmniRLConfig(layers=2, action_width=16, state_width=24, value_width=8, action_hidden=16, state_hidden=24, pool_heads=2)
+SMALL = OmniRLConfig(
+    layers=2, action_width=16, state_width=24, value_width=8, action_hidden=16, state_hidden=24, pool_heads=2
+)
 B, T, S = 3, 50, 7
 
 

@@ -13,7 +13,9 @@ from icrl.omnirl_training import OmniRLLearner, OmniRLTraining
 from icrl.train import LoopConfig, configured, rate, train
 
 TINY = OmniRLTraining(
-    model=OmniRLConfig(layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12, pool_heads=1),
+    model=OmniRLConfig(
+        layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12, pool_heads=1
+    ),
     data=DPDConfig(batch=4, steps=24),
     segment=12,
     dagger=0.5,
@@ -57,7 +59,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
-    steps = [json.loads(line)["update"] for line in open(tmp_path / "killed" / "metrics.jsonl")]
+    steps = [json.loads(line)["update"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 6
 
 
@@ -66,7 +68,7 @@ def test_training_changes_the_weights_and_logs(tmp_path):
     torch.manual_seed(TINY.seed)
     fresh = OmniRL(TINY.model).state_dict()
     assert any(not torch.equal(model[k], fresh[k]) for k in fresh)
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "gradient_norm", "policy_0.5"} <= rows[0].keys()
     assert "score" in rows[-1]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
@@ -97,7 +99,10 @@ def test_rate():
 
 
 def test_configured_refuses():
-    assert configured(OmniRLTraining, {"model": {"layers": 2}, "policy_weights": [1, 1, 1, 1]}, "training").model.layers == 2
+    assert (
+        configured(OmniRLTraining, {"model": {"layers": 2}, "policy_weights": [1, 1, 1, 1, 1]}, "training").model.layers
+        == 2
+    )
     with pytest.raises(ValueError, match=r"training\.model has no depth"):
         configured(OmniRLTraining, {"model": {"depth": 2}}, "training")
     with pytest.raises(ValueError, match="wanted int"):

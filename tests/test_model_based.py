@@ -1,0 +1,62 @@
+"""The recorded histories' model-based learner against its float64 reference, and refusals."""
+
+import pytest
+import torch
+
+from icrl_kernels import model_based_q
+from icrl_kernels.testing import error
+
+
+def history(R=5, T=60, S=6, A=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    state = torch.randint(0, S, (R, T), generator=g)
+    action = torch.randint(0, A, (R, T), generator=g)
+    reward = torch.randn(R, T, generator=g)
+    done = (torch.rand(R, T, generator=g) < 0.1).long() * torch.randint(1, 3, (R, T), generator=g)
+    return state, action, reward, done
+
+
+@pytest.mark.parametrize(("S", "A", "T"), [(6, 3, 60), (1, 1, 5), (17, 2, 40), (4, 2, 1), (3, 2, 0)])
+def test_values(S, A, T):
+    h = history(T=T, S=S, A=A)
+    reference = model_based_q(*h, S, A, backend="reference")
+    q = model_based_q(*h, S, A)
+    assert error(q, reference) <= 64 * torch.finfo(torch.float32).eps * (1e-9 + reference.norm())
+
+
+def test_causal_and_the_same_for_any_threads():
+    h = history()
+    q = model_based_q(*h, 6, 3)
+    changed = (*h[:2], h[2].clone(), h[3])
+    changed[2][:, 30:] += 1
+    assert torch.equal(model_based_q(*changed, 6, 3)[:, :31], q[:, :31])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(model_based_q(*h, 6, 3), q)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_untried_actions_are_optimistic():
+    state, action = torch.zeros(1, 40, dtype=torch.int64), torch.zeros(1, 40, dtype=torch.int64)
+    q = model_based_q(state, action, torch.ones(1, 40), torch.zeros_like(state), 1, 2)
+    assert (q[0, 5:, 1] > q[0, 5:, 0]).all()
+    assert q[0, -1, 1] == pytest.approx(1.2 / 0.1, rel=1e-5)
+
+
+def test_refusals():
+    s, a, r, d = history()
+    for bad, name in (
+        ((s[:, :-1], a, r, d), "action"),
+        ((s, a.int(), r, d), "action"),
+        ((s + 6, a, r, d), "state"),
+        ((s, a, r * float("nan"), d), "reward"),
+        ((s, a, r, d + 3), "done"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            model_based_q(*bad, 6, 3)
+    with pytest.raises(ValueError, match="discount"):
+        model_based_q(s, a, r, d, 6, 3, discount=1.0)
+    with pytest.raises(ValueError, match="backend"):
+        model_based_q(s, a, r, d, 6, 3, backend="cuda")
