@@ -6,6 +6,8 @@ Linear attention (Katharopoulos et al. 2020, g=None), retention and Mamba-2's sc
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -36,11 +38,11 @@ def gla_reference(
     if g is not None:
         wide = torch.promote_types(wide, g.dtype)
     group = q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if cu_seqlens is None:
         spans = [(slice(b, b + 1), 0, q.shape[1]) for b in range(q.shape[0])]
     else:
-        spans = [(slice(0, 1), a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+        spans = [(slice(0, 1), a, b) for a, b in pairwise(cu_seqlens.tolist())]
     outputs, states = [], []
     for n, (batch, first, last) in enumerate(spans):
         state = q.new_zeros(k.shape[2], k.shape[3], v.shape[3], dtype=wide)  # [Hk, K, V]
@@ -79,13 +81,14 @@ def gla(
         k, v: [B, T, Hk, K] and [B, T, Hk, V], of q's dtype: float32, bfloat16, float16 (K, V up to 256), or float64,
             which the reference backend serves. Sums and states are float32 (float64 there).
         g: natural logarithms of decays, ≤ 0: None (no decay), [B, T, Hk] (one per head) or [B, T, Hk, K] (one per key
-            channel), float32 (best) or q's dtype. −inf resets the state. A gate above `GATE_ALLOWANCE` is an error on the
-            CPU; a GPU does not look. A NaN gate makes NaN of what depends on it, as any NaN does.
+            channel), float32 (best) or q's dtype. −inf resets the state. A gate above `GATE_ALLOWANCE` is an error on
+            the CPU; a GPU does not look. A NaN gate makes NaN of what depends on it, as any NaN does.
         scale: default K^-1/2.
         initial_state: [N, Hk, K, V] float32, N = B or the number of packed sequences; default zeros.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
-            Sequences may be empty. Its values are checked on the CPU, and trusted on a GPU, where reading them would wait.
+            Sequences may be empty. Its values are checked on the CPU, and trusted on a GPU, where reading them would
+            make the host wait.
         backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
@@ -187,7 +190,7 @@ def _bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return torch.arange(0, (B + 1) * T, T, dtype=torch.int64) if T else torch.zeros(B + 1, dtype=torch.int64)
     bounds = cu_seqlens.to(torch.int64).contiguous()
     values = bounds.tolist()
-    if values[0] != 0 or values[-1] != T or any(a > b for a, b in zip(values[:-1], values[1:], strict=True)):
+    if values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"cu_seqlens: wanted a non-decreasing sequence from 0 to T={T}, got {values}")
     return bounds
 
@@ -263,49 +266,46 @@ def _cpu_backward(
 
 
 def _cpu_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
-    _check_step(q, k, v, g, state)
-    B, H, K = q.shape
-    Hk, V = v.shape[1:]
+    B, H, Hk, K, V = _check_step(q, k, v, g, state)
     q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g)
     o = torch.empty((B, H, V), dtype=q.dtype)
     gate, gate_dtype = (0, 0) if g is None else (g.dim() - 1, DTYPES[g.dtype])
     sizes = (B, H, Hk, K, V, 0, DTYPES[q.dtype], gate_dtype, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
-    g_pointer = 0 if g is None else g.data_ptr()
-    if not _C.gla_step(sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), g_pointer, state.data_ptr(), o.data_ptr()):
+    gates = 0 if g is None else g.data_ptr()
+    if not _C.gla_step(sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), gates, state.data_ptr(), o.data_ptr()):
         raise _gate_error()
     return o
 
 
-def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> None:
-    """As cheap as can be where all is well: a step takes microseconds."""
+def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[int, int, int, int, int]:
+    """Returns B, H, Hk, K, V. As cheap as can be where all is well: a step takes microseconds."""
     if torch.is_grad_enabled():
         for name, t in (("q", q), ("k", k), ("v", v), ("g", g), ("state", state)):
             if t is not None and t.requires_grad:
                 raise ValueError(f"{name}: gla_step has no gradient; use gla, or torch.no_grad() around the step")
-    dtype = q.dtype
-    if (
-        q.dim() == k.dim() == v.dim() == 3
-        and dtype in DTYPES
-        and dtype == k.dtype == v.dtype
-        and state.dtype == torch.float32
-        and q.device == k.device == v.device == state.device
-        and q.shape[0] == k.shape[0] == v.shape[0]
-        and q.shape[2] == k.shape[2] <= MAX_HEAD_DIM
-        and k.shape[1] == v.shape[1]
-        and v.shape[2] <= MAX_HEAD_DIM
-        and state.shape == (*k.shape, v.shape[2])
-        and q.shape[1] % max(k.shape[1], 1) == 0
-        and state.is_contiguous()
-        and (
-            g is None
-            or (g.shape in (k.shape, k.shape[:2]) and g.dtype in (dtype, torch.float32) and g.device == q.device)
-        )
-        and q.shape[1]
-        and k.shape[1]
-        and k.shape[2]
-        and v.shape[2]
-    ):
-        return
+    dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    if len(q_shape) == len(k_shape) == len(v_shape) == 3:
+        (B, H, K), (_, Hk, V) = q_shape, v_shape
+        if (
+            k_shape == (B, Hk, K)
+            and v_shape[0] == B
+            and state.shape == (B, Hk, K, V)
+            and Hk
+            and H
+            and H % Hk == 0
+            and 0 < K <= MAX_HEAD_DIM
+            and 0 < V <= MAX_HEAD_DIM
+            and dtype in DTYPES
+            and dtype == k.dtype == v.dtype
+            and state.dtype == torch.float32
+            and device == k.device == v.device == state.device
+            and state.is_contiguous()
+            and (
+                g is None
+                or (g.shape in (k_shape, k_shape[:2]) and g.dtype in (torch.float32, dtype) and g.device == device)
+            )
+        ):
+            return B, H, Hk, K, V
     _checks.shape("q", q, ("B", "H", "K"))
     B, H, K = q.shape
     _checks.shape("k", k, ("B", "Hk", "K"), B=B, K=K)
@@ -321,6 +321,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
     if g is not None:
         _checks.shape("g", g, ("B", "Hk") if g.dim() == 2 else ("B", "Hk", "K"), B=B, Hk=k.shape[1], K=K)
         _checks.dtype("g", g, (torch.float32, q.dtype))
+    raise AssertionError("gla_step's two checks disagree")
 
 
 # Triton backend, imported when first called: torch without triton has all the rest.
@@ -355,7 +356,9 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tupl
     return o, torch.empty((sequences, k.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
 
 
-def _gradients(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens) -> tuple[Tensor, ...]:
+def _gradients(
+    do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(t: Tensor | None) -> Tensor:  # where there is no input: an empty tensor, as the schema wants one
         if t is None:
             return torch.empty(0, dtype=torch.float32, device=q.device)

@@ -1,6 +1,6 @@
 """The tolerance policy, public so that a port can be held to it.
 
-A kernel may err, against a float64 reference, by at most `factor` times what plain torch errs in the kernel's own dtype,
+A kernel may err, against a float64 reference, by at most `factor` times what plain torch errs in the kernel's dtype,
 plus a floor of a few roundings of the largest entry. Errors are Frobenius norms of the whole tensor.
 """
 
@@ -50,18 +50,19 @@ def gla_chunkwise_torch(
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention composed of batched matmuls, as one would write it in torch: the benches' peer.
 
-    Within a chunk scores are (q e^b)(k e^-b)ᵀ, b the cumulative gates from the chunk's start, so that gates which sum to
-    less than about -80 over a chunk overflow: use it with mild gates. T must be a multiple of `chunk`, H = Hk.
+    Within a chunk scores are (q e^b)(k e^-b)ᵀ, b the cumulative gates from the chunk's start, so that gates whose sum
+    is less than about -80 over a chunk overflow: use it with mild gates. T must be a multiple of `chunk`, H = Hk.
     """
     B, T, H, K = q.shape
     V, n = v.shape[-1], T // chunk
-    scale = K**-0.5 if scale is None else scale
-    q, k, v = (x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1]) for x in (q * scale, k, v))
+    scale = float(K) ** -0.5 if scale is None else scale
+    q = q * scale
+    q, k, v = (x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1]) for x in (q, k, v))
     if g is None:
         b = q.new_zeros(B * H, n, chunk, 1)
     else:
-        g = g if g.dim() == 4 else g[..., None]
-        b = g.float().transpose(1, 2).reshape(B * H, n, chunk, g.shape[-1]).cumsum(2)
+        g = (g if g.dim() == 4 else g[..., None]).float()
+        b = g.transpose(1, 2).reshape(B * H, n, chunk, g.shape[-1]).cumsum(2)
     total = b[:, :, -1:]
     queries = q * b.exp()
     scores = (queries @ (k * (-b).exp()).transpose(-1, -2)).tril()

@@ -32,7 +32,10 @@ struct Arena {
   }
 };
 
-template <Gate gate>
+constexpr float kUnit[2 * kChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};  // rows of the identity, shifted
+
+// Keep: store 1 / P_j and P_15 / P_j, which only the backward reads.
+template <Gate gate, bool Keep>
 struct Chunk {
   int64_t K, V, Kp, Vp;
   float *k, *v;        // [16][Kp], [16][Vp]: as given
@@ -76,12 +79,10 @@ struct Chunk {
       }
       largest = channel_gates();
     } else if constexpr (gate == Gate::scalar) {
+      const int64_t first = t * s.kv_heads + head;
       for (int i = 0; i < kChunk; ++i) {
-        e[i] = 0.f;
-        if (i < n) {
-          load_row(e + i, gs, s.gate_dtype, (t + i) * s.kv_heads + head, 1, 1);
-          largest = e[i] > largest ? e[i] : largest;
-        }
+        e[i] = i < n ? load_one(gs, s.gate_dtype, first + i * s.kv_heads) : 0.f;
+        if (i < n && e[i] > largest) largest = e[i];
       }
       scalar_gates();
     } else {
@@ -110,8 +111,7 @@ struct Chunk {
         const Vec last = load(decay + c);
         for (int64_t i = c; i < kChunk * Kp; i += Kp) {
           const Vec x = splat(1.f) / load(p + i), u = x * last, y = load(k + i);
-          store(inverse + i, x);
-          store(up + i, u);
+          if constexpr (Keep) store(inverse + i, x), store(up + i, u);
           store(kd + i, y * x);
           store(ku + i, y * u);
         }
@@ -122,8 +122,7 @@ struct Chunk {
         for (int i = kChunk - 1; i >= 0; --i) {
           const int64_t at = i * Kp + c;
           const Vec x = i < cross ? splat(1.f) / load(p + at) : Vec{}, y = load(k + at);
-          store(inverse + at, x);
-          store(up + at, u);
+          if constexpr (Keep) store(inverse + at, x), store(up + at, u);
           store(kd + at, i < cross ? y * x : Vec{});
           store(ku + at, y * u);
           u *= load(e + at);
@@ -146,15 +145,16 @@ struct Chunk {
     cross = kChunk;
     for (int i = 0; i < kChunk; i += kWidth) store(e + i, vexp(load(e + i)));
     float product = 1.f;
-    for (int i = 0; i < kChunk; ++i) {
-      p[i] = product *= e[i];
-      for (int j = 0; j < kChunk; j += kWidth)
-        store(d + i * kChunk + j, i ? load(d + (i - 1) * kChunk + j) * splat(e[i]) : Vec{});
-      d[i * kChunk + i] = 1.f;
-      for (int j = i + 1; j < kChunk; ++j) d[i * kChunk + j] = 0.f;
+    for (int i = 0; i < kChunk; ++i) p[i] = product *= e[i];
+    for (int j = 0; j < kChunk; j += kWidth) {
+      Vec row = Vec{};
+      for (int i = 0; i < kChunk; ++i) {
+        row = row * splat(e[i]) + load(kUnit + kChunk - i + j);  // above the diagonal 0, or NaN that is not read
+        store(d + i * kChunk + j, row);
+      }
+      store(up + j, row);
     }
     for (int j = 0; j < kChunk; ++j) {
-      up[j] = d[(kChunk - 1) * kChunk + j];
       for (int64_t c = 0; c < Kp; c += kWidth) store(ku + j * Kp + c, load(k + j * Kp + c) * splat(up[j]));
     }
     for (int64_t c = 0; c < Kp; c += kWidth) store(decay + c, splat(product));
@@ -240,7 +240,7 @@ bool forward(const GlaShape& s, const GlaForward& x) {
   parallel_for(pairs * splits, s.threads, [&](int64_t item) {
     const int64_t pair = item / splits, v0 = item % splits * width, V = v0 + width < s.v ? width : s.v - v0;
     const int64_t sequence = pair / s.kv_heads, head = pair % s.kv_heads, K = s.k;
-    Chunk<gate> c;
+    Chunk<gate, false> c;
     Arena arena;
     float *state = nullptr, *qr = nullptr, *qd = nullptr, *a = nullptr, *out = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
@@ -297,7 +297,7 @@ template <Gate gate>
 struct Backward {
   const GlaShape& s;
   const GlaBackward& x;
-  Chunk<gate> c;
+  Chunk<gate, true> c;
   float *qr, *qs, *d_o, *a, *da, *vt, *kut, *dvt, *dq, *dk, *dv, *raw, *y, *z, *base, *dg, *gradient;
   int64_t head, Kp, Vp;
 

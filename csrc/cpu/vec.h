@@ -112,6 +112,12 @@ ICRL_INLINE uint16_t to_half(float f) {
 #endif
 }
 
+ICRL_INLINE float load_one(const void* from, int dtype, int64_t at) {
+  if (dtype == kFloat) return static_cast<const float*>(from)[at];
+  const uint16_t x = static_cast<const uint16_t*>(from)[at];
+  return dtype == kBfloat ? from_bfloat(x) : from_half(x);
+}
+
 // One row of n numbers of a dtype, from element `at`, to float, with zeros up to `padded` (a multiple of 16).
 ICRL_INLINE void load_row(float* to, const void* from, int dtype, int64_t at, int64_t n, int64_t padded) {
   int64_t i = 0;
