@@ -22,7 +22,7 @@ STEPS = [(1, 4, 64), (16, 4, 64), (64, 6, 32)]
 SWEEP = [1024, 4096, 16384, 65536, 262144]
 
 
-def inputs(B: int, T: int, H: int, D: int, gate: str, device: str) -> list[Any]:
+def inputs(B: int, T: int, H: int, D: int, gate: str, device: str) -> Any:
     q, k, v = (torch.randn(B, T, H, D, device=device) for _ in range(3))
     shape = {"none": None, "scalar": (B, T, H), "channel": (B, T, H, D)}[gate]
     g = None if shape is None else torch.nn.functional.logsigmoid(torch.randn(shape, device=device)) / 16
@@ -43,13 +43,15 @@ def matmul_rate() -> float:
 
 def check(gate: str, device: str) -> None:
     tensors = inputs(2, 200, 2, 32, gate, device)
-    exact = gla_reference(*[None if t is None else t.double() for t in tensors], output_final_state=True)
-    plain = gla_reference(*tensors, output_final_state=True)
-    for a, s, r in zip(gla(*tensors, output_final_state=True), plain, exact, strict=True):
-        assert_as_good_as_torch(a, s, r)
+    wide: Any = [None if t is None else t.double() for t in tensors]
+    results: Any = [
+        f(*x, output_final_state=True) for f, x in [(gla, tensors), (gla_reference, tensors), (gla_reference, wide)]
+    ]
+    for actual, plain, exact in zip(*results, strict=True):
+        assert_as_good_as_torch(actual, plain, exact)
 
 
-def train(f, tensors: list[Any]):
+def train(f, tensors: Any):
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     gradient = torch.ones_like(tensors[2])
 
@@ -59,12 +61,12 @@ def train(f, tensors: list[Any]):
     return once
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> list[Tensor]:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Any:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return [torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)]
 
 
-def best_chunk(tensors: list[Any]) -> int:
+def best_chunk(tensors: Any) -> int:
     times = common.interleaved(
         {str(c): lambda c=c: gla_chunkwise_torch(*tensors, chunk=c) for c in (32, 64, 128)}, 2, 1
     )
@@ -98,7 +100,7 @@ def run(args) -> list[dict[str, Any]]:
             tensors = inputs(*shape, gate, device)
             forward, both = flops(B * T * H, D)
             with torch.no_grad():
-                runs = {"gla": lambda t=tensors: gla(*t)}
+                runs: dict[str, Any] = {"gla": lambda t=tensors: gla(*t)}
                 if "torch" in peers:
                     chunk = best_chunk(tensors)
                     runs["torch"] = lambda t=tensors, c=chunk: gla_chunkwise_torch(*t, chunk=c)

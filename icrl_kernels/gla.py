@@ -38,7 +38,7 @@ def gla_reference(
     if g is not None:
         wide = torch.promote_types(wide, g.dtype)
     group = q.shape[2] // k.shape[2]
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is None:
         spans = [(slice(b, b + 1), 0, q.shape[1]) for b in range(q.shape[0])]
     else:

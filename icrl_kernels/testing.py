@@ -55,7 +55,7 @@ def gla_chunkwise_torch(
     """
     B, T, H, K = q.shape
     V, n = v.shape[-1], T // chunk
-    scale = float(K) ** -0.5 if scale is None else scale
+    scale = float(K**-0.5) if scale is None else scale
     q = q * scale
     q, k, v = (x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1]) for x in (q, k, v))
     if g is None:
