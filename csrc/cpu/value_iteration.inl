@@ -17,9 +17,19 @@ typedef long long i8 __attribute__((vector_size(64)));
 constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 
 inline v8 load(const double* p) { return *reinterpret_cast<const v8u*>(p); }
+#if defined(__AVX512F__)
+inline v8 load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }  // GCC 12 converts in halves otherwise
+#else
 inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
+#endif
 inline void store(double* p, const v8& x) { *reinterpret_cast<v8u*>(p) = x; }
 inline v8 splat(double x) { return v8{x, x, x, x, x, x, x, x}; }
+
+// An initialiser {} would become a string instruction, which is slow to start.
+inline void clear(v8 (&a)[8]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) a[r] = v8{};
+}
 
 // Lane r of the result is the sum of a[r].
 inline v8 row_sums(const v8 (&a)[8]) {
@@ -180,7 +190,8 @@ PlanResult pack(Task& t, const TaskTables& in) {
     if (n > t.widest) t.widest = n;
     for (int64_t a0 = 0; a0 < na; a0 += 8) {
       const int64_t rows = na - a0 < 8 ? na - a0 : 8;
-      v8 total[8] = {}, mean[8] = {}, size[8] = {};
+      v8 total[8], mean[8], size[8];
+      clear(total), clear(mean), clear(size);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t k = s * na + a0 + r;
         const T* row = transition + k * stride;
@@ -191,20 +202,19 @@ PlanResult pack(Task& t, const TaskTables& in) {
         v8 sum = splat(0), gains = splat(0), sizes = splat(0);
         for (int64_t b = start; b < start + n; ++b, used += 8) {
           T* to = out + used;
-          T g[8] = {};
-          if (b < whole) {
-            __builtin_memcpy(to, row + b * 8, 8 * sizeof(T));
-            if (gain) __builtin_memcpy(g, gain + b * 8, 8 * sizeof(T));
-          } else {
-            for (int64_t j = 0; j < 8; ++j) to[j] = j < rest ? row[b * 8 + j] : T(0);
-            if (gain) __builtin_memcpy(g, gain + b * 8, rest * sizeof(T));
+          const T *from = row + b * 8, *won = gain ? gain + b * 8 : from;
+          T last[8], last_won[8];
+          if (b == whole) {
+            for (int64_t j = 0; j < 8; ++j) last[j] = j < rest ? from[j] : T(0), last_won[j] = j < rest ? won[j] : T(0);
+            from = last, won = last_won;
           }
-          const v8 p = load(to);
+          const v8 p = load(from);
+          __builtin_memcpy(to, from, 8 * sizeof(T));
           sum += p;
           least = p < least ? p : least;
           if (gain) {
             // the reward of an impossible transition counts for nothing, even if it is NaN
-            const v8 x = p != 0 ? load(g) * p : splat(0);
+            const v8 x = p != 0 ? load(won) * p : splat(0);
             gains += x;
             sizes += x < 0 ? -x : x;
           }
@@ -250,7 +260,8 @@ void backup(Task& t, double discount, const double* v) {
     for (int64_t a0 = 0; a0 < na; a0 += 8) {
       const int64_t rows = na - a0 < 8 ? na - a0 : 8;
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + a0 * n * 8;
-      v8 acc[8] = {};
+      v8 acc[8];
+      clear(acc);
       if (rows == 5) {
         const double* at[5];
         for (int r = 0; r < 5; ++r) at[r] = v + start[a0 + r] * 8;
@@ -365,7 +376,8 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     for (int64_t r = 0; r < 8; ++r) tiles[(i - low) * 64 + r * 9] += 1;
     for (int64_t r = count; r < 8; ++r) t.rhs[begin + r] = 0;
 
-    v8 residual[8] = {};
+    v8 residual[8];
+    clear(residual);
     for (int64_t j = low; j <= high; ++j) {
       double* here = tiles + (j - low) * 64;
       v8 acc[8];
@@ -380,7 +392,8 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
       } else if (j < i) {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
-        v8 product[8] = {};
+        v8 product[8];
+        clear(product);
         subtract_product(product, here, t.inverse + j * 64);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) acc[r] = product[r];
@@ -392,7 +405,8 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     store(t.rhs + begin, load(t.rhs + begin) + row_sums(residual));
   }
   for (int64_t i = nb - 1; i >= 0; --i) {
-    v8 acc[8] = {};
+    v8 acc[8];
+    clear(acc);
     for (int64_t j = i + 1; j <= t.high[i]; ++j)
       subtract_times(acc, t.tiles + t.tile[i] + (j - t.low[i]) * 64, t.v + j * 8);
     const v8 right = load(t.rhs + i * 8) + row_sums(acc);
