@@ -18,7 +18,7 @@ constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 
 inline v8 load(const double* p) { return *reinterpret_cast<const v8u*>(p); }
 #if defined(__AVX512F__)
-inline v8 load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }  // GCC 12 converts in halves otherwise
+inline v8 load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }  // GCC 12 converts in halves otherwise
 #else
 inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
 #endif
