@@ -11,6 +11,7 @@ void bind_gla(pybind11::module_& m);
 void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
+void bind_value_iteration_cuda(pybind11::module_& m);
 }  // namespace icrl
 
 PYBIND11_MODULE(_C, m) {
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   icrl::bind_value_iteration(m);
 #ifdef ICRL_WITH_CUDA
   m.attr("with_cuda") = true;
+  icrl::bind_value_iteration_cuda(m);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -36,8 +36,8 @@ def value_iteration(
 
     Q*(s,a) = r̄(s,a) + γ Σ_s' T(s,a,s') max_a' Q*(s',a'), where r̄(s,a) = Σ_s' T(s,a,s') R(s,a,s').
 
-    Everything is computed in float64 and returned in float64, whatever the tables' dtype: values of 10³ do not fit 1e-6 in
-    float32. Rows are taken as given, never renormalised.
+    Everything is computed and returned in float64, whatever the tables' dtype: float32 cannot hold 10³ to 1e-6. Rows
+    are taken as given, never renormalised.
 
     Args:
         transition: T, `[N, S, A, S]`, float32 or float64. An all-zero row ends the episode.
@@ -45,30 +45,31 @@ def value_iteration(
         discount: γ in [0, 1]: a float, or a tensor `[G]` (the same for every task) or `[N, G]`.
         terminal: `[N, S]` bool, states of value 0 whose rows must be all zero and whose rewards are not read. None: the
             states whose rows are zero for every action.
-        num_states: `[N]` int64, for batches of unequal tasks: states from num_states[n] on are padding, are not read, and
-            get value 0 and action 0.
-        tol: the error_bound that value iteration stops at. Policy iteration is exact up to rounding and ignores it. Where
-            rounding in float64 does not allow `tol`, the smallest reachable bound is returned: look at `error_bound`.
-        method: "policy_iteration" (Howard 1960), "value_iteration" (Jacobi sweeps from 0; needs γ < 1), or "auto", which
-            is policy iteration.
+        num_states: `[N]` int64, for batches of unequal tasks: states from num_states[n] on are padding, are not read,
+            and get value 0 and action 0.
+        tol: the error_bound that value iteration stops at. Policy iteration is exact up to rounding and ignores it.
+            Where rounding in float64 does not allow `tol`, the bound that was reached is returned: look at it.
+        method: "policy_iteration" (Howard 1960), "value_iteration" (Jacobi sweeps from 0; needs γ < 1), or "auto",
+            which is policy iteration.
         backend: "cpu", "cuda", "reference" or None, the fastest that serves the device.
 
     Returns:
-        q `[N, S, A]`, v = max_a q `[N, S]`, policy = argmax_a q (the lowest of equals) `[N, S]` int64, error_bound `[N]`,
-        iterations `[N]` int64 (policies evaluated, or sweeps). With a tensor of discounts, a dimension G follows N.
+        q `[N, S, A]`, v = max_a q `[N, S]`, policy = argmax_a q (the lowest of equals) `[N, S]` int64, error_bound
+        `[N]`, iterations `[N]` int64 (policies evaluated, or sweeps). A tensor of discounts adds a dimension G after N.
         sup|q − Q*| ≤ error_bound and sup|v − V*| ≤ error_bound hold for the tables as given, rounding included. With
-        κ = γ·(largest row sum) < 1 the bound is (‖q − 𝒯q‖∞ + rounding)/(1 − κ) (Puterman 1994, theorem 6.3.1). Otherwise
-        it comes from the expected time to the end under the near-optimal actions (Bertsekas & Tsitsiklis 1991), and is
-        inf where that proves nothing.
+        κ = γ·(largest row sum) < 1 the bound is (‖q − 𝒯q‖∞ + rounding)/(1 − κ) (Puterman 1994, section 6.3). Otherwise
+        it comes from the expected time to the end under the near-optimal actions (after Bertsekas & Tsitsiklis 1991),
+        and is inf where that proves nothing.
 
     With γ = 1, Q* is the best over policies that reach an end from every state; it is refused if there is none, or if a
     policy that never ends earns without bound. Not differentiable: inputs that require a gradient are refused.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device; γ outside [0, 1]; a transition that is negative, not
-            finite, or whose row sums to neither 0 nor, within 1e-4, 1; a reward that is not finite; γ = 1 as above.
+        ValueError: an argument of the wrong shape, dtype or device; γ outside [0, 1]; a transition that is negative,
+            not finite, or whose row sums to neither 0 nor, within 1e-4, 1; a reward that is not finite; γ = 1 as above.
     """
-    for name, x in (("transition", transition), ("reward", reward), ("discount", discount)):
+    given: dict[str, object] = {"transition": transition, "reward": reward, "discount": discount}
+    for name, x in given.items():
         if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
                 f"{name}: value_iteration is not differentiable, but {name} requires a gradient: detach it"
@@ -139,14 +140,14 @@ def _refuse(kind: int, n: int, row: int, g: int, transition: Tensor, discount: T
         {
             1: f"transition: wanted probabilities, got a negative one in row [{n}, {s}, {a}]",
             2: f"transition: wanted probabilities, got NaN or infinity in row [{n}, {s}, {a}]",
-            3: f"transition: wanted rows that sum to 1 within 1e-4 over the task's states, or are all zero, got the sum {total!r} "
-            f"in row [{n}, {s}, {a}]",
+            3: "transition: wanted rows that sum to 1 within 1e-4 over the task's states, or are all zero, got the sum "
+            f"{total!r} in row [{n}, {s}, {a}]",
             4: f"reward: wanted finite expected rewards, got NaN or infinity for [{n}, {s}, {a}]",
             5: f"transition: wanted all-zero rows in terminal states, got the sum {total!r} in row [{n}, {s}, {a}]",
             6: f"discount: 1 needs a policy that reaches an end, but none does from state {s} of task {n}",
-            7: f"discount: 1 needs values that are finite, but in task {n} a policy that never ends, from state {s}, earns "
-            "without bound",
-            8: f"discount: with {gamma!r} a policy of task {n} cannot be evaluated: I - discount P is singular or nearly so",
+            7: f"discount: 1 needs values that are finite, but in task {n} a policy that never ends, from state {s}, "
+            "earns without bound",
+            8: f"discount: with {gamma!r} a policy of task {n} cannot be evaluated: I - discount P is singular",
             9: f"method: value_iteration needs discount * (largest row sum) < 1, but task {n} has discount {gamma!r}",
         }[kind]
     )
@@ -188,7 +189,7 @@ def _tables(
 
 
 def _endings(t: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Whether an end can be reached from each state [N,S], under `policy` or any, and an action that leads towards it."""
+    """Whether an end can be reached from each state [N,S], under `policy` or any, and an action towards it."""
     allowed = torch.ones_like(t[..., 0], dtype=torch.bool)
     if policy is not None:
         allowed = torch.zeros_like(allowed).scatter_(2, policy[..., None], True)
@@ -294,10 +295,10 @@ def _certificate(t: Tensor, size: Tensor, gamma: Tensor, q: Tensor, v: Tensor) -
 def _certificate_by_hitting_times(t: Tensor, r: Tensor, size: Tensor, gamma: Tensor, q: Tensor) -> Tensor:
     """‖q − Q*‖ without a contraction.
 
-    Let v = max q and let w > 0 have w − γ P_a w > 0 for the greedy action and for those within rounding of it. If v + εw is
-    at least its own backup then V* ≤ v + εw, and if v − ε'w is at most its backup by the greedy policy then
+    Let v = max q and let w > 0 have w − γ P_a w > 0 for the greedy action and those within rounding of it. If v + εw
+    is at least its own backup then V* ≤ v + εw, and if v − ε'w is at most its backup by the greedy policy then
     V* ≥ v − ε'w. Actions that are worse by a clear margin need no w: their margin pays for them. w is the expected
-    (discounted) time to the end, the longest over near-ties, found by policy iteration.
+    (discounted) time to the end, the longest over near-ties, by policy iteration.
     """
     v, c = q.amax(-1), _roundings(t)
     greedy = q.argmax(-1)
@@ -347,7 +348,7 @@ def _reference(
 ) -> tuple[Tensor, ...]:
     _check(transition, reward, discount, terminal, num_states, tol, method)
     _check_values(discount, num_states, transition.shape[1])
-    n, s, a, _ = transition.shape
+    n, _, a, _ = transition.shape
     t, r, size = _tables(transition, reward, discount, terminal, num_states)
     gammas = discount.double().expand(n, -1)
     columns = []
@@ -393,18 +394,11 @@ def _certify_the_rest(
     return out
 
 
-# ---- CPU -----------------------------------------------------------------------------------------------------------
+# ---- compiled backends: both take the same pointers ------------------------------------------------------------------
 
 
-def _cpu(
-    transition: Tensor,
-    reward: Tensor,
-    discount: Tensor,
-    terminal: Tensor | None,
-    num_states: Tensor | None,
-    tol: float,
-    method: str,
-) -> tuple[Tensor, ...]:
+def _compiled(call, transition, reward, discount, terminal, num_states, tol, method, ascending) -> tuple[Tensor, ...]:
+    """Check, allocate, `call(*pointers and sizes)`, raise what it refused, certify what it could not."""
     _check(transition, reward, discount, terminal, num_states, tol, method)
     n, s, a, _ = transition.shape
     _check_values(discount, num_states, s)
@@ -412,9 +406,10 @@ def _cpu(
     terminal = None if terminal is None else terminal.contiguous()
     num_states = None if num_states is None else num_states.contiguous()
     gammas = discount.double().expand(n, -1).contiguous()
+    order = gammas.argsort(dim=-1, stable=True).contiguous() if ascending else None
     out = _empty(transition, gammas.shape[1])
-    refusal = torch.zeros(n, 3, dtype=torch.int64)
-    _C.value_iteration_cpu(
+    refusal = torch.zeros(n, 3, dtype=torch.int64, device=transition.device)
+    call(
         transition.data_ptr(),
         reward.data_ptr(),
         transition.dtype == torch.float64,
@@ -422,17 +417,37 @@ def _cpu(
         0 if terminal is None else terminal.data_ptr(),
         0 if num_states is None else num_states.data_ptr(),
         gammas.data_ptr(),
+        *(() if order is None else (order.data_ptr(),)),
         *(n, gammas.shape[1], s, a),
         1 if method == "value_iteration" else 0,
         tol,
         *(x.data_ptr() for x in out),
         refusal.data_ptr(),
-        torch.get_num_threads(),
     )
     if refusal[:, 0].any():
         i = int(refusal[:, 0].nonzero()[0])
         _refuse(int(refusal[i, 0]), i, int(refusal[i, 1]), int(refusal[i, 2]), transition, discount)
     return _certify_the_rest(out, transition, reward, gammas, terminal, num_states)
+
+
+def _cpu(*arguments) -> tuple[Tensor, ...]:
+    return _compiled(lambda *x: _C.value_iteration_cpu(*x, torch.get_num_threads()), *arguments, ascending=False)
+
+
+def _cuda(transition: Tensor, *arguments) -> tuple[Tensor, ...]:
+    if not _C.with_cuda:
+        raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1, or use 'reference'")
+    _check(transition, *arguments)
+    n, s, a, _ = transition.shape
+    device = transition.get_device()
+    size = _C.value_iteration_cuda_workspace(n, s, a, transition.dtype == torch.float64, device)
+    workspace = torch.empty(size, dtype=torch.uint8, device=transition.device)
+
+    def call(*x) -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _C.value_iteration_cuda(*x, workspace.data_ptr(), device, stream)
+
+    return _compiled(call, transition, *arguments, ascending=True)
 
 
 def _fake(
@@ -449,9 +464,11 @@ def _fake(
     return _empty(transition, discount.shape[-1])
 
 
+# Without CUDA in the build the reference serves CUDA tensors; a forced "cuda" then says what is missing.
+_gpu = {"cuda": (("cuda",), _cuda), "reference": (("cpu", "cuda"), _reference)}
 _registry.define(
-    "value_iteration(Tensor transition, Tensor reward, Tensor discount, Tensor? terminal, Tensor? num_states, float tol, "
-    "str method, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": (("cpu",), _cpu), "reference": (("cpu", "cuda"), _reference)},
+    "value_iteration(Tensor transition, Tensor reward, Tensor discount, Tensor? terminal, Tensor? num_states, "
+    "float tol, str method, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"cpu": (("cpu",), _cpu), **(_gpu if _C.with_cuda else dict(reversed(_gpu.items())))},
     _fake,
 )

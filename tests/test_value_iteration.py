@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from icrl_kernels import value_iteration
+from icrl_kernels import _C, value_iteration
 from icrl_kernels.testing import assert_as_good_as_torch
+
+vi = importlib.import_module("icrl_kernels.value_iteration")  # the module: the package exports its function
 
 
 def normalised(t):
@@ -345,6 +348,73 @@ def test_compile():
     t, r = banded(2, 6)
     compiled = torch.compile(lambda t, r: value_iteration(t, r, 0.9).q * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(t, r), value_iteration(t, r, 0.9).q * 2)
+
+
+def gpu_algorithm(t, r, gamma, terminal=None, num_states=None, method="auto"):
+    """The GPU's algorithm, run by one thread of the CPU."""
+    gamma = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1)
+    call = _C.value_iteration_cuda_host_check
+    return vi._compiled(call, t, r, gamma, terminal, num_states, 1e-6, method, ascending=True)
+
+
+def test_gpu_algorithm_on_the_host():
+    gammas = [0.9, 0.0, 0.994]
+    cases = [(*banded(3, s, dtype=d), {}) for s in (1, 9, 40) for d in (torch.float32, torch.float64)]
+    cases.append((*garnet(2, 30, 3, 5), {}))
+    t, r, terminal = gym_tables("FrozenLake-v1")
+    cases.append((t, r, {"terminal": terminal}))
+    t, r = banded(2, 20, dtype=torch.float64, ends=0)
+    t[1, :7, :, :7] = normalised(t[1, :7, :, :7] + 1e-3)
+    t[1, :, :, 7:] = 0
+    cases.append((t, r, {"num_states": torch.tensor([20, 7])}))
+    for t, r, options in cases:
+        want = value_iteration(t, r, torch.tensor(gammas, dtype=torch.float64), backend="reference", **options)
+        got = gpu_algorithm(t, r, gammas, **options)
+        slack = got[3] + want.error_bound
+        assert ((got[0] - want.q).abs().amax((2, 3)) <= slack).all()
+        assert ((got[1] - want.v).abs().amax(2) <= slack).all()
+        assert (got[3] <= 1e-6).all()
+        assert torch.equal(got[2], got[0].argmax(-1))
+    sweeps = gpu_algorithm(*banded(2, 20), 0.9, method="value_iteration")
+    assert (sweeps[3] <= 1e-6).all()
+
+
+def test_gpu_algorithm_undiscounted_and_refusals():
+    t, r = banded(3, 20, dtype=torch.float64)
+    want = value_iteration(t, -r.abs(), 1.0, backend="reference")
+    got = gpu_algorithm(t, -r.abs(), 1.0)
+    assert ((got[0][:, 0] - want.q).abs().amax((1, 2)) <= got[3][:, 0] + want.error_bound).all()
+    assert (got[3] < 1e-8).all()
+    with pytest.raises(ValueError, match=r"discount.*none does from state 0"):
+        gpu_algorithm(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1), 1.0)
+    for at, value, message in [(9, torch.nan, "NaN"), (0, torch.inf, "NaN"), (0, -0.5, "negative"), (0, 2.0, "sum")]:
+        bad = t.clone()
+        bad[1, 2, 3, at] = value
+        with pytest.raises(ValueError, match=rf"transition.*{message}.*\[1, 2, 3\]"):
+            gpu_algorithm(bad, r, 0.9)
+
+
+@pytest.mark.skipif(_C.with_cuda, reason="built with CUDA")
+def test_missing_cuda_is_said():
+    with pytest.raises(ValueError, match=r"backend.*cuda"):
+        value_iteration(*banded(1, 4), 0.9, backend="cuda")
+    with pytest.raises(ValueError, match="ICRL_CUDA=1"):
+        vi._cuda(*banded(1, 4), torch.ones(1), None, None, 1e-6, "auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _C.with_cuda, reason="built without CUDA")
+@pytest.mark.parametrize("s", [1, 16, 64, 128, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gpu(s, dtype):
+    t, r = banded(300, s, dtype=dtype)
+    gammas = torch.tensor([0.994, 0.5], dtype=torch.float64)
+    want = value_iteration(t, r, gammas)
+    got = value_iteration(t.cuda(), r.cuda(), gammas.cuda(), backend="cuda")
+    again = value_iteration(t.cuda(), r.cuda(), gammas.cuda(), backend="cuda")
+    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+    assert ((got.q.cpu() - want.q).abs().amax((2, 3)) <= got.error_bound.cpu() + want.error_bound).all()
+    assert (got.error_bound <= 1e-6).all()
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])

@@ -1,7 +1,7 @@
 // Tabular control in float64. Included once for each instruction set, inside its namespace.
 //
-// States are taken in blocks of eight. The rows of one state are packed over the blocks that any of its actions reaches, so
-// that a Bellman backup has no tails and one branch for each state. Policy evaluation factors I - discount P by block LU
+// States are taken in blocks of eight. A row is packed from its first block that is not zero on, over as many blocks as the
+// widest row of its state needs, so that a Bellman backup has no tails and one branch for each state. Policy evaluation factors I - discount P by block LU
 // without pivoting (it is an M-matrix: every pivot is positive, growth is at most 2), tile rows of eight at a time within
 // the envelope of the policy's rows; a banded table costs what its band costs, a dense one runs at GEMM speed. A policy that
 // changed only from state s on keeps the factors of the blocks before s.
@@ -14,12 +14,22 @@ typedef double v8u __attribute__((vector_size(64), aligned(8)));
 typedef float f8u __attribute__((vector_size(32), aligned(4)));
 typedef long long i8 __attribute__((vector_size(64)));
 
-constexpr double kUnit = 0x1p-53;
+constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 
 inline v8 load(const double* p) { return *reinterpret_cast<const v8u*>(p); }
+#if defined(__AVX512F__)
+inline v8 load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }  // GCC 12 converts in halves otherwise
+#else
 inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
+#endif
 inline void store(double* p, const v8& x) { *reinterpret_cast<v8u*>(p) = x; }
 inline v8 splat(double x) { return v8{x, x, x, x, x, x, x, x}; }
+
+// An initialiser {} would become a string instruction, which is slow to start.
+inline void clear(v8 (&a)[8]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) a[r] = v8{};
+}
 
 // Lane r of the result is the sum of a[r].
 inline v8 row_sums(const v8 (&a)[8]) {
@@ -45,10 +55,10 @@ struct Task {
   double row_sum;           // largest row sum, rounded up
   double reward_magnitude;  // largest sum of |transition * reward|
   bool is_double;
-  // for each state: first block, blocks, offset of its packed rows [num_actions, blocks, 8]
-  int32_t *first, *blocks;
+  int32_t* blocks;  // for each state: the blocks in each of its packed rows, and where [num_actions, blocks, 8] begins
   int64_t* offset;
-  int32_t *row_first, *row_end;  // for each state and action: its own blocks, a part of the state's
+  // for each state and action: the blocks that are not zero, and the first block that is packed
+  int32_t *row_first, *row_end, *row_start;
   double *reward, *magnitude;    // for each state and action: expected reward, sum of |transition * reward|
   double *q, *v, *next, *rhs;
   int32_t *low, *high;  // for each block row of the factors: its first and last block
@@ -72,8 +82,8 @@ int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
   take<Task>(at, 1);
   const int64_t nb = (ns + 7) / 8, rows = ns * na + 8;
   t.ns = ns, t.na = na, t.nb = nb;
-  t.first = take<int32_t>(at, ns), t.blocks = take<int32_t>(at, ns), t.offset = take<int64_t>(at, ns);
-  t.row_first = take<int32_t>(at, rows), t.row_end = take<int32_t>(at, rows);
+  t.blocks = take<int32_t>(at, ns), t.offset = take<int64_t>(at, ns);
+  t.row_first = take<int32_t>(at, rows), t.row_end = take<int32_t>(at, rows), t.row_start = take<int32_t>(at, rows);
   t.reward = take<double>(at, rows), t.magnitude = take<double>(at, rows), t.q = take<double>(at, rows);
   t.v = take<double>(at, nb * 8), t.next = take<double>(at, nb * 8), t.rhs = take<double>(at, nb * 8);
   t.low = take<int32_t>(at, nb), t.high = take<int32_t>(at, nb), t.tile = take<int64_t>(at, nb + 1);
@@ -85,31 +95,73 @@ int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
 
 // ---- packing ----------------------------------------------------------------------------------------------------------
 
-inline bool any(const float* p) {
+// Whether 32 floats, 16 doubles or one block of eight hold anything but zeros. NaN counts.
+#if defined(__AVX512F__)
+inline bool any_four(const float* p) {
+  const __m512i x = _mm512_or_si512(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16));
+  return _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x7fffffff)) != 0;
+}
+#else
+inline bool any_four(const float* p) {
+  uint64_t w[16], x = 0;
+  __builtin_memcpy(w, p, 128);
+  for (int i = 0; i < 16; ++i) x |= w[i];
+  return (x & 0x7fffffff7fffffffull) != 0;
+}
+#endif
+inline bool any_four(const double* p) {
+  uint64_t w[32], x = 0;
+  __builtin_memcpy(w, p, 256);
+  for (int i = 0; i < 32; ++i) x |= w[i];
+  return x << 1 != 0;
+}
+inline bool any_block(const float* p) {
   uint64_t w[4];
   __builtin_memcpy(w, p, 32);
   return ((w[0] | w[1] | w[2] | w[3]) & 0x7fffffff7fffffffull) != 0;
 }
-inline bool any(const double* p) {
+inline bool any_block(const double* p) {
   uint64_t w[8];
   __builtin_memcpy(w, p, 64);
   return ((w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) << 1) != 0;
 }
+
+// The blocks [lo, hi) of a row of n entries outside of which it is zero; lo = hi = 0 where all of it is.
 template <class T>
-inline bool any_of(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    if (p[i] != 0) return true;
-  return false;
+inline void window(const T* row, int64_t n, int32_t& low, int32_t& high) {
+  const int64_t whole = n / 8;
+  int64_t lo = 0, hi = whole;
+  bool tail = false;
+  for (int64_t j = whole * 8; j < n; ++j) tail |= row[j] != 0;
+  while (lo + 4 <= whole && !any_four(row + lo * 8)) lo += 4;
+  while (lo < whole && !any_block(row + lo * 8)) ++lo;
+  if (tail) {
+    hi = whole + 1;
+  } else {
+    while (hi - 4 >= lo && !any_four(row + hi * 8 - 32)) hi -= 4;
+    while (hi > lo && !any_block(row + hi * 8 - 8)) --hi;
+  }
+  low = static_cast<int32_t>(lo < hi ? lo : 0), high = static_cast<int32_t>(lo < hi ? hi : 0);
 }
 
+// What is wrong with a task, row by row and slowly: called once something is.
 template <class T>
-PlanResult refuse(const T* row, int64_t ns, int64_t index) {
+PlanResult first_fault(const Task& t, const TaskTables& in) {
   PlanResult r;
-  r.row = index, r.refusal = Refusal::row_sum;
-  for (int64_t j = 0; j < ns; ++j) {
-    const double x = row[j];
-    if (!(x - x == 0)) return r.refusal = Refusal::not_finite, r;
-    if (x < 0) return r.refusal = Refusal::negative, r;
+  for (r.row = 0; r.row < t.ns * t.na; ++r.row) {
+    const T* row = static_cast<const T*>(in.transition) + r.row * in.stride;
+    const bool empty = t.row_first[r.row] == t.row_end[r.row];
+    double mass = 0;
+    bool finite = true, negative = false;
+    for (int64_t j = 0; j < t.ns; ++j) {
+      mass += row[j], negative |= row[j] < 0;
+      finite &= row[j] - row[j] == 0;
+    }
+    if (!finite) return r.refusal = Refusal::not_finite, r;
+    if (negative) return r.refusal = Refusal::negative, r;
+    if (!empty && !(mass - 1 <= 1e-4 && mass - 1 >= -1e-4)) return r.refusal = Refusal::row_sum, r;
+    if (!empty && in.terminal && in.terminal[r.row / t.na]) return r.refusal = Refusal::terminal_row, r;
+    if (!(t.magnitude[r.row] <= kLargest)) return r.refusal = Refusal::reward, r;
   }
   return r;
 }
@@ -122,66 +174,74 @@ PlanResult pack(Task& t, const TaskTables& in) {
   T* out = static_cast<T*>(t.packed);
   int64_t used = 0;
   t.widest = 0, t.row_sum = 0, t.reward_magnitude = 0;
+  bool fault = false;
+  v8 least = splat(0);
   for (int64_t s = 0; s < ns; ++s) {
-    int32_t first = static_cast<int32_t>(t.nb), end = 0;
+    int32_t* first = t.row_first + s * na;
+    int32_t* end = t.row_end + s * na;
+    int32_t n = 0;
     for (int64_t a = 0; a < na; ++a) {
-      const T* row = transition + (s * na + a) * stride;
-      int64_t lo = 0, hi = whole;
-      bool tail = rest && any_of(row + whole * 8, rest);
-      while (lo < whole && !any(row + lo * 8)) ++lo;
-      if (tail)
-        hi = whole + 1;
-      else
-        while (hi > lo && !any(row + hi * 8 - 8)) --hi;
-      if (lo >= hi) lo = hi = 0;  // an all-zero row
-      t.row_first[s * na + a] = static_cast<int32_t>(lo), t.row_end[s * na + a] = static_cast<int32_t>(hi);
-      if (lo < hi) first = lo < first ? static_cast<int32_t>(lo) : first, end = hi > end ? static_cast<int32_t>(hi) : end;
+      window(transition + (s * na + a) * stride, ns, first[a], end[a]);
+      n = end[a] - first[a] > n ? end[a] - first[a] : n;
     }
-    const bool declared = in.terminal && in.terminal[s], ends = declared || (!in.terminal && end == 0);
-    if (end == 0) first = 0;
-    const int64_t n = end - first;
-    t.first[s] = first, t.blocks[s] = static_cast<int32_t>(n), t.offset[s] = used;
+    const bool ends = in.terminal ? in.terminal[s] : n == 0;
+    fault |= in.terminal && in.terminal[s] && n > 0;
+    t.blocks[s] = n, t.offset[s] = used;
     if (n > t.widest) t.widest = n;
-    for (int64_t a = 0; a < na; ++a) {
-      const int64_t k = s * na + a;
-      const T* row = transition + k * stride;
-      const T* gain = in.reward_by_successor ? reward + k * stride : nullptr;
-      v8 total = splat(0), mean = splat(0), size = splat(0), least = splat(0);
-      for (int64_t b = first; b < end; ++b, used += 8) {
-        T* to = out + used;
-        T g[8] = {};
-        if (b < whole) {
-          __builtin_memcpy(to, row + b * 8, 8 * sizeof(T));
-          if (gain) __builtin_memcpy(g, gain + b * 8, 8 * sizeof(T));
-        } else {
-          for (int64_t j = 0; j < 8; ++j) to[j] = j < rest ? row[b * 8 + j] : T(0);
-          if (gain) __builtin_memcpy(g, gain + b * 8, rest * sizeof(T));
+    for (int64_t a0 = 0; a0 < na; a0 += 8) {
+      const int64_t rows = na - a0 < 8 ? na - a0 : 8;
+      v8 total[8], mean[8], size[8];
+      clear(total), clear(mean), clear(size);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t k = s * na + a0 + r;
+        const T* row = transition + k * stride;
+        const T* gain = in.reward_by_successor ? reward + k * stride : nullptr;
+        // a row narrower than the state's widest takes in zeros next to it, all of it within the table
+        const int32_t start = t.row_first[k] + n <= t.nb ? t.row_first[k] : static_cast<int32_t>(t.nb) - n;
+        t.row_start[k] = start;
+        v8 sum = splat(0), gains = splat(0), sizes = splat(0);
+        for (int64_t b = start; b < start + n; ++b, used += 8) {
+          T* to = out + used;
+          const T *from = row + b * 8, *won = gain ? gain + b * 8 : from;
+          T last[8], last_won[8];
+          if (b == whole) {
+            for (int64_t j = 0; j < 8; ++j) last[j] = j < rest ? from[j] : T(0), last_won[j] = j < rest ? won[j] : T(0);
+            from = last, won = last_won;
+          }
+          const v8 p = load(from);
+          __builtin_memcpy(to, from, 8 * sizeof(T));
+          sum += p;
+          least = p < least ? p : least;
+          if (gain) {
+            // the reward of an impossible transition counts for nothing, even if it is NaN
+            const v8 x = p != 0 ? load(won) * p : splat(0);
+            gains += x;
+            sizes += x < 0 ? -x : x;
+          }
         }
-        const v8 p = load(to);
-        total += p;
-        least = p < least ? p : least;
-        if (gain) {
-          // the reward of an impossible transition counts for nothing, even if it is NaN
-          const v8 x = p != 0 ? load(g) * p : splat(0);
-          mean += x;
-          size += x < 0 ? -x : x;
-        }
+        total[r] = sum, mean[r] = gains, size[r] = sizes;
       }
-      const double mass = sum(total);
-      const bool empty = t.row_first[k] == t.row_end[k];
-      bool negative = false;
-      for (int j = 0; j < 8; ++j) negative |= least[j] < 0;
-      if (negative || (!empty && !(mass - 1 <= 1e-4 && mass - 1 >= -1e-4))) return refuse(row, ns, k);
-      PlanResult r;
-      r.row = k;
-      if (declared && !empty) return r.refusal = Refusal::terminal_row, r;
-      t.reward[k] = ends ? 0 : gain ? sum(mean) : static_cast<double>(reward[k]);
-      t.magnitude[k] = ends ? 0 : gain ? sum(size) : t.reward[k] < 0 ? -t.reward[k] : t.reward[k];
-      if (!(t.magnitude[k] <= 0x1.fffffffffffffp1023)) return r.refusal = Refusal::reward, r;
-      if (mass > t.row_sum) t.row_sum = mass;
-      if (t.magnitude[k] > t.reward_magnitude) t.reward_magnitude = t.magnitude[k];
+      alignas(64) double mass[8];
+      store(mass, row_sums(total));
+      alignas(64) double means[8], sizes[8];
+      store(means, row_sums(mean)), store(sizes, row_sums(size));
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t k = s * na + a0 + r;
+        if (!in.reward_by_successor) {
+          means[r] = static_cast<double>(reward[k]);
+          sizes[r] = means[r] < 0 ? -means[r] : means[r];
+        }
+        t.reward[k] = ends ? 0 : means[r];
+        t.magnitude[k] = ends ? 0 : sizes[r];
+        fault |= !(t.magnitude[k] <= kLargest);
+        fault |= first[a0 + r] != end[a0 + r] && !(mass[r] - 1 <= 1e-4 && mass[r] - 1 >= -1e-4);
+        t.row_sum = mass[r] > t.row_sum ? mass[r] : t.row_sum;
+        t.reward_magnitude = t.magnitude[k] > t.reward_magnitude ? t.magnitude[k] : t.reward_magnitude;
+      }
     }
   }
+  for (int j = 0; j < 8; ++j) fault |= least[j] < 0;
+  if (fault) return first_fault<T>(t, in);
   t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
   return {};
 }
@@ -194,21 +254,24 @@ void backup(Task& t, double discount, const double* v) {
   const int64_t na = t.na;
   for (int64_t s = 0; s < t.ns; ++s) {
     const int64_t n = t.blocks[s];
-    const double* at = v + t.first[s] * 8;
+    const int32_t* start = t.row_start + s * na;
     double* q = t.q + s * na;
     double best = -__builtin_inf();
     for (int64_t a0 = 0; a0 < na; a0 += 8) {
       const int64_t rows = na - a0 < 8 ? na - a0 : 8;
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + a0 * n * 8;
-      v8 acc[8] = {};
+      v8 acc[8];
+      clear(acc);
       if (rows == 5) {
+        const double* at[5];
+        for (int r = 0; r < 5; ++r) at[r] = v + start[a0 + r] * 8;
         for (int64_t b = 0; b < n * 8; b += 8) {
-          const v8 x = load(at + b);
 #pragma GCC unroll 5
-          for (int r = 0; r < 5; ++r) acc[r] += load(p + r * n * 8 + b) * x;
+          for (int r = 0; r < 5; ++r) acc[r] += load(p + r * n * 8 + b) * load(at[r] + b);
         }
       } else {
         for (int64_t r = 0; r < rows; ++r) {
+          const double* at = v + start[a0 + r] * 8;
           v8 one = splat(0);
           for (int64_t b = 0; b < n * 8; b += 8) one += load(p + r * n * 8 + b) * load(at + b);
           acc[r] = one;
@@ -305,7 +368,7 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, splat(0));
     for (int64_t r = 0; r < count; ++r) {
       const int64_t s = begin + r, k = s * na + policy[s];
-      const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (policy[s] * t.blocks[s] - t.first[s]) * 8;
+      const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (policy[s] * t.blocks[s] - t.row_start[k]) * 8;
       for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j)
         store(tiles + (j - low) * 64 + r * 8, -discount * load(p + j * 8));
       t.rhs[s] = t.reward[k];
@@ -313,7 +376,8 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     for (int64_t r = 0; r < 8; ++r) tiles[(i - low) * 64 + r * 9] += 1;
     for (int64_t r = count; r < 8; ++r) t.rhs[begin + r] = 0;
 
-    v8 residual[8] = {};
+    v8 residual[8];
+    clear(residual);
     for (int64_t j = low; j <= high; ++j) {
       double* here = tiles + (j - low) * 64;
       v8 acc[8];
@@ -328,7 +392,8 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
       } else if (j < i) {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
-        v8 product[8] = {};
+        v8 product[8];
+        clear(product);
         subtract_product(product, here, t.inverse + j * 64);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) acc[r] = product[r];
@@ -340,7 +405,8 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     store(t.rhs + begin, load(t.rhs + begin) + row_sums(residual));
   }
   for (int64_t i = nb - 1; i >= 0; --i) {
-    v8 acc[8] = {};
+    v8 acc[8];
+    clear(acc);
     for (int64_t j = i + 1; j <= t.high[i]; ++j)
       subtract_times(acc, t.tiles + t.tile[i] + (j - t.low[i]) * 64, t.v + j * 8);
     const v8 right = load(t.rhs + i * 8) + row_sums(acc);
@@ -365,7 +431,7 @@ int64_t cannot_end(Task& t, int64_t* policy, bool choose) {
       for (int64_t a = choose ? 0 : policy[s], end = choose ? na : a + 1; a < end && !t.reached[s]; ++a) {
         const int64_t k = s * na + a;
         bool found = t.row_first[k] == t.row_end[k];
-        const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (a * t.blocks[s] - t.first[s]) * 8;
+        const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (a * t.blocks[s] - t.row_start[k]) * 8;
         for (int64_t j = t.row_first[k] * 8; j < t.row_end[k] * 8 && !found; ++j) found = p[j] > 0 && t.reached[j];
         if (found) t.reached[s] = 1, more = true, policy[s] = a;
       }
@@ -405,7 +471,7 @@ double tie(const Task& t, double discount, int64_t s, int64_t a, int64_t b) {
   double size = t.magnitude[s * t.na + a] + t.magnitude[s * t.na + b];
   for (int64_t x = a, left = 2; left > 0; x = b, --left) {
     const T* p = static_cast<const T*>(t.packed) + t.offset[s] + x * t.blocks[s] * 8;
-    const double* v = t.v + t.first[s] * 8;
+    const double* v = t.v + t.row_start[s * t.na + x] * 8;
     for (int64_t j = 0; j < t.blocks[s] * 8; ++j) size += discount * (v[j] < 0 ? -v[j] : v[j]) * p[j];
   }
   return (t.blocks[s] * 8 + 16) * 2 * kUnit * size;

@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "cpu/policy_iteration.h"
