@@ -309,7 +309,7 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
         q_bonus=exponential(0.5),
         q_discount=uniform(0.9, 0.99),
         model_bonus=exponential(0.3) * (uniform(0, 1) < 0.7),
-        model_discount=uniform(0.9, 0.99),
+        model_discount=uniform(0.85, 0.97),
     )
 
 

@@ -49,9 +49,9 @@ class Behaviours(NamedTuple):
 
     `random_policy` is a softmax of policy_scale·N(0,1) logits, one policy a record. `q_learning` has the rate
     (H+1)/(H+n), H = 1/(1-q_discount) (Jin et al., 2018) and takes argmax Q + q_bonus·σ·sqrt(log(1+Σn)/n).
-    `model_based` counts, and plans one optimistic Gauss-Seidel sweep a step with the bonus model_bonus·σ/sqrt(n);
-    untried actions are worth the best mean reward seen, for ever. σ is the root mean square of the record's rewards. Both
-    learners observe every step, whoever acted.
+    `model_based` counts, and sweeps optimistic value iteration once over the states a step, with the bonus
+    model_bonus·σ/sqrt(n); an untried action is worth (the best mean reward + bonus seen + σ)/(1-model_discount). σ is
+    the root mean square of the record's rewards. Both learners observe every step, whoever acted.
     """
 
     initial: Tensor  # [R,M] weights
@@ -307,7 +307,7 @@ def constant_behaviours(
             raise ValueError(f"weights: wanted a policy below {num_policies} or one of {BUILTIN}, got {name!r}")
         row[names[name]] = weight
     values = {"switch": 0.0, "epsilon": 0.0, "epsilon_decay": 0.0, "policy_scale": 1.0}
-    values |= {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.2, "model_discount": 0.95}
+    values |= {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.3, "model_discount": 0.9}
     if unknown := set(settings) - set(values):
         raise ValueError(f"settings: wanted {', '.join(values)}, got {', '.join(sorted(unknown))}")
     values |= settings
