@@ -153,10 +153,11 @@ def rollout_tables(
             raise ValueError(f"{name}: wanted finite values >= 0")
 
     transition, start, num_states, num_actions = (t.contiguous() for t in (transition, start, num_states, num_actions))
-    rest = [t.contiguous() for t in (reward, noise_state, noise_action, terminal, max_steps)]
+    reward, noise_state, noise_action = (t.contiguous() for t in (reward, noise_state, noise_action))
+    terminal, max_steps = terminal.contiguous(), max_steps.contiguous()
     cumulative, window = torch.empty_like(transition), torch.empty(N, S, A, 2, dtype=torch.int16)
     start_cumulative = torch.empty_like(start)
-    inputs = (transition, rest[0], start, rest[3], num_states, num_actions, cumulative, window, start_cumulative)
+    inputs = (transition, reward, start, terminal, num_states, num_actions, cumulative, window, start_cumulative)
     kind, index = _C.rollout_tables(*(t.data_ptr() for t in inputs), N, S, A, torch.get_num_threads())
     if kind == 3:
         raise ValueError(
@@ -170,7 +171,8 @@ def rollout_tables(
         raise ValueError(
             f"transition{place}: wanted probabilities with sum 1 on the task's own states, got sum {total:g}"
         )
-    return RolloutTables(cumulative, window, *rest[:3], start_cumulative, rest[3], rest[4], num_states, num_actions)
+    rest = (reward, noise_state, noise_action, start_cumulative, terminal, max_steps, num_states, num_actions)
+    return RolloutTables(cumulative, window, *rest)
 
 
 def rollout_start(
@@ -272,7 +274,7 @@ def rollout(
         final = RolloutState(*(t.clone() for t in state))
     cumulative = None if policies is None else _cumulative_policies(policies, tables)
     out = torch.ops.icrl.rollout(*tables, cumulative, list(behaviours), None, list(final), _steps(steps), "auto")
-    return Rollout(*out, final)
+    return Rollout._make([*out, final])
 
 
 def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
