@@ -17,6 +17,7 @@ void bind_value_iteration_cuda(pybind11::module_& m);
 PYBIND11_MODULE(_C, m) {
   m.def("isa", &icrl::isa_name);
   m.def("has_team", &icrl::has_team);
+  m.def("set_team_size", &icrl::set_team_size);
   icrl::bind_anymdp(m);
   icrl::bind_gla(m);
   icrl::bind_model_based(m);

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from icrl import worlds
 from icrl.worlds import TabularTasks
-from icrl_kernels import Behaviours, rollout, rollout_tables
+from icrl_kernels import Behaviours, rollout, rollout_tables, set_threads_here
 from icrl_kernels.rollout import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -217,6 +217,7 @@ class DPDStream(Iterator[Records]):
         sampler: (config, n, seed) -> n tasks; by default new tasks every batch. A function that ignores the seed
             trains on a fixed set.
         prefetch: how many batches may wait; 0 makes each when it is asked for, in the caller's thread.
+        threads: of the background thread's own work. More than one would contend with training's at every operator.
 
     Raises (from next): whatever making the batch raised.
     """
@@ -228,10 +229,11 @@ class DPDStream(Iterator[Records]):
         *,
         sampler: Sampler = sample_tasks,
         prefetch: int = 2,
+        threads: int = 1,
     ) -> None:
-        if prefetch < 0:
-            raise ValueError(f"prefetch: wanted >= 0, got {prefetch}")
-        self.config, self.seed, self.sampler, self.prefetch = config, seed, sampler, prefetch
+        if prefetch < 0 or threads < 1:
+            raise ValueError(f"prefetch, threads: wanted at least 0 and 1, got {prefetch}, {threads}")
+        self.config, self.seed, self.sampler, self.prefetch, self.threads = config, seed, sampler, prefetch, threads
         self._next = 0
         self._ready: queue.Queue[Records | BaseException] | None = None
         self._close: weakref.finalize[..., Any] | None = None
@@ -272,7 +274,7 @@ class DPDStream(Iterator[Records]):
         ready: queue.Queue[Records | BaseException] = queue.Queue(self.prefetch)
         stop = threading.Event()
         # the thread must not keep self alive, or a forgotten stream would run for ever
-        args = (self.config, self.sampler, self.seed, self._next, ready, stop)
+        args = (self.config, self.sampler, self.seed, self._next, ready, stop, self.threads)
         thread = threading.Thread(target=_produce, args=args, name="dpd", daemon=True)
         thread.start()
         self._ready, self._close = ready, weakref.finalize(self, _stop, stop, thread)
@@ -309,7 +311,7 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
         q_bonus=exponential(0.5),
         q_discount=uniform(0.9, 0.99),
         model_bonus=exponential(0.3) * (uniform(0, 1) < 0.7),
-        model_discount=uniform(0.9, 0.99),
+        model_discount=uniform(0.85, 0.97),
     )
 
 
@@ -349,7 +351,9 @@ def _produce(
     index: int,
     ready: queue.Queue[Records | BaseException],
     stop: threading.Event,
+    threads: int,
 ) -> None:
+    set_threads_here(threads)
     while not stop.is_set():
         try:
             item: Records | BaseException = _make(config, sampler, seed, index)

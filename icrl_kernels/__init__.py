@@ -15,6 +15,7 @@ from icrl_kernels.rollout import (
     rollout_step,
     rollout_tables,
 )
+from icrl_kernels.threads import set_threads_here
 from icrl_kernels.value_iteration import ValueIteration, value_iteration
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "rollout_start",
     "rollout_step",
     "rollout_tables",
+    "set_threads_here",
     "value_iteration",
 ]

@@ -49,9 +49,9 @@ class Behaviours(NamedTuple):
 
     `random_policy` is a softmax of policy_scale·N(0,1) logits, one policy a record. `q_learning` has the rate
     (H+1)/(H+n), H = 1/(1-q_discount) (Jin et al., 2018) and takes argmax Q + q_bonus·σ·sqrt(log(1+Σn)/n).
-    `model_based` counts, and plans one optimistic Gauss-Seidel sweep a step with the bonus model_bonus·σ/sqrt(n);
-    untried actions are worth the best mean reward seen, for ever. σ is the root mean square of the record's rewards. Both
-    learners observe every step, whoever acted.
+    `model_based` counts, and sweeps optimistic value iteration once over the states a step, with the bonus
+    model_bonus·σ/sqrt(n); an untried action is worth (the best mean reward + bonus seen + σ)/(1-model_discount). σ is
+    the root mean square of the record's rewards. Both learners observe every step, whoever acted.
     """
 
     initial: Tensor  # [R,M] weights
@@ -153,10 +153,11 @@ def rollout_tables(
             raise ValueError(f"{name}: wanted finite values >= 0")
 
     transition, start, num_states, num_actions = (t.contiguous() for t in (transition, start, num_states, num_actions))
-    rest = [t.contiguous() for t in (reward, noise_state, noise_action, terminal, max_steps)]
+    reward, noise_state, noise_action = (t.contiguous() for t in (reward, noise_state, noise_action))
+    terminal, max_steps = terminal.contiguous(), max_steps.contiguous()
     cumulative, window = torch.empty_like(transition), torch.empty(N, S, A, 2, dtype=torch.int16)
     start_cumulative = torch.empty_like(start)
-    inputs = (transition, rest[0], start, rest[3], num_states, num_actions, cumulative, window, start_cumulative)
+    inputs = (transition, reward, start, terminal, num_states, num_actions, cumulative, window, start_cumulative)
     kind, index = _C.rollout_tables(*(t.data_ptr() for t in inputs), N, S, A, torch.get_num_threads())
     if kind == 3:
         raise ValueError(
@@ -170,7 +171,8 @@ def rollout_tables(
         raise ValueError(
             f"transition{place}: wanted probabilities with sum 1 on the task's own states, got sum {total:g}"
         )
-    return RolloutTables(cumulative, window, *rest[:3], start_cumulative, rest[3], rest[4], num_states, num_actions)
+    rest = (reward, noise_state, noise_action, start_cumulative, terminal, max_steps, num_states, num_actions)
+    return RolloutTables(cumulative, window, *rest)
 
 
 def rollout_start(
@@ -272,7 +274,7 @@ def rollout(
         final = RolloutState(*(t.clone() for t in state))
     cumulative = None if policies is None else _cumulative_policies(policies, tables)
     out = torch.ops.icrl.rollout(*tables, cumulative, list(behaviours), None, list(final), _steps(steps), "auto")
-    return Rollout(*out, final)
+    return Rollout._make([*out, final])
 
 
 def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +309,7 @@ def constant_behaviours(
             raise ValueError(f"weights: wanted a policy below {num_policies} or one of {BUILTIN}, got {name!r}")
         row[names[name]] = weight
     values = {"switch": 0.0, "epsilon": 0.0, "epsilon_decay": 0.0, "policy_scale": 1.0}
-    values |= {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.2, "model_discount": 0.95}
+    values |= {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.3, "model_discount": 0.9}
     if unknown := set(settings) - set(values):
         raise ValueError(f"settings: wanted {', '.join(values)}, got {', '.join(sorted(unknown))}")
     values |= settings

@@ -74,6 +74,9 @@ def test_batches_depend_on_seed_and_number_alone():
     for i, batch in enumerate(first):
         assert_same(batch, next(without))
         assert_same(batch, stream().batch(i))
+    assert_same(
+        next(stream(config=DPDConfig(batch=2, steps=5), threads=2)), stream(DPDConfig(batch=2, steps=5)).batch(0)
+    )
     saved = with_thread.state_dict()
     assert saved == {"seed": 0, "next_batch": 4}
     fifth = next(with_thread)
@@ -117,6 +120,24 @@ def test_a_forgotten_stream_stops_its_thread():
     del s
     gc.collect()
     assert not any(t.name == "dpd" for t in threading.enumerate())
+
+
+def test_the_thread_keeps_to_its_own_number_of_threads():
+    seen, before = [], torch.get_num_threads()
+
+    def watching(config, n, seed):
+        seen.append(torch.get_num_threads())
+        return sampler(config, n, seed)
+
+    torch.set_num_threads(2)
+    try:
+        s = DPDStream(SMALL, 0, sampler=watching, threads=1)
+        next(s)
+        s.close()
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rates_of_references_and_masks():

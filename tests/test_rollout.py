@@ -2,6 +2,7 @@ import pytest
 import torch
 from tabular import random_tasks
 
+from icrl.worlds import sample_anymdp
 from icrl_kernels import (
     RolloutState,
     constant_behaviours,
@@ -157,26 +158,29 @@ def test_statistics_are_the_tables():
     assert int(elapsed.max()) == 10
 
 
+def tables_of(tasks):
+    return rollout_tables(**{name: t for name, t in tasks.tensors().items() if name != "state_mapping"})
+
+
 def mean_reward(tasks, steps, weights, policies=None, window=500, **settings):
     N = len(tasks.num_states)
     b = constant_behaviours(N, 0 if policies is None else 1, weights, **settings)
-    run = rollout(rollout_tables(**tasks.tables()), steps=steps, seed=5, policies=policies, behaviours=b)
+    run = rollout(tables_of(tasks), steps=steps, seed=5, policies=policies, behaviours=b)
     return run.reward[:, -window:].double().mean(1)
 
 
 def test_learners_rank_between_random_and_optimal():
-    tasks = random_tasks(32, 12, 5, seed=6, max_steps=60)
-    q = tasks.solve([0.95]).q[:, 0].masked_fill((torch.arange(5) >= tasks.num_actions[:, None])[:, None], -torch.inf)
-    best = mean_reward(tasks, 4000, {0: 1.0}, torch.nn.functional.one_hot(q.argmax(2), 5).float()[:, None])
-    chance = mean_reward(tasks, 4000, {"uniform": 1.0})
+    tasks = sample_anymdp(64, 16, seed=6)
+    greedy = torch.nn.functional.one_hot(tasks.solve(0.95).q.argmax(2), 5).float()[:, None]
+    best = mean_reward(tasks, 20_000, {0: 1.0}, greedy, window=20_000)
+    chance = mean_reward(tasks, 20_000, {"uniform": 1.0}, window=20_000)
 
     def score(*args, **kwargs):
-        return float((mean_reward(tasks, 4000, *args, **kwargs) - chance).sum() / (best - chance).sum())
+        return float(((mean_reward(tasks, 2000, *args, **kwargs) - chance) / (best - chance)).mean())
 
     q_learner, model = score({"q_learning": 1.0}), score({"model_based": 1.0})
-    assert 0.4 < q_learner < 1
-    assert q_learner < model
-    assert model > 0.9
+    assert 0.4 < q_learner < 0.8
+    assert 0.8 < model < 1.05
     assert abs(score({"random_policy": 1.0})) < 0.2
 
 

@@ -10,32 +10,40 @@
 namespace icrl {
 namespace {
 
-using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+struct Runtime {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  void (*set_num_threads)(int) = nullptr;
+};
 
 int find_runtime(dl_phdr_info* info, size_t, void* out) {
   const char* name = info->dlpi_name;
   if (!name || !(std::strstr(name, "libgomp") || std::strstr(name, "libiomp5") || std::strstr(name, "libomp"))) return 0;
   void* handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return 0;
-  void* symbol = dlsym(handle, "GOMP_parallel");
-  if (!symbol) return 0;
-  *static_cast<Team*>(out) = reinterpret_cast<Team>(symbol);
+  void *parallel = dlsym(handle, "GOMP_parallel"), *set_num_threads = dlsym(handle, "omp_set_num_threads");
+  if (!parallel || !set_num_threads) return 0;
+  *static_cast<Runtime*>(out) = {reinterpret_cast<decltype(Runtime::parallel)>(parallel),
+                                 reinterpret_cast<decltype(Runtime::set_num_threads)>(set_num_threads)};
   return 1;
 }
 
-Team team() {
-  static Team found = nullptr;  // looked for again until found: torch may be imported after this module
-  if (!found) dl_iterate_phdr(find_runtime, &found);
+const Runtime& runtime() {
+  static Runtime found;  // looked for again until found: torch may be imported after this module
+  if (!found.parallel) dl_iterate_phdr(find_runtime, &found);
   return found;
 }
 
 }  // namespace
 
-bool has_team() { return team() != nullptr; }
+bool has_team() { return runtime().parallel != nullptr; }
+
+void set_team_size(int threads) {
+  if (has_team()) runtime().set_num_threads(threads);
+}
 
 void run_team(void (*body)(void*), void* context, int threads) {
-  if (Team t = threads > 1 ? team() : nullptr)
-    t(body, context, static_cast<unsigned>(threads), 0);
+  if (threads > 1 && has_team())
+    runtime().parallel(body, context, static_cast<unsigned>(threads), 0);
   else
     body(context);
 }

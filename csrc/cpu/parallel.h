@@ -10,6 +10,9 @@ namespace icrl {
 void run_team(void (*body)(void* context), void* context, int threads);
 bool has_team();
 
+// Sets the calling thread's own team size, for torch's operators and for torch.get_num_threads() in that thread too.
+void set_team_size(int threads);
+
 // Calls f(i) for each i in [0, n), items handed out one by one. f must not throw. Which thread runs an item must not
 // change its result: same bits for any number of threads.
 template <class F>

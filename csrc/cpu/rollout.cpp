@@ -114,6 +114,7 @@ struct Learner {
   float q_discount, model_discount, q_bonus, model_bonus;
   bool use_q, use_model;
   double scale = 0;  // root mean square of the rewards so far
+  float *reward_now = nullptr, *follow_now = nullptr;  // scratch [S,A]: mean reward with its bonus; discount / visits
 
   void observe(int64_t s, int64_t a, float r, int64_t next, bool terminated, int64_t steps) {
     const int64_t i = s * A + a;
@@ -160,7 +161,7 @@ struct Learner {
     });
   }
 
-  float backup(int64_t i, float width, float optimistic) const {
+  float backup(int64_t i, float optimistic) const {
     if (!visits[i]) return optimistic;
     const int16_t* w = span + 2 * i;
     const float* count = successors + i * S;
@@ -169,26 +170,29 @@ struct Learner {
     for (; j + 4 <= w[1]; j += 4)
       for (int k = 0; k < 4; ++k) sum[k] += count[j + k] * value[j + k];
     for (; j < w[1]; ++j) sum[0] += count[j] * value[j];
-    const float n = static_cast<float>(visits[i]), follow = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    return (reward_sum[i] + model_discount * follow) / n + width / std::sqrt(n);
+    return reward_now[i] + follow_now[i] * ((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
   // One Gauss-Seidel sweep of optimistic value iteration on the counts, from where the last step's sweep left the values.
+  // (Forty sweeps a step score no better: between two steps the counts hardly change.)
   int64_t act_model(int64_t s, uint32_t x, int64_t step) {
-    float best = -std::numeric_limits<float>::infinity();
-    for (int64_t t = 0; t < ns; ++t)
-      for (int64_t i = t * A; i < t * A + na; ++i)
-        if (visits[i]) best = std::max(best, reward_sum[i] / static_cast<float>(visits[i]));
-    if (std::isinf(best)) best = 0;
     const float rms = static_cast<float>(scale), width = model_bonus * rms;
-    const float optimistic = (best + 0.2f * rms) / (1 - model_discount);
+    for (int64_t i = 0; i < ns * A; ++i) {  // where visits are 0 the results are not read
+      const float inverse = 1 / std::sqrt(static_cast<float>(std::max(visits[i], 1)));
+      follow_now[i] = model_discount * inverse * inverse;
+      reward_now[i] = (reward_sum[i] * inverse + width) * inverse;
+    }
+    float best = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < ns * A; ++i)
+      if (visits[i]) best = std::max(best, reward_now[i]);
+    const float optimistic = ((std::isinf(best) ? 0 : best) + rms) / (1 - model_discount);
     for (int64_t k = 0; k < ns; ++k) {
       const int64_t t = step & 1 ? k : ns - 1 - k;
       float v = -std::numeric_limits<float>::infinity();
-      for (int64_t i = t * A; i < t * A + na; ++i) v = std::max(v, backup(i, width, optimistic));
+      for (int64_t i = t * A; i < t * A + na; ++i) v = std::max(v, backup(i, optimistic));
       value[t] = v;
     }
-    return greedy(x, [&](int64_t a) { return backup(s * A + a, width, optimistic); });
+    return greedy(x, [&](int64_t a) { return backup(s * A + a, optimistic); });
   }
 };
 
@@ -226,6 +230,7 @@ void simulate(const Call& c, int64_t r) {
     return row;
   };
 
+  std::vector<float> scratch;
   Learner learner{};
   bool learning = false;
   float epsilon = 0, decay = 0;
@@ -240,6 +245,10 @@ void simulate(const Call& c, int64_t r) {
                  use_model ? st.span + 2 * sa : nullptr, use_model ? st.value + r * S : nullptr,
                  st.reward_square + r, bh.q_discount[r], bh.model_discount[r], bh.q_bonus[r], bh.model_bonus[r],
                  use_q, use_model};
+      if (use_model) {
+        scratch.resize(static_cast<size_t>(2 * S * A));
+        learner.reward_now = scratch.data(), learner.follow_now = scratch.data() + S * A;
+      }
       if (step) learner.scale = std::sqrt(*learner.reward_square / static_cast<double>(step));
     }
   }
@@ -346,7 +355,14 @@ void rollout(const Pointers& tables, uintptr_t policies, const Pointers& behavio
 // Returns false for negative, NaN or infinite entries or a sum that is not 1.
 bool accumulate(const float* p, int64_t n, float* c, int16_t* window) {
   int64_t first = 0, last = n - 1;
+  const auto zeros = [&](int64_t j) {  // eight at a time: most of a row lies outside its window
+    bool any = false;
+    for (int64_t k = j; k < j + 8; ++k) any |= p[k] != 0;
+    return !any;
+  };
+  while (first + 8 <= n && zeros(first)) first += 8;
   while (first < n && p[first] == 0) ++first;
+  while (last - 7 > first && zeros(last - 7)) last -= 8;
   while (last > first && p[last] == 0) --last;
   if (first == n) return false;
   double sum = 0;
