@@ -300,7 +300,7 @@ def test_env_ends_as_the_task_says(tasks):
             assert mapping[info["state"]] == seen
             seen, _, terminated, truncated, info = env.step(k % 5)
             assert terminated == bool(tasks.terminal[2, info["state"]])
-            assert truncated == (k + 1 == tasks.max_steps[2])
+            assert truncated == (not terminated and bool(k + 1 == tasks.max_steps[2]))
             if terminated or truncated:
                 ends[terminated] += 1
                 break
@@ -359,7 +359,7 @@ def test_vector_env_ends_and_resets(mode):
                 landed[over] = inner[over]
         assert (transition[arange, state, actions, landed][moved] > 0).all()
         assert (tasks.terminal.numpy()[arange, landed][moved] == terminated[moved]).all()
-        assert ((steps == tasks.max_steps.numpy())[moved] == truncated[moved]).all()
+        assert (((steps == tasks.max_steps.numpy()) & ~terminated)[moved] == truncated[moved]).all()
         state = info["state"]
         if mode == AutoresetMode.SAME_STEP:
             steps[over] = 0
