@@ -1,7 +1,7 @@
 """Worlds: AnyMDP tasks sampled a second and environment steps a second, beside xenoverse's in the same run.
 
 `python -m benches.worlds` prints both tables and writes benches/results/worlds.json. Without xenoverse only ours is
-measured. Before timing, the two samplers' tasks are held to the same distribution and to the same filters.
+measured. Before timing, the two samplers are held to the same distribution of what the filters measure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _peer() -> Any:
 
 
 def check(peer: Any, ns: int, count: int) -> None:
-    """Refuse to time samplers that disagree: window widths, advantage, Gini and entropy, two-sample KS at p > 1e-4."""
+    """Refuse to time samplers that disagree: advantage, Gini and entropy, two-sample KS at p > 1e-4."""
     from scipy.stats import ks_2samp
 
     theirs = TabularTasks.from_xenoverse([peer.AnyMDPTaskSampler(ns, 5, seed=i) for i in range(count)])
