@@ -1,6 +1,9 @@
 """Task tables, samplers, environments: promises of the fields, determinism, round trips, refusals."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import gymnasium
 import numpy as np
@@ -19,6 +22,7 @@ from icrl.worlds import (
     sample_garnet,
 )
 from icrl.worlds.draw import draw_task, to_rgb
+from icrl_kernels import _C
 
 SAMPLERS = {
     "anymdp": lambda n, **k: sample_anymdp(n, 16, 5, **k),
@@ -300,7 +304,7 @@ def test_env_ends_as_the_task_says(tasks):
             assert mapping[info["state"]] == seen
             seen, _, terminated, truncated, info = env.step(k % 5)
             assert terminated == bool(tasks.terminal[2, info["state"]])
-            assert truncated == (k + 1 == tasks.max_steps[2])
+            assert truncated == (not terminated and bool(k + 1 == tasks.max_steps[2]))
             if terminated or truncated:
                 ends[terminated] += 1
                 break
@@ -359,7 +363,7 @@ def test_vector_env_ends_and_resets(mode):
                 landed[over] = inner[over]
         assert (transition[arange, state, actions, landed][moved] > 0).all()
         assert (tasks.terminal.numpy()[arange, landed][moved] == terminated[moved]).all()
-        assert ((steps == tasks.max_steps.numpy())[moved] == truncated[moved]).all()
+        assert (((steps == tasks.max_steps.numpy()) & ~terminated)[moved] == truncated[moved]).all()
         state = info["state"]
         if mode == AutoresetMode.SAME_STEP:
             steps[over] = 0
@@ -444,3 +448,84 @@ def test_picture(tasks):
     before = env.render()
     env.step(0)
     assert env.render().shape == before.shape == picture.shape
+
+
+# --- other machines, other samplers -----------------------------------------------------------------------------------
+
+CHECKSUMS = """
+from icrl.worlds import sample_anymdp
+t = sample_anymdp(40, (16, 40), seed=3)
+print(t.terminal.sum().item(), t.max_steps.sum().item(), *t.transition.double().square().sum((1, 2, 3)).tolist())
+print(*t.reward.double().sum((1, 2, 3)).tolist())
+"""
+
+
+def test_every_instruction_set_samples_the_same_tasks():
+    outputs = {}
+    for isa in dict.fromkeys(["generic", "avx2", _C.isa()]):
+        env = {**os.environ, "ICRL_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", CHECKSUMS], env=env, capture_output=True, text=True, check=False)
+        if "does not have it" not in done.stderr:
+            assert done.returncode == 0, done.stderr
+            outputs[isa] = [float(x.strip("[],")) for x in done.stdout.split()]
+    first = outputs.pop("generic")
+    for isa, other in outputs.items():
+        np.testing.assert_allclose(other, first, rtol=1e-5, atol=1e-5, err_msg=isa)
+
+
+def statistics(tasks: TabularTasks) -> dict[str, np.ndarray]:
+    t, live = tasks.transition.double(), (~tasks.terminal).sum(-1)
+    rewards = tasks.expected_reward().double()
+    rank = torch.arange(t.shape[1], dtype=torch.float64)
+    discounted = tasks.solve(0.99)
+    found = {
+        "window width": (t.sum(2) > 0).sum((1, 2)) / live,
+        "density": (t > 1e-30).double().mean((1, 2, 3)),
+        "largest probability": t.amax(-1).mean(-1).sum(-1) / live,
+        "drift": (t.mean(2) * (rank - rank[:, None])).sum((1, 2)) / live,
+        "self-loop": torch.diagonal(t.mean(2), dim1=1, dim2=2).sum(-1) / live,
+        "terminals": tasks.terminal.sum(-1),
+        "goal": tasks.terminal[:, -1],
+        "start states": (tasks.start > 0).sum(-1),
+        "likeliest start": tasks.start.amax(-1),
+        "horizon": tasks.max_steps,
+        "mean reward": rewards.sum((1, 2)) / live,
+        "reward spread": rewards.flatten(1).std(-1),
+        "least reward": rewards.flatten(1).amin(-1),
+        "largest reward": rewards.flatten(1).amax(-1),
+        "noise": tasks.noise_state.mean(-1) + tasks.noise_action.mean((1, 2)),
+        "value of the start": (discounted.v * tasks.start).sum(-1),
+        "action gap": discounted.q.topk(2, -1).values.diff(dim=-1)[..., 0].mean(-1),
+        **quality(tasks)._asdict(),
+    }
+    return {name: x.double().numpy() for name, x in found.items()}
+
+
+@pytest.mark.slow
+def test_the_distribution_is_xenoverses():
+    """Two-sample Kolmogorov-Smirnov on 20 statistics of 100 tasks at ns=16: none below p = .01/20 (Bonferroni)."""
+    peer = pytest.importorskip("xenoverse.anymdp", exc_type=ImportError)
+    stats = pytest.importorskip("scipy.stats")
+    theirs = statistics(TabularTasks.from_xenoverse([peer.AnyMDPTaskSampler(16, 5, seed=i) for i in range(100)]))
+    ours = statistics(sample_anymdp(1000, 16, 5, seed=0))
+    p = {name: stats.ks_2samp(ours[name], theirs[name]).pvalue for name in ours}
+    assert min(p.values()) > 0.01 / len(p), p
+
+
+@pytest.mark.slow
+def test_xenoverse_environment_plays_our_tasks(tasks):
+    """Its environment under uniform actions earns per step what the tables say, within five standard errors."""
+    peer = pytest.importorskip("xenoverse.anymdp", exc_type=ImportError)
+    env = peer.AnyMDPEnv(max_steps=1)
+    env.set_task(tasks.to_xenoverse(2))
+    rng, inner = np.random.default_rng(0), {int(o): s for s, o in enumerate(tasks.state_mapping[2].tolist())}
+    mean, surprise = tasks.expected_reward()[2].numpy(), []
+    seen, _ = env.reset()
+    for _ in range(5000):
+        action = int(rng.integers(5))
+        state = inner[seen]
+        seen, reward, terminated, truncated, _ = env.step(action)
+        surprise.append(reward - mean[state, action])
+        if terminated or truncated:
+            seen, _ = env.reset()
+    assert abs(np.mean(surprise)) < 5 * np.std(surprise) / np.sqrt(len(surprise))

@@ -22,7 +22,7 @@ struct AnymdpTask {
 };
 
 inline constexpr int64_t anymdp_scratch(int64_t ns, int64_t na, int64_t num_observations) {
-  return ns * na * ns + 2 * ns * ns + 9 * ns * na + 32 * ns + num_observations + 64;
+  return (ns * na + 2 * ns + 32) * (ns + 24) + 9 * ns * na + na + num_observations;
 }
 
 }  // namespace icrl

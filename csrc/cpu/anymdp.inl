@@ -77,15 +77,16 @@ inline double clipped_normal(double u) {
   return clip(q * a / b, 0.1, 1.0);
 }
 
+// Every row below is followed by eight zeros, and every vector by eight finite numbers, so that loops run in whole blocks.
+constexpr int64_t kBlock = 8;
+inline int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+
 inline double dot(const double* a, const double* b, int64_t n) {
-  double lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int k = 0; k < 8; ++k) lanes[k] += a[i + k] * b[i + k];
-  double rest = 0;
-  for (; i < n; ++i) rest += a[i] * b[i];
+  double lanes[kBlock] = {};
+  for (int64_t i = 0; i < n; i += kBlock)
+    for (int k = 0; k < kBlock; ++k) lanes[k] += a[i + k] * b[i + k];
   for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
-  return rest + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 struct Row {  // entries [lo, hi) of a transition row
@@ -95,8 +96,8 @@ struct Row {  // entries [lo, hi) of a transition row
 
 struct Sampler {
   const AnymdpTask& out;
-  const int64_t ns, na;
-  double* at;  // the rest of the scratch
+  const int64_t ns, na, width;  // width: of a row with its padding
+  double* at;                   // the rest of the scratch
 
   double* take(int64_t n) {
     double* p = at;
@@ -105,24 +106,27 @@ struct Sampler {
   }
   int64_t* take_int(int64_t n) { return reinterpret_cast<int64_t*>(take(n)); }
 
-  // transition rows live at t + (s·na + a)·ns, valid on [lo, hi) of (s, a)
-  double *t, *weight, *lu, *mean_row;
-  double *rbar, *fixed, *row_sum, *cost, *cost_noise;
-  double *q, *v, *inv, *rhs, *pot, *pos, *pos_noise, *bonus, *gain, *x, *y, *center;
+  // transition rows live at t + (s·na + a)·width, valid on [lo, hi) of (s, a)
+  double *t, *lu, *chain;
+  double *rbar, *fixed, *row_sum, *cost, *cost_noise, *q, *center;
+  double *v, *gain, *weight, *total, *visits, *moved;
+  double *inv, *rhs, *pot, *pos, *pos_noise, *bonus;
   int64_t *lo, *hi, *from, *to, *policy, *upper, *is_end;
   double start[3];
   bool goal;
 
-  explicit Sampler(const AnymdpTask& task) : out(task), ns(task.ns), na(task.na), at(task.scratch) {
-    t = take(ns * na * ns), lu = take(ns * ns), mean_row = take(ns * ns), weight = take(ns);
+  explicit Sampler(const AnymdpTask& task) : out(task), ns(task.ns), na(task.na), width(blocks(task.ns) + 16), at(task.scratch) {
+    t = take(ns * na * width), lu = take(ns * width), chain = take(ns * width);
     rbar = take(ns * na), fixed = take(ns * na), row_sum = take(ns * na), cost = take(ns * na), cost_noise = take(ns * na);
-    q = take(ns * na), lo = take_int(ns * na), hi = take_int(ns * na);
-    v = take(ns), inv = take(ns), rhs = take(ns), pot = take(ns), pos = take(ns), pos_noise = take(ns), bonus = take(ns);
-    gain = take(ns), x = take(ns), y = take(ns), center = take(na);
+    q = take(ns * na), lo = take_int(ns * na), hi = take_int(ns * na), center = take(na);
+    v = take(width), gain = take(width), weight = take(width), total = take(width);
+    visits = take(3 * width), moved = take(3 * width);
+    for (int64_t j = 0; j < width; ++j) v[j] = gain[j] = 0;
+    inv = take(ns), rhs = take(ns), pot = take(ns), pos = take(ns), pos_noise = take(ns), bonus = take(ns);
     from = take_int(ns), to = take_int(ns), policy = take_int(ns), upper = take_int(ns), is_end = take_int(ns);
   }
 
-  double* row(int64_t s, int64_t a) const { return t + (s * na + a) * ns; }
+  double* row(int64_t i) const { return t + i * width; }
 
   void sample_ends(Random& random) {
     double sum = 0;
@@ -161,18 +165,19 @@ struct Sampler {
 
       double sum = 0;
       const uint64_t base = weight_key + static_cast<uint64_t>(s * ns) * kGolden;
-      for (int64_t j = f; j < e; ++j) weight[j] = clipped_normal(to_unit(mix(base + static_cast<uint64_t>(j) * kGolden)));
-      if (s >= f && s < e) weight[s] = s == ns - 1 ? 0.0 : weight[s] / 2.0;
+      const int64_t stop = f + blocks(e - f);
+      for (int64_t j = f; j < stop; ++j) weight[j] = clipped_normal(to_unit(mix(base + static_cast<uint64_t>(j) * kGolden)));
+      for (int64_t j = e; j < stop; ++j) weight[j] = 0;
+      weight[s] = s == ns - 1 ? 0.0 : weight[s] / 2.0;  // f <= s < e
       for (int64_t j = f; j < e; ++j) sum += weight[j];
 
       for (int64_t a = 0; a < na; ++a) center[a] = random.uniform(static_cast<double>(f - 1), static_cast<double>(e));
       const double sigma = clip(random.exponential(1.0), 0.2, 1.6), sharp = -1.0 / (sigma * sigma);
-      double* total = v;  // free here
-      for (int64_t j = f; j < e; ++j) total[j] = 0;
+      for (int64_t j = f; j < stop; ++j) total[j] = 0;
       for (int64_t a = 0; a < na; ++a) {
-        double* p = row(s, a);
+        double* p = row(s * na + a);
         const double c = center[a];
-        for (int64_t j = f; j < e; ++j) {
+        for (int64_t j = f; j < stop; ++j) {
           const double d = c - static_cast<double>(j);
           p[j] = exp_negative(sharp * (d * d));
           total[j] += p[j];
@@ -183,25 +188,28 @@ struct Sampler {
         int64_t nearest = 0;
         for (int64_t a = 1; a < na; ++a)
           if (fabs(center[a] - static_cast<double>(j)) < fabs(center[nearest] - static_cast<double>(j))) nearest = a;
-        total[j] += 1.0 - row(s, nearest)[j];
-        row(s, nearest)[j] = 1.0;
+        total[j] += 1.0 - row(s * na + nearest)[j];
+        row(s * na + nearest)[j] = 1.0;
       }
-      for (int64_t j = f; j < e; ++j) total[j] = weight[j] / (sum * total[j]);
+      for (int64_t j = e; j < stop; ++j) total[j] = 1.0;
+      for (int64_t j = f; j < stop; ++j) total[j] = weight[j] / (sum * total[j]);
       for (int64_t a = 0; a < na; ++a) {
-        double* p = row(s, a);
-        double mass = 0;
-        for (int64_t j = f; j < e; ++j) mass += p[j] *= total[j];
-        const double scale = 1.0 / mass;
+        double* p = row(s * na + a);
+        const double scale = 1.0 / dot(p + f, total + f, e - f);
         // rounded as the table will hold it; what float32 would hold as a denormal is dropped
-        for (int64_t j = f; j < e; ++j) {
-          const float w = static_cast<float>(p[j] * scale);
-          p[j] = w < 1.17549435e-38f ? 0.0 : static_cast<double>(w);
-        }
+        double lanes[kBlock] = {};
+        for (int64_t j = f; j < stop; j += kBlock)
+          for (int k = 0; k < kBlock; ++k) {
+            const float w = static_cast<float>(p[j + k] * total[j + k] * scale);
+            p[j + k] = w < 1.17549435e-38f ? 0.0 : static_cast<double>(w);
+            lanes[k] += p[j + k];
+          }
+        for (int64_t j = stop; j < stop + kBlock; ++j) p[j] = 0;
+        double kept = 0;
+        for (double lane : lanes) kept += lane;
         int64_t l = f, h = e;
         while (l < h && p[l] == 0) ++l;
         while (h > l && p[h - 1] == 0) --h;
-        double kept = 0;
-        for (int64_t j = l; j < h; ++j) kept += p[j];
         lo[s * na + a] = l, hi[s * na + a] = h, row_sum[s * na + a] = kept;
       }
     }
@@ -251,7 +259,7 @@ struct Sampler {
   void expect_rewards() {
     for (int64_t s = 0; s < ns; ++s) gain[s] = pos[s] - pot[s] + bonus[s];
     for (int64_t i = 0; i < ns * na; ++i)
-      rbar[i] = fixed[i] * row_sum[i] + dot(t + i * ns + lo[i], gain + lo[i], hi[i] - lo[i]);
+      rbar[i] = fixed[i] * row_sum[i] + dot(row(i) + lo[i], gain + lo[i], hi[i] - lo[i]);
   }
 
   // v = (I − γP)⁻¹ r by LU within the rows' envelope. I − γP is strictly diagonally dominant by rows: no pivoting.
@@ -260,29 +268,29 @@ struct Sampler {
     for (int64_t i = 0; i < ns; ++i) {
       double r = 0;
       const Row p = row_of(i, r);
-      double* a = lu + i * ns;
+      double* a = lu + i * width;
       const int64_t first = p.lo < p.hi ? smaller(p.lo, i) : i;
       int64_t last = p.lo < p.hi ? larger(p.hi, i + 1) : i + 1;
       for (int64_t k = first; k < i; ++k) last = larger(last, upper[k]);
-      for (int64_t j = first; j < last; ++j) a[j] = 0;
+      for (int64_t j = first; j < last + kBlock; ++j) a[j] = 0;
       for (int64_t j = p.lo; j < p.hi; ++j) a[j] = -gamma * p.p[j];
       a[i] += 1.0;
       for (int64_t k = first; k < i; ++k) {
         if (a[k] == 0) continue;
         const double m = a[k] * inv[k];
-        const double* b = lu + k * ns;
-        const int64_t end = upper[k];
+        const double* b = lu + k * width;
+        const int64_t end = k + 1 + blocks(upper[k] - k - 1);
         for (int64_t j = k + 1; j < end; ++j) a[j] -= m * b[j];
         r -= m * rhs[k];
       }
       upper[i] = last, inv[i] = 1.0 / a[i], rhs[i] = r;
     }
-    for (int64_t i = ns - 1; i >= 0; --i) v[i] = (rhs[i] - dot(lu + i * ns + i + 1, v + i + 1, upper[i] - i - 1)) * inv[i];
+    for (int64_t i = ns - 1; i >= 0; --i) v[i] = (rhs[i] - dot(lu + i * width + i + 1, v + i + 1, upper[i] - i - 1)) * inv[i];
   }
 
   void back_up(double gamma) {  // q from v
     for (int64_t i = 0; i < ns * na; ++i)
-      q[i] = rbar[i] + gamma * dot(t + i * ns + lo[i], v + lo[i], hi[i] - lo[i]);
+      q[i] = rbar[i] + gamma * dot(row(i) + lo[i], v + lo[i], hi[i] - lo[i]);
   }
 
   // Howard's policy iteration from `policy`; leaves v, q, policy.
@@ -291,7 +299,7 @@ struct Sampler {
       evaluate(gamma, [&](int64_t s, double& r) {
         const int64_t i = s * na + policy[s];
         r = rbar[i];
-        return Row{t + i * ns, lo[i], hi[i]};
+        return Row{row(i), lo[i], hi[i]};
       });
       back_up(gamma);
       double largest = 1.0;
@@ -349,54 +357,94 @@ struct Sampler {
     double optimal[3];
     for (int64_t s = 0; s < 3; ++s) optimal[s] = best_q(s);
     evaluate(gamma, [&](int64_t s, double& r) {
-      double* m = mean_row + s * ns;
+      double* m = chain + s * width;
       for (int64_t j = from[s]; j < to[s]; ++j) m[j] = 0;
       for (int64_t a = 0; a < na; ++a) {
         const int64_t i = s * na + a;
         r += rbar[i] / static_cast<double>(na);
-        for (int64_t j = lo[i]; j < hi[i]; ++j) m[j] += t[i * ns + j] / static_cast<double>(na);
+        for (int64_t j = lo[i]; j < hi[i]; ++j) m[j] += row(i)[j] / static_cast<double>(na);
       }
       return Row{m, from[s], to[s]};
     });
     back_up(gamma);
     for (int64_t s = 0; s < 3; ++s)
       if (start[s] > 0 && (optimal[s] - best_q(s)) * (1.0 - gamma) * static_cast<double>(max_steps) < 2.0) return false;
-    for (int64_t s = 0; s < 3; ++s)
-      if (start[s] > 0 && !spreads(s, max_steps)) return false;
+    return spreads(max_steps);
+  }
+
+  // Where the optimal policy is 2^K steps after each start, K = ⌊log2 max_steps⌋ + 1, terminals restarting: spread enough?
+  bool spreads(int64_t max_steps) {
+    // The optimal chain by columns: for each block of eight next states, the rows that reach it, eight numbers each.
+    int64_t *column = from, *source = reinterpret_cast<int64_t*>(lu), entries = 0;
+    for (int64_t j = 0; j < ns; j += kBlock) {
+      for (int64_t s = 0; s < ns; ++s) {
+        const int64_t i = s * na + policy[s];
+        const int64_t l = larger(is_end[s] ? 0 : lo[i], j), h = smaller(is_end[s] ? 3 : hi[i], j + kBlock);
+        if (l >= h) continue;
+        double* entry = chain + kBlock * entries;
+        for (int k = 0; k < kBlock; ++k) entry[k] = 0;
+        for (int64_t k = l; k < h; ++k) entry[k - j] = is_end[s] ? start[k] : row(i)[k];
+        source[entries++] = s;
+      }
+      column[j / kBlock] = entries;
+    }
+    int count = 0;
+    for (int64_t s = 0; s < 3; ++s) {
+      if (start[s] == 0) continue;
+      double* x = visits + count++ * width;
+      for (int64_t j = 0; j < width; ++j) x[j] = j == s;
+    }
+    int64_t steps = 1;
+    while (steps <= max_steps) steps *= 2;
+    if (count == 1) walk<1>(steps, column, source);
+    if (count == 2) walk<2>(steps, column, source);
+    if (count == 3) walk<3>(steps, column, source);
+    for (int c = 0; c < count; ++c) {
+      double squares = 0, entropy = 0;
+      for (int64_t s = 0; s < ns; ++s) {
+        const double p = visits[c * width + s] + 1e-12;
+        squares += p * p;
+        entropy -= p * log(p);
+      }
+      if (!(1.0 - squares > 0.7 && entropy / log(static_cast<double>(ns)) > 0.35)) return false;
+    }
     return true;
   }
 
-  // Where the optimal policy is 2^K steps after starting at s0, terminals restarting.
-  bool spreads(int64_t s0, int64_t max_steps) {
-    int64_t steps = 1;
-    while (steps <= max_steps) steps *= 2;  // 2^(⌊log2 max_steps⌋ + 1)
-    for (int64_t s = 0; s < ns; ++s) x[s] = s == s0;
-    for (int64_t k = 0; k < steps; ++k) {
-      for (int64_t s = 0; s < ns; ++s) y[s] = 0;
-      for (int64_t s = 0; s < ns; ++s) {
-        const double mass = x[s];
-        if (mass == 0) continue;
-        if (is_end[s]) {
-          for (int64_t j = 0; j < 3; ++j) y[j] += mass * start[j];
-          continue;
+  // visits[c] ← visits[c]·chain^steps for c < C at once: one chain's latency hides another's. Ends early when the steps
+  // that are left (at most 1024) cannot move an entry by more than 1e-7.
+  template <int C>
+  void walk(int64_t steps, const int64_t* column, const int64_t* source) {
+    typedef double Block __attribute__((vector_size(8 * kBlock)));
+    for (int64_t k = 1; k <= steps; ++k) {
+      for (int64_t j = 0, e = 0; j < ns; j += kBlock) {
+        Block sum[2][C] = {};
+        const int64_t end = column[j / kBlock];
+        for (; e + 1 < end; e += 2)
+          for (int half = 0; half < 2; ++half) {
+            Block p;
+            memcpy(&p, chain + kBlock * (e + half), sizeof p);
+            for (int c = 0; c < C; ++c) sum[half][c] += visits[c * width + source[e + half]] * p;
+          }
+        if (e < end) {
+          Block p;
+          memcpy(&p, chain + kBlock * e, sizeof p);
+          for (int c = 0; c < C; ++c) sum[0][c] += visits[c * width + source[e]] * p;
+          ++e;
         }
-        const int64_t i = s * na + policy[s];
-        const double* p = t + i * ns;
-        for (int64_t j = lo[i]; j < hi[i]; ++j) y[j] += mass * p[j];
+        for (int c = 0; c < C; ++c) {
+          const Block y = sum[0][c] + sum[1][c];
+          for (int n = 0; n < kBlock; ++n) moved[c * width + j + n] = y[n] < 1e-18 ? 0.0 : y[n];  // no denormals
+        }
       }
       double change = 0;
-      for (int64_t s = 0; s < ns; ++s) change = larger(change, fabs(y[s] - x[s]));
-      double* swap = x;
-      x = y, y = swap;
-      if (change < 1e-11) break;  // the steps left cannot move any entry by 1e-7
+      if (k % 8 == 0)
+        for (int c = 0; c < C; ++c)
+          for (int64_t s = c * width; s < c * width + ns; ++s) change = larger(change, fabs(moved[s] - visits[s]));
+      double* before = visits;
+      visits = moved, moved = before;
+      if (k % 8 == 0 && change < 1e-10) return;
     }
-    double squares = 0, entropy = 0;
-    for (int64_t s = 0; s < ns; ++s) {
-      const double p = x[s] + 1e-12;
-      squares += p * p;
-      entropy -= p * log(p);
-    }
-    return 1.0 - squares > 0.7 && entropy / log(static_cast<double>(ns)) > 0.35;
   }
 
   void write() const {
@@ -408,7 +456,7 @@ struct Sampler {
       for (int64_t a = 0; a < na; ++a) {
         const int64_t i = s * na + a;
         out.noise_action[i] = static_cast<float>(cost_noise[i]);
-        const double* p = t + i * ns;
+        const double* p = row(i);
         float *w = out.transition + i * out.stride, *r = out.reward + i * out.stride;
         for (int64_t j = lo[i]; j < hi[i]; ++j) {
           w[j] = static_cast<float>(p[j]);

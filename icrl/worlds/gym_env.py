@@ -11,16 +11,17 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from icrl.worlds import counter, dynamics
+from icrl.worlds import counter
 from icrl.worlds.samplers import Sizes, sample_anymdp
 from icrl.worlds.tables import TabularTasks
+from icrl_kernels import RolloutState, rollout_start, rollout_step, rollout_tables
 
 
 class TabularEnv(gymnasium.Env[np.int64, np.int64]):
     """One tabular task, an AnyMDP task unless another is given.
 
     Observations are observed ids (`state_mapping`), actions the task's own. It terminates on entering a terminal state,
-    is truncated after the task's max_steps, and is reproducible by `reset(seed=...)`. The info holds the inner `state`
+    is truncated after the task's max_steps otherwise, and is reproducible by `reset(seed=...)`. The info holds the inner `state`
     and, after a step, `mean_reward`, the reward without its noise.
 
     Args:
@@ -89,7 +90,8 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         deviation = float(self._noise_state[following] + self._noise_action[s, a])
         reward = mean + deviation * self.np_random.standard_normal() if deviation else mean
         self._steps += 1
-        terminated, truncated = bool(self._terminal[following]), self._steps >= self._horizon
+        terminated = bool(self._terminal[following])
+        truncated = self._steps >= self._horizon and not terminated
         self._last = a, reward
         self._state = None if terminated or truncated else following
         self._shown = following
@@ -111,15 +113,15 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
 
 
 class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """N environments, the i-th over the i-th of N tasks, stepped together in a few tensor operations.
+    """N environments, the i-th over the i-th of N tasks, stepped together by `icrl_kernels.rollout_step`.
 
     Each has its own stream: `reset(seed=k)` gives environment i the seed k + i, and its trajectory then depends on that
     seed and its actions alone. Rewards are float32. Infos hold the inner `state` [N]; with SAME_STEP, where episodes
     ended, `final_obs` [N] and `_final_obs` (the mask), as Gymnasium has it.
 
     Args:
-        tasks: a batch of tasks, on any device. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its
-            action) or SAME_STEP.
+        tasks: a batch of tasks. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its action) or
+            SAME_STEP.
     """
 
     def __init__(self, tasks: TabularTasks, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> None:
@@ -128,24 +130,29 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError("autoreset_mode: wanted NEXT_STEP or SAME_STEP, got DISABLED")
         if not len(tasks):
             raise ValueError("tasks: wanted at least one task, got none")
-        self.tasks = tasks.validate()
+        self.tasks = tasks.validate().to("cpu")
         self.num_envs = len(tasks)
         self.metadata = {"autoreset_mode": mode}
         self.single_observation_space = spaces.Discrete(tasks.num_observations)
         self.single_action_space = spaces.Discrete(int(tasks.num_actions.max()))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = spaces.MultiDiscrete(tasks.num_actions.cpu().numpy())
+        self.action_space = spaces.MultiDiscrete(self.tasks.num_actions.numpy())
         self._same_step = mode == AutoresetMode.SAME_STEP
-        self._keys = torch.zeros(self.num_envs, dtype=torch.int64, device=tasks.device)
-        self._count, self._steps, self._states = (torch.zeros_like(self._keys) for _ in range(3))
-        self._ended = torch.zeros(self.num_envs, dtype=torch.bool, device=tasks.device)
-        self._seeded = self._begun = False
+        fields = {name: t for name, t in self.tasks.tensors().items() if name != "state_mapping"}
+        self._tables = rollout_tables(**fields)
+        self._keys: torch.Tensor | None = None
+        self._state: RolloutState | None = None
+        self._asleep = torch.zeros(self.num_envs, dtype=torch.bool)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode everywhere.
-        seed: an int, or an int or None for each environment; None goes on with the stream."""
+
+        Args:
+            seed: an int, or an int or None for each environment; None goes on from the environment's last seed, or from
+                fresh entropy where there was none.
+        """
         if options:
             raise ValueError(f"options: wanted none, got {sorted(options)}")
         if seed is None:
@@ -156,60 +163,49 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed: wanted one for each of {self.num_envs} environments, got {len(seeds)}")
-        if not self._seeded:
+        if self._keys is None:
             fresh = np.random.SeedSequence().generate_state(self.num_envs, np.uint64)
-            seeds = [int(fresh[i]) if s is None else s for i, s in enumerate(seeds)]
-            self._seeded = True
-        given = [i for i, s in enumerate(seeds) if s is not None]
-        if given:
-            chosen = torch.tensor([counter.wrap(s) for s in seeds if s is not None], device=self._keys.device)
-            self._keys[given] = counter.keys_of(0, chosen)
-            self._count[given] = 0
-        self._begun = True
-        self._ended.zero_()
-        self._begin(torch.ones_like(self._ended))
-        return self._observe(), {"state": self._states.cpu().numpy()}
+            self._keys = torch.from_numpy(fresh.view(np.int64))
+        following = counter.mix(self._keys + counter.GOLDEN)
+        given = torch.tensor([s is not None for s in seeds])
+        wanted = counter.keys_of(0, torch.tensor([counter.wrap(s or 0) for s in seeds]))
+        self._keys = torch.where(given, wanted, following)
+        self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
+        self._asleep.zero_()
+        return self._observe(self._state.state), {"state": self._state.state.numpy().copy()}
 
-    def _begin(self, where: torch.Tensor) -> None:
-        i = where.nonzero()[:, 0]
-        if len(i):
-            self._states[i] = dynamics.first_states(self.tasks.start[i], self._keys[i], self._count[i])
-            self._steps[i] = 0
-            self._count[i] += 1
-
-    def _observe(self) -> np.ndarray:
-        return self.tasks.observe(self._states).cpu().numpy()
+    def _observe(self, states: torch.Tensor) -> np.ndarray:
+        return self.tasks.observe(states).numpy()
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        if not self._begun:
+        if self._state is None:
             raise RuntimeError("step: call reset first")
-        actions = torch.as_tensor(actions, device=self.tasks.device).long()
+        actions = torch.as_tensor(actions).long()
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions: wanted shape [{self.num_envs}], got {list(actions.shape)}")
         if ((actions < 0) | (actions >= self.tasks.num_actions)).any():
             raise ValueError(f"actions: out of range, first in environment {self._bad(actions)}")
-        asleep = self._ended
-        moved, rewards, terminated = dynamics.step(
-            self.tasks, self._states.masked_fill(asleep, 0), actions, self._keys, self._count
-        )
-        self._states = torch.where(asleep, self._states, moved)
-        self._steps += ~asleep
-        self._count += ~asleep
-        rewards = rewards.masked_fill(asleep, 0)
-        terminated &= ~asleep
-        truncated = (self._steps >= self.tasks.max_steps) & ~asleep
+        asleep, any_asleep = self._asleep, bool(self._asleep.any())
+        if any_asleep:  # their episode has begun already, within the step that ended the last one: it waits
+            waiting = [(t, t[asleep]) for t in (self._state.step, self._state.state, self._state.elapsed)]
+        reward, done, moved = rollout_step(self._tables, self._state, actions)
+        moved = moved.long()
+        if any_asleep:
+            for tensor, kept in waiting:
+                tensor[asleep] = kept
+            done, reward = done.masked_fill(asleep, 0), reward.masked_fill(asleep, 0)
+            moved = torch.where(asleep, self._state.state, moved)
+        ended = done > 0
         info: dict[str, Any] = {}
-        ended = terminated | truncated
+        shown = moved
         if self._same_step:
+            shown = self._state.state.clone()
             if ended.any():
-                info = {"final_obs": self._observe(), "_final_obs": ended.cpu().numpy()}
-                self._begin(ended)
+                info = {"final_obs": self._observe(moved), "_final_obs": ended.numpy()}
         else:
-            self._begin(asleep)
-            self._ended = ended
-        info["state"] = self._states.cpu().numpy()
-        flags = terminated.cpu().numpy(), truncated.cpu().numpy()
-        return self._observe(), rewards.cpu().numpy(), *flags, info
+            self._asleep = ended
+        info["state"] = shown.numpy()
+        return self._observe(shown), reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
 
     def _bad(self, actions: torch.Tensor) -> str:
         i = int(((actions < 0) | (actions >= self.tasks.num_actions)).nonzero()[0, 0])
