@@ -73,16 +73,27 @@ def _gates(g, t, hi, h, HK, o, K: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
+def _after(g, t, lo, c, hi, h, HK, o, K: tl.constexpr, MASK: tl.constexpr, C: tl.constexpr):
+    """2^(sum of the chunk's gates after each row), from the rows below: to add a row's own gate and take it off again
+    would cost digits, or give NaN for -inf."""
+    return tl.exp2(tl.cumsum(_gates(g, t + 1, tl.minimum(lo + c * C + C, hi), h, HK, o, K, MASK), 0, reverse=True))
+
+
+@triton.jit
 def _scalar_gates(g, t, hi, h, HK):
-    """Sum of the chunk's gates up to and with each row, as a multiple of 1/256 (exact) and a small rest, and the total.
+    """Sum of the chunk's gates up to and with each row, as a multiple of 1/256 (exact) and a small rest, and both totals.
 
     A difference of two such sums is then good to 1e-8 even where the sums are thousands. exp2(-1000) is 0 already.
     """
     b = tl.load(g + t * HK + h, mask=t < hi, other=0.0).to(tl.float32) * LOG2E
-    total = tl.sum(b, 0)
     b = tl.where(b < -1000.0, -1000.0, b)
     coarse = tl.floor(b * 256.0 + 0.5) * 0.00390625
-    return tl.cumsum(coarse, 0), tl.cumsum(b - coarse, 0), tl.sum(coarse, 0), tl.sum(b - coarse, 0), total
+    return tl.cumsum(coarse, 0), tl.cumsum(b - coarse, 0), tl.sum(coarse, 0), tl.sum(b - coarse, 0)
+
+
+@triton.jit
+def _decay(coarse, fine):
+    return tl.exp2(coarse) * tl.exp2(fine)
 
 
 @triton.jit
@@ -106,7 +117,9 @@ def _pairs(level, C: tl.constexpr):
 
 
 @triton.jit
-def _scores_any_gate(q, k, b, C: tl.constexpr, K: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr):
+def _scores_any_gate(
+    q, k, b, C: tl.constexpr, K: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr
+):
     """A_ij = sum_k q_ik k_jk 2^(b_{j+1} + .. + b_i) for i >= j, right for any gates b <= 0."""
     r = tl.arange(0, C)
     q = q.to(tl.float32)
@@ -126,12 +139,19 @@ def _scores_any_gate(q, k, b, C: tl.constexpr, K: tl.constexpr, LEVELS: tl.const
 
 @triton.jit
 def _apply_any_gate(
-    W, y, b, TO_UPPER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr
+    W,
+    y,
+    b,
+    TO_UPPER: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DT: tl.constexpr,
+    PREC: tl.constexpr,
 ):
-    """out_r = sum_c W_rc 2^(gates between) y_c; TO_UPPER: over c <= r, else over c >= r. Right for any gates b <= 0."""
-    r = tl.arange(0, C)
+    """out_r = sum_c W_rc 2^(gates between) y_c; TO_UPPER: over c < r, else over c > r. Right for any gates b <= 0."""
     y = y.to(tl.float32)
-    out = tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * y
+    out = tl.zeros([C, K], tl.float32)
     p = b
     x = tl.zeros([C, K], tl.float32)
     for level in range(LEVELS):
@@ -150,11 +170,13 @@ def _apply_any_gate(
 
 @triton.jit
 def _local_states(
-    x, y, g, out, decay, scale, cu, owner, first, T, L, PER, HX, HK,
+    x, y, g, out, decay, strong, scale, cu, owner, first, T, L, PER, HX, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    GATE: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """out[s, h] = scale · sum over the segment of x_t y_tᵀ, decayed to the segment's end (REVERSE: to its start)."""
+    """out[s, h] = scale · sum over the segment of x_t y_tᵀ, decayed to the segment's end (REVERSE: to its start), and
+    strong[s, h]: the first chunk whose gates reach beyond LIMIT (a large number if none does)."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -167,10 +189,11 @@ def _local_states(
     ok = tl.arange(0, BK)
     ov = iv * BV + tl.arange(0, BV)
     S = tl.zeros([BK, BV], tl.float32)
+    beyond = 0x7FFFFFFF
     if GATE == 2:
-        d = tl.zeros([BK], tl.float32)
+        d = tl.full([BK], 1.0, tl.float32)
     else:
-        d = 0.0
+        d = 1.0
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     for i in range(chunks):
         c = chunks - 1 - i if REVERSE else i
@@ -178,20 +201,23 @@ def _local_states(
         if GATE == 2:
             b = _gates(g, t, hi, h, HK, ok, K, MK)
             total = tl.sum(b, 0)
+            shrink = tl.exp2(total)
             if REVERSE:
                 w = tl.exp2(tl.cumsum(b, 0))
-            else:  # exclusive, by the rows below: adding a row's own gate and taking it off again would cost digits
-                w = tl.exp2(tl.cumsum(_gates(g, t + 1, tl.minimum(lo + c * C + C, hi), h, HK, ok, K, MK), 0, reverse=True))
-            d += total
-            S *= tl.exp2(total)[:, None]
-        elif GATE == 1:
-            coarse, fine, coarse_end, fine_end, total = _scalar_gates(g, t, hi, h, HK)
-            if REVERSE:
-                w = tl.exp2(coarse + fine)[:, None]
             else:
-                w = tl.exp2((coarse_end - coarse) + (fine_end - fine))[:, None]
-            d += total
-            S *= tl.exp2(total)
+                w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
+            d *= shrink
+            S *= shrink[:, None]
+            beyond = tl.where(tl.min(total, 0) < -LIMIT, tl.minimum(beyond, c), beyond)
+        elif GATE == 1:
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
+            if REVERSE:
+                w = _decay(coarse, fine)[:, None]
+            else:
+                w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
+            shrink = _decay(coarse_end, fine_end)
+            d *= shrink
+            S *= shrink
         for j in range(GROUP):
             bx = _load(x, t, hi, h * GROUP + j, HX, ok, K, MK)
             by = _load(y, t, hi, h * GROUP + j, HX, ov, V, MV).to(DT)
@@ -202,6 +228,7 @@ def _local_states(
     tl.store(out + p, S * scale, mask=(ok < K)[:, None] & (ov < V)[None, :])
     if GATE == 2:
         tl.store(decay + (s * HK + h) * K + ok, d, mask=(ok < K) & (iv == 0))
+        tl.store(strong + s * HK + h, beyond, mask=iv == 0)
     elif GATE == 1:
         tl.store(decay + s * HK + h, d, mask=iv == 0)
 
@@ -235,9 +262,9 @@ def _scan(
         add = tl.load(states + s * K * V + tile, mask=m, other=0.0)
         tl.store(states + s * K * V + tile, S, mask=m)
         if GATE == 2:
-            S = S * tl.exp2(tl.load(decay + s * K + ok, mask=ok < K, other=0.0))[:, None] + add
+            S = S * tl.load(decay + s * K + ok, mask=ok < K, other=0.0)[:, None] + add
         elif GATE == 1:
-            S = S * tl.exp2(tl.load(decay + s)) + add
+            S = S * tl.load(decay + s) + add
         else:
             S += add
     tl.store(last + (n * HK + h) * K * V + tile, S, mask=m)
@@ -245,10 +272,10 @@ def _scan(
 
 @triton.jit
 def _outputs(
-    q, k, v, g, states, o, scale, cu, owner, first, T, L, PER, H, HK,
+    q, k, v, g, states, strong, o, scale, cu, owner, first, T, L, PER, H, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
@@ -266,6 +293,10 @@ def _outputs(
     p = (s * HK + hk) * K * V + ok[:, None] * V + ov[None, :]
     S = tl.load(states + p, mask=(ok < K)[:, None] & (ov < V)[None, :], other=0.0)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    beyond = chunks
+    if ANY:
+        beyond = tl.load(strong + s * HK + hk)
+        chunks = tl.where(beyond < chunks, chunks, 0)
     for c in range(chunks):
         t = lo + c * C + r
         bq = _load(q, t, hi, h, H, ok, K, MK)
@@ -275,41 +306,51 @@ def _outputs(
             b = _gates(g, t, hi, hk, HK, ok, K, MK)
             G = tl.cumsum(b, 0)
             qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT)
-            ka = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
-            A = tl.dot(qa, tl.trans(ka), input_precision=PREC)
-            safe = tl.min(G, 1) >= -LIMIT
-            if tl.min(safe.to(tl.int32), 0) == 0:
-                A = tl.where(safe[:, None], A, _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC))
+            if ANY:
+                A = _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC)
+                kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, hk, HK, ok, K, MK, C)).to(DT)
+            else:
+                kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
+                A = tl.dot(qa, tl.trans(kw), input_precision=PREC)
             A = tl.where(causal, A, 0.0)
             bo = tl.dot(qa, S.to(DT), input_precision=PREC)
-            below = _gates(g, t + 1, tl.minimum(lo + c * C + C, hi), hk, HK, ok, K, MK)
-            kw = (bk.to(tl.float32) * tl.exp2(tl.cumsum(below, 0, reverse=True))).to(DT)
-            S = S * tl.exp2(tl.sum(b, 0))[:, None]
+            shrink = tl.exp2(tl.sum(b, 0))[:, None]
         elif GATE == 1:
-            coarse, fine, coarse_end, fine_end, total = _scalar_gates(g, t, hi, hk, HK)
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, hk, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
             A = tl.dot(bq.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
             A = tl.where(causal, A * tl.exp2(pair), 0.0)
-            bo = tl.dot(bq.to(DT), S.to(DT), input_precision=PREC) * tl.exp2(coarse + fine)[:, None]
-            kw = (bk.to(tl.float32) * tl.exp2((coarse_end - coarse) + (fine_end - fine))[:, None]).to(DT)
-            S = S * tl.exp2(total)
+            bo = tl.dot(bq.to(DT), S.to(DT), input_precision=PREC) * _decay(coarse, fine)[:, None]
+            kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
+            shrink = _decay(coarse_end, fine_end)
         else:
             kw = bk.to(DT)
             A = tl.where(causal, tl.dot(bq.to(DT), tl.trans(kw), input_precision=PREC), 0.0)
             bo = tl.dot(bq.to(DT), S.to(DT), input_precision=PREC)
         bo = tl.dot(A.to(DT), bv, bo, input_precision=PREC)
-        _store(o, bo * scale, t, hi, h, H, ov, V, MV)
+        if ANY:
+            late = (c > beyond) | ((c == beyond) & (tl.min(G, 1) < -LIMIT))
+            _store(o, bo * scale, tl.where(late, t, hi), hi, h, H, ov, V, MV)
+        else:
+            _store(o, bo * scale, t, hi, h, H, ov, V, MV)
+        if GATE == 1 or ANY:
+            S = S * shrink
         S = tl.dot(tl.trans(kw), bv, S, input_precision=PREC)
+        if GATE == 2 and not ANY:  # kw holds the decay back to the chunk's start, so the shrinking comes last
+            S = S * shrink
 
 
 @triton.jit
 def _grad_q(
-    k, v, g, do, states, dq, scale, cu, owner, first, T, L, PER, H, HK,
+    q, k, v, g, do, states, strong, dq, z, scale, cu, owner, first, T, L, PER, H, HK, part,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """dq_t = scale·S_t do_t for BK of the K channels; the state is kept transposed, as the dot with do reads it."""
+    """dq_t = scale·S_t do_t for BK of the K channels; the state is kept transposed, as the dot with do reads it.
+
+    z: dq without the pair (t, t), for dg (which that pair does not move); for a gate per head q·z, summed over channels.
+    """
     NK: tl.constexpr = (K + BK - 1) // BK
     MK: tl.constexpr = K % BK != 0
     MV: tl.constexpr = V != BV
@@ -321,57 +362,66 @@ def _grad_q(
     r = tl.arange(0, C)
     ok = (pid % NK) * BK + tl.arange(0, BK)
     ov = tl.arange(0, BV)
-    causal = r[:, None] >= r[None, :]
     p = (s * HK + hk) * K * V + ok[None, :] * V + ov[:, None]
     S = tl.load(states + p, mask=(ok < K)[None, :] & (ov < V)[:, None], other=0.0)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    if GATE == 2:
+        chunks = tl.where((tl.load(strong + s * HK + hk) < chunks) == ANY, chunks, 0)
     for c in range(chunks):
         t = lo + c * C + r
         bk = _load(k, t, hi, hk, HK, ok, K, MK)
         bv = _load(v, t, hi, hk, HK, ov, V, MV).to(DT)
         bo = _load(do, t, hi, h, H, ov, V, MV).to(DT)
-        W = tl.where(causal, tl.dot(bo, tl.trans(bv), input_precision=PREC), 0.0)
+        W = tl.dot(bo, tl.trans(bv), input_precision=PREC)
         y = tl.dot(bo, S.to(DT), input_precision=PREC)
+        if GATE == 0:
+            kw = bk.to(DT)
+            y = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, y, input_precision=PREC)
+        else:
+            own = tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * bk.to(tl.float32)
+            W = tl.where(r[:, None] > r[None, :], W, 0.0)
         if GATE == 2:
             b = _gates(g, t, hi, hk, HK, ok, K, MK)
             G = tl.cumsum(b, 0)
-            safe = tl.min(G, 1) >= -LIMIT
-            # a row is safe only if all before it are: zero the others, whose 2^-G may be infinite
-            ka = tl.where(safe[:, None], bk.to(tl.float32) * tl.exp2(-G), 0.0).to(DT)
-            e = tl.exp2(G)
-            y *= e
-            z = tl.dot(W.to(DT), ka, input_precision=PREC) * e
-            if tl.min(safe.to(tl.int32), 0) == 0:
-                z = tl.where(safe[:, None], z, _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC))
-            y += z
-            below = _gates(g, t + 1, tl.minimum(lo + c * C + C, hi), hk, HK, ok, K, MK)
-            kw = (bk.to(tl.float32) * tl.exp2(tl.cumsum(below, 0, reverse=True))).to(DT)
-            S = S * tl.exp2(tl.sum(b, 0))[None, :]
+            shrink = tl.exp2(tl.sum(b, 0))[None, :]
+            if ANY:
+                y = y * tl.exp2(G) + _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
+                kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, hk, HK, ok, K, MK, C)).to(DT)
+            else:
+                kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
+                y = tl.dot(W.to(DT), kw, y, input_precision=PREC) * tl.exp2(G)
+            _store(z, y * scale, t, hi, h, H, ok, K, MK)
         elif GATE == 1:
-            coarse, fine, coarse_end, fine_end, total = _scalar_gates(g, t, hi, hk, HK)
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, hk, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-            W = tl.where(causal, W * tl.exp2(pair), 0.0)
-            y *= tl.exp2(coarse + fine)[:, None]
+            W = tl.where(r[:, None] > r[None, :], W * tl.exp2(pair), 0.0)
+            y *= _decay(coarse, fine)[:, None]
             y = tl.dot(W.to(DT), bk.to(DT), y, input_precision=PREC)
-            kw = (bk.to(tl.float32) * tl.exp2((coarse_end - coarse) + (fine_end - fine))[:, None]).to(DT)
-            S = S * tl.exp2(total)
-        else:
-            kw = bk.to(DT)
-            y = tl.dot(W.to(DT), kw, y, input_precision=PREC)
+            kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
+            shrink = _decay(coarse_end, fine_end)
+            line = tl.sum(_load(q, t, hi, h, H, ok, K, MK).to(tl.float32) * y, 1) * scale
+            tl.store(z + (pid % NK) * part + t * H + h, line, mask=t < hi)
+        if GATE > 0:
+            y += own
         _store(dq, y * scale, t, hi, h, H, ok, K, MK)
+        if GATE == 1 or ANY:
+            S *= shrink
         S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
+        if GATE == 2 and not ANY:
+            S *= shrink
 
 
 @triton.jit
 def _grad_kv(
-    q, k, v, g, do, dq, states, final, dstates, dk, dv, dg, scale, cu, owner, first, T, L, PER, H, HK, dg_stride,
+    q, k, v, g, do, z, states, final, dstates, strong, dk, dv, dg, scale, cu, owner, first, T, L, PER, H, HK, part,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, GATE: tl.constexpr,
-    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first with D = dL/dS_end (transposed, [V, K]) on chip:
     dk_j = D v_j 2^(gates after j) + sum_{i>=j} .. q_i, and dv_j likewise, kept as [V, C] so that no product's result
-    has to be transposed for another. dg_t = sum_{s>=t} (q_s dq_s - k_s dk_s) + sum_v S_end D within the chunk.
+    has to be transposed for another. dg_t = sum_{s>=t} (q_s dq_s - k_s dk_s) + sum_v S_end D within the chunk, where
+    the pairs (s, s), which cancel, are left out of both: under strong gates they would drown the rest.
 
     DK needs all of V on chip, DV all of K; a large state is done in two launches.
     """
@@ -398,86 +448,100 @@ def _grad_kv(
         if GATE == 1:
             carry = tl.sum(carry, 0)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    if GATE == 2:
+        chunks = tl.where((tl.load(strong + s * HK + h) < chunks) == ANY, chunks, 0)
     for i in range(chunks):
         c = chunks - 1 - i
         t = lo + c * C + r
         bk = _load(k, t, hi, h, HK, ok, K, MK)
+        kw = bk.to(DT)
         if GATE == 2:
             b = _gates(g, t, hi, h, HK, ok, K, MK)
             G = tl.cumsum(b, 0)
-            safe = tl.min(G, 1) >= -LIMIT
-            unsafe = tl.min(safe.to(tl.int32), 0) == 0
-            below = _gates(g, t + 1, tl.minimum(lo + c * C + C, hi), h, HK, ok, K, MK)
-            w = tl.exp2(tl.cumsum(below, 0, reverse=True))
             shrink = tl.exp2(tl.sum(b, 0))[None, :]
+            if ANY:
+                w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
+            else:  # D shrinks first; all decays run from the chunk's start
+                w = tl.exp2(-G)
+                D *= shrink
+            kw = (bk.to(tl.float32) * w).to(DT)
         elif GATE == 1:
-            coarse, fine, coarse_end, fine_end, total = _scalar_gates(g, t, hi, h, HK)
-            up = tl.where(r[:, None] >= r[None, :], (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :]), 0.0)
-            down = tl.where(r[:, None] <= r[None, :], (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None]), 0.0)
-            w = tl.exp2((coarse_end - coarse) + (fine_end - fine))[:, None]
-            shrink = tl.exp2(total)
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
+            pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+            w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
+            kw = (bk.to(tl.float32) * w).to(DT)
+            shrink = _decay(coarse_end, fine_end)
         if DK:
             bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
             xk = tl.dot(bv, D.to(DT), input_precision=PREC)
-            if GATE > 0:
+            if GATE == 1 or ANY:
                 xk *= w
-            drift = tl.zeros([C, BK], tl.float32)
+            if GATE == 2:
+                drift = tl.zeros([C, BK], tl.float32)
+            elif GATE == 1:
+                drift = tl.zeros([C], tl.float32)
+            own = tl.zeros([C, BK], tl.float32)
         if DV:
-            kw = bk
-            if GATE > 0:
-                kw = bk.to(tl.float32) * w
-            xv = tl.dot(D.to(DT), tl.trans(kw.to(DT)), input_precision=PREC)
-        if GATE > 0:
+            xv = tl.dot(D.to(DT), tl.trans(kw), input_precision=PREC)
+        if GATE == 1 or ANY:
             D *= shrink
         for j in range(GROUP):
             hq = h * GROUP + j
             bq = _load(q, t, hi, hq, H, ok, K, MK)
             bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
             qs = bq.to(tl.float32) * scale
-            if DK and GATE > 0:
-                drift += bq.to(tl.float32) * _load(dq, t, hi, hq, H, ok, K, MK).to(tl.float32)
             if GATE == 2:
                 qa = (qs * tl.exp2(G)).to(DT)
             elif GATE == 1:
-                qa = (qs * tl.exp2(coarse + fine)[:, None]).to(DT)
+                qa = (qs * _decay(coarse, fine)[:, None]).to(DT)
             else:
                 qa = qs.to(DT)
             if DK:
-                W = tl.where(r[:, None] <= r[None, :], tl.dot(bv, tl.trans(bo), input_precision=PREC), 0.0)
-                if GATE == 2:
-                    z = tl.dot(W.to(DT), qa, input_precision=PREC) * tl.exp2(-G)
-                    if unsafe:
-                        z = tl.where(safe[:, None], z, _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC))
-                    xk += z
-                elif GATE == 1:
-                    xk = tl.dot((W * tl.exp2(down)).to(DT), qs.to(DT), xk, input_precision=PREC)
+                W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
+                if GATE == 0:
+                    xk = tl.dot(tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT), qa, xk, input_precision=PREC)
                 else:
-                    xk = tl.dot(W.to(DT), qa, xk, input_precision=PREC)
+                    own += tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * qs
+                    W = tl.where(r[:, None] < r[None, :], W, 0.0)
+                if GATE == 2:
+                    drift += bq.to(tl.float32) * _load(z, t, hi, hq, H, ok, K, MK)
+                    if ANY:
+                        xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
+                    else:
+                        xk = tl.dot(W.to(DT), qa, xk, input_precision=PREC)
+                elif GATE == 1:
+                    drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
+                    W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
+                    xk = tl.dot(W.to(DT), qs.to(DT), xk, input_precision=PREC)
             if DV:
                 if GATE == 2:
-                    A = tl.dot(qa, tl.trans((bk.to(tl.float32) * tl.exp2(-G)).to(DT)), input_precision=PREC)
-                    if unsafe:
-                        A = tl.where(safe[:, None], A, _scores_any_gate(qs, bk, b, C, BK, LEVELS, DT, PREC))
+                    if ANY:
+                        A = _scores_any_gate(qs, bk, b, C, BK, LEVELS, DT, PREC)
+                    else:
+                        A = tl.dot(qa, tl.trans(kw), input_precision=PREC)
                 else:
                     A = tl.dot(qs.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
                     if GATE == 1:
-                        A *= tl.exp2(up)
+                        A *= tl.exp2(pair)
                 A = tl.where(r[:, None] >= r[None, :], A, 0.0)
                 xv = tl.dot(tl.trans(bo), A.to(DT), xv, input_precision=PREC)
             D = tl.dot(tl.trans(bo), qa, D, input_precision=PREC)
         if DK:
-            _store(dk, xk, t, hi, h, HK, ok, K, MK)
             if GATE == 2:
+                if not ANY:
+                    xk *= w
                 drift -= bk.to(tl.float32) * xk
-                # exp2 underflows there: the gradient is 0, of which the sum's roundings would fall short
+                # below -150 exp2 is 0, and so is the gradient
                 xg = tl.where(b < -150.0, 0.0, tl.cumsum(drift, 0, reverse=True) + carry[None, :])
                 _store(dg, xg, t, hi, h, HK, ok, K, MK)
                 carry += tl.sum(drift, 0)
             elif GATE == 1:
-                line = tl.sum(drift - bk.to(tl.float32) * xk, 1)
-                xg = tl.cumsum(line, 0, reverse=True) + carry
-                tl.store(dg + ik * dg_stride + t * HK + h, xg, mask=t < hi)
-                carry += tl.sum(line, 0)
+                drift -= tl.sum(bk.to(tl.float32) * xk, 1)
+                xg = tl.cumsum(drift, 0, reverse=True) + carry
+                own_gate = tl.load(g + t * HK + h, mask=t < hi, other=0.0).to(tl.float32) * LOG2E
+                tl.store(dg + ik * part + t * HK + h, tl.where(own_gate < -150.0, 0.0, xg), mask=t < hi)
+                carry += tl.sum(drift, 0)
+            _store(dk, xk + own, t, hi, h, HK, ok, K, MK)
         if DV:
             p = dv + ((t * HK + h) * V)[None, :] + ov[:, None]
             tl.store(p, xv.to(dv.dtype.element_ty), mask=(t < hi)[None, :] & (ov < V)[:, None])
@@ -521,6 +585,7 @@ class _Plan:
     sizes: dict
     products: dict
     gates: dict
+    passes: tuple  # values of ANY: gates per channel take a second launch, which works only where they are strong
 
 
 def _pow2(n: int) -> int:
@@ -556,24 +621,28 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor 
         sizes={"K": K, "V": v.shape[-1], "VARLEN": cu_seqlens is not None, "GATE": 0 if g is None else g.dim() - 2},
         products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
         gates={"LEVELS": CHUNK.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
+        passes=(False, True) if g is not None and g.dim() == 4 else (False,),
     )
 
 
 def _segment_states(
     plan: _Plan, x: Tensor, y: Tensor, g: Tensor | None, init: Tensor | None, scale: float, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """The state before each segment, [segments, Hk, K, V], and after the last; reverse: the gradient's, from the end."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The state before each segment, [segments, Hk, K, V], and after the last, and `strong` of
+    `_local_states`; reverse: the gradient's, from the end."""
     K, V, gate = plan.sizes["K"], plan.sizes["V"], plan.sizes["GATE"]
     BK, BV = _pow2(K), min(_pow2(V), STATE_TILE // _pow2(K))
     states = torch.empty(plan.grid, plan.heads, K, V, dtype=torch.float32, device=x.device)
     last = torch.empty(plan.sequences, plan.heads, K, V, dtype=torch.float32, device=x.device)
-    decay = None
+    decay = strong = None
+    if gate == 2:
+        strong = torch.empty(plan.grid, plan.heads, dtype=torch.int32, device=x.device)
     if gate:
         decay = torch.empty(plan.grid, plan.heads, K if gate == 2 else 1, dtype=torch.float32, device=x.device)
     if plan.grid:
         _local_states[(plan.grid * plan.heads * triton.cdiv(V, BV),)](
-            x, y, g, states, decay, scale, *plan.span, x.shape[2], plan.heads,
-            GROUP=x.shape[2] // plan.heads, BK=BK, BV=BV, C=CHUNK, REVERSE=reverse, **plan.sizes, **plan.products,
+            x, y, g, states, decay, strong, scale, *plan.span, x.shape[2], plan.heads,
+            GROUP=x.shape[2] // plan.heads, BK=BK, BV=BV, C=CHUNK, LIMIT=plan.gates["LIMIT"], REVERSE=reverse, **plan.sizes, **plan.products,
             num_warps=_warps(BK * BV), num_stages=2,
         )  # fmt: skip
     BR, BVS = max(1, 2048 // _pow2(V)), _pow2(V)
@@ -581,7 +650,7 @@ def _segment_states(
         states, decay, init, last, plan.span[2], plan.span[5], plan.heads,
         BR=BR, BV=BVS, HAS_INIT=init is not None, REVERSE=reverse, **plan.sizes, num_warps=4,
     )  # fmt: skip
-    return states, last
+    return states, last, strong
 
 
 def _warps(state_entries: int) -> int:
@@ -597,14 +666,15 @@ def forward(
     plan = _plan(q, k, v, g, cu_seqlens)
     K, V, H = plan.sizes["K"], plan.sizes["V"], q.shape[2]
     o = torch.empty(*q.shape[:3], V, dtype=v.dtype, device=v.device)
-    states, last = _segment_states(plan, k, v, g, initial_state, 1.0, False)
+    states, last, strong = _segment_states(plan, k, v, g, initial_state, 1.0, False)
     if plan.grid:
         BK, BV = _pow2(K), min(_pow2(V), STATE_TILE // _pow2(K))
-        _outputs[(plan.grid * H * triton.cdiv(V, BV),)](
-            q, k, v, g, states, o, scale, *plan.span, H, plan.heads,
-            GROUP=plan.groups, BK=BK, BV=BV, C=CHUNK, **plan.sizes, **plan.products, **plan.gates,
-            num_warps=_warps(BK * BV), num_stages=2,
-        )  # fmt: skip
+        for any_gate in plan.passes:
+            _outputs[(plan.grid * H * triton.cdiv(V, BV),)](
+                q, k, v, g, states, strong, o, scale, *plan.span, H, plan.heads,
+                GROUP=plan.groups, BK=BK, BV=BV, C=CHUNK, **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
+                num_warps=_warps(BK * BV), num_stages=2,
+            )  # fmt: skip
     return o, last
 
 
@@ -617,8 +687,8 @@ def backward(
     plan = _plan(q, k, v, g, cu_seqlens)
     K, V, H, gate = plan.sizes["K"], plan.sizes["V"], q.shape[2], plan.sizes["GATE"]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    states, last = _segment_states(plan, k, v, g, initial_state, 1.0, False)
-    dstates, dinit = _segment_states(plan, q, do, g, dfinal_state, scale, True)
+    states, last, strong = _segment_states(plan, k, v, g, initial_state, 1.0, False)
+    dstates, dinit, _ = _segment_states(plan, q, do, g, dfinal_state, scale, True)
     BK, BV = _pow2(K), _pow2(V)
     share = {"C": CHUNK, "GROUP": plan.groups, **plan.sizes, **plan.products, **plan.gates, "num_stages": 1}
     # what is on chip, [K columns, V columns]: with all of V for dk and dg, with all of K for dv, at once if it fits
@@ -626,20 +696,25 @@ def backward(
         tiles = [(BK, BV, True, True)]
     else:
         tiles = [(STATE_TILE // BV, BV, True, False), (BK, STATE_TILE // BK, False, True)]
-    parts = triton.cdiv(K, tiles[0][0])
-    dg = None
-    if g is not None:
-        dg = torch.empty_like(g) if gate == 2 else torch.empty(parts, *g.shape, dtype=torch.float32, device=g.device)
-    if plan.grid:
-        BKS = min(BK, STATE_TILE // BV)
-        _grad_q[(plan.grid * H * triton.cdiv(K, BKS),)](
-            k, v, g, do, states, dq, scale, *plan.span, H, plan.heads,
-            BK=BKS, BV=BV, num_warps=_warps(BKS * BV), **share,
+    BKS = tiles[0][0]
+    parts = triton.cdiv(K, BKS)
+    dg = z = None
+    if gate == 1:
+        z = torch.empty(parts, *q.shape[:3], dtype=torch.float32, device=q.device)
+        dg = torch.empty(parts, *g.shape, dtype=torch.float32, device=g.device)
+    elif gate == 2:
+        dg = torch.empty_like(g)
+        z = dg if g.dtype == torch.float32 and plan.groups == 1 else torch.empty_like(q, dtype=torch.float32)
+    for any_gate in plan.passes if plan.grid else ():
+        _grad_q[(plan.grid * H * parts,)](
+            q, k, v, g, do, states, strong, dq, z, scale, *plan.span, H, plan.heads, q.shape[0] * q.shape[1] * H,
+            BK=BKS, BV=BV, ANY=any_gate, num_warps=_warps(BKS * BV), **share,
         )  # fmt: skip
         for bk, bv, with_dk, with_dv in tiles:
             _grad_kv[(plan.grid * plan.heads * triton.cdiv(K, bk) * triton.cdiv(V, bv),)](
-                q, k, v, g, do, dq, states, last, dstates, dk, dv, dg, scale, *plan.span, H, plan.heads,
-                0 if g is None else g.numel(), BK=bk, BV=bv, DK=with_dk, DV=with_dv, num_warps=_warps(bk * bv), **share,
+                q, k, v, g, do, z, states, last, dstates, strong, dk, dv, dg, scale, *plan.span, H, plan.heads,
+                0 if g is None else g.numel(), BK=bk, BV=bv, DK=with_dk, DV=with_dv, ANY=any_gate,
+                num_warps=_warps(bk * bv), **share,
             )  # fmt: skip
     if gate == 1:
         dg = dg.sum(0).to(g.dtype)
