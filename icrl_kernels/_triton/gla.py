@@ -327,12 +327,12 @@ def _outputs(
             kw = bk.to(DT)
             A = tl.where(causal, tl.dot(bq.to(DT), tl.trans(kw), input_precision=PREC), 0.0)
             bo = tl.dot(bq.to(DT), S.to(DT), input_precision=PREC)
-        bo = tl.dot(A.to(DT), bv, bo, input_precision=PREC)
+        bo = bo * scale + tl.dot(A.to(DT), bv, input_precision=PREC) * scale
         if ANY:
             late = (c > beyond) | ((c == beyond) & (tl.min(G, 1) < -LIMIT))
-            _store(o, bo * scale, tl.where(late, t, hi), hi, h, H, ov, V, MV)
+            _store(o, bo, tl.where(late, t, hi), hi, h, H, ov, V, MV)
         else:
-            _store(o, bo * scale, t, hi, h, H, ov, V, MV)
+            _store(o, bo, t, hi, h, H, ov, V, MV)
         if GATE == 1 or ANY:
             S = S * shrink
         S = tl.dot(tl.trans(kw), bv, S, input_precision=PREC)
@@ -376,34 +376,38 @@ def _grad_q(
         y = tl.dot(bo, S.to(DT), input_precision=PREC)
         if GATE == 0:
             kw = bk.to(DT)
-            y = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, y, input_precision=PREC)
+            x = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, input_precision=PREC)
+            y = y * scale + x * scale
         else:
-            own = tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * bk.to(tl.float32)
+            own = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
             W = tl.where(r[:, None] > r[None, :], W, 0.0)
         if GATE == 2:
             b = _gates(g, t, hi, hk, HK, ok, K, MK)
             G = tl.cumsum(b, 0)
             shrink = tl.exp2(tl.sum(b, 0))[None, :]
             if ANY:
-                y = y * tl.exp2(G) + _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
+                x = _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
+                y = y * (tl.exp2(G) * scale) + x * scale
                 kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, hk, HK, ok, K, MK, C)).to(DT)
             else:
                 kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
-                y = tl.dot(W.to(DT), kw, y, input_precision=PREC) * tl.exp2(G)
-            _store(z, y * scale, t, hi, h, H, ok, K, MK)
+                x = tl.dot(W.to(DT), kw, input_precision=PREC)
+                e = tl.exp2(G) * scale
+                y = y * e + x * e
+            _store(z, y, t, hi, h, H, ok, K, MK)
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, hk, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
             W = tl.where(r[:, None] > r[None, :], W * tl.exp2(pair), 0.0)
-            y *= _decay(coarse, fine)[:, None]
-            y = tl.dot(W.to(DT), bk.to(DT), y, input_precision=PREC)
+            x = tl.dot(W.to(DT), bk.to(DT), input_precision=PREC)
+            y = y * (_decay(coarse, fine) * scale)[:, None] + x * scale
             kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
             shrink = _decay(coarse_end, fine_end)
-            line = tl.sum(_load(q, t, hi, h, H, ok, K, MK).to(tl.float32) * y, 1) * scale
+            line = tl.sum(_load(q, t, hi, h, H, ok, K, MK).to(tl.float32) * y, 1)
             tl.store(z + (pid % NK) * part + t * H + h, line, mask=t < hi)
         if GATE > 0:
-            y += own
-        _store(dq, y * scale, t, hi, h, H, ok, K, MK)
+            y += (own * scale)[:, None] * bk.to(tl.float32)
+        _store(dq, y, t, hi, h, H, ok, K, MK)
         if GATE == 1 or ANY:
             S *= shrink
         S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
@@ -474,7 +478,7 @@ def _grad_kv(
         if DK:
             bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
             xk = tl.dot(bv, D.to(DT), input_precision=PREC)
-            if GATE == 1 or ANY:
+            if GATE > 0:
                 xk *= w
             if GATE == 2:
                 drift = tl.zeros([C, BK], tl.float32)
@@ -496,23 +500,6 @@ def _grad_kv(
                 qa = (qs * _decay(coarse, fine)[:, None]).to(DT)
             else:
                 qa = qs.to(DT)
-            if DK:
-                W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
-                if GATE == 0:
-                    xk = tl.dot(tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT), qa, xk, input_precision=PREC)
-                else:
-                    own += tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * qs
-                    W = tl.where(r[:, None] < r[None, :], W, 0.0)
-                if GATE == 2:
-                    drift += bq.to(tl.float32) * _load(z, t, hi, hq, H, ok, K, MK)
-                    if ANY:
-                        xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
-                    else:
-                        xk = tl.dot(W.to(DT), qa, xk, input_precision=PREC)
-                elif GATE == 1:
-                    drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
-                    W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
-                    xk = tl.dot(W.to(DT), qs.to(DT), xk, input_precision=PREC)
             if DV:
                 if GATE == 2:
                     if ANY:
@@ -526,10 +513,26 @@ def _grad_kv(
                 A = tl.where(r[:, None] >= r[None, :], A, 0.0)
                 xv = tl.dot(tl.trans(bo), A.to(DT), xv, input_precision=PREC)
             D = tl.dot(tl.trans(bo), qa, D, input_precision=PREC)
+            if DK:
+                W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
+                if GATE == 0:
+                    W = tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT)
+                    xk += tl.dot(W, bq.to(DT), input_precision=PREC) * scale
+                else:
+                    own += tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)[:, None] * qs
+                    W = tl.where(r[:, None] < r[None, :], W, 0.0)
+                if GATE == 2:
+                    drift += bq.to(tl.float32) * _load(z, t, hi, hq, H, ok, K, MK)
+                    if ANY:
+                        xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
+                    else:
+                        xk += tl.dot(W.to(DT), qa, input_precision=PREC) * w
+                elif GATE == 1:
+                    drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
+                    W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
+                    xk += tl.dot(W.to(DT), bq.to(DT), input_precision=PREC) * scale
         if DK:
             if GATE == 2:
-                if not ANY:
-                    xk *= w
                 drift -= bk.to(tl.float32) * xk
                 # below -150 exp2 is 0, and so is the gradient
                 xg = tl.where(b < -150.0, 0.0, tl.cumsum(drift, 0, reverse=True) + carry[None, :])
