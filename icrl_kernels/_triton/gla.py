@@ -588,6 +588,7 @@ class _Plan:
     sizes: dict
     products: dict
     gates: dict
+    stages: int  # of the loads' pipeline: two where shared memory holds them
     passes: tuple  # values of ANY: gates per channel take a second launch, which works only where they are strong
 
 
@@ -624,6 +625,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor 
         sizes={"K": K, "V": v.shape[-1], "VARLEN": cu_seqlens is not None, "GATE": 0 if g is None else g.dim() - 2},
         products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
         gates={"LEVELS": CHUNK.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
+        stages=2 if half and max(K, v.shape[-1]) <= 128 else 1,
         passes=(False, True) if g is not None and g.dim() == 4 else (False,),
     )
 
@@ -646,7 +648,7 @@ def _segment_states(
         _local_states[(plan.grid * plan.heads * triton.cdiv(V, BV),)](
             x, y, g, states, decay, strong, scale, *plan.span, x.shape[2], plan.heads,
             GROUP=x.shape[2] // plan.heads, BK=BK, BV=BV, C=CHUNK, LIMIT=plan.gates["LIMIT"], REVERSE=reverse, **plan.sizes, **plan.products,
-            num_warps=_warps(BK * BV), num_stages=2,
+            num_warps=_warps(BK * BV), num_stages=plan.stages,
         )  # fmt: skip
     BR, BVS = max(1, 2048 // _pow2(V)), _pow2(V)
     _scan[(plan.sequences * plan.heads * triton.cdiv(K, BR),)](
@@ -676,7 +678,7 @@ def forward(
             _outputs[(plan.grid * H * triton.cdiv(V, BV),)](
                 q, k, v, g, states, strong, o, scale, *plan.span, H, plan.heads,
                 GROUP=plan.groups, BK=BK, BV=BV, C=CHUNK, **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
-                num_warps=_warps(BK * BV), num_stages=2,
+                num_warps=_warps(BK * BV), num_stages=plan.stages,
             )  # fmt: skip
     return o, last
 
@@ -693,14 +695,18 @@ def backward(
     states, last, strong = _segment_states(plan, k, v, g, initial_state, 1.0, False)
     dstates, dinit, _ = _segment_states(plan, q, do, g, dfinal_state, scale, True)
     BK, BV = _pow2(K), _pow2(V)
-    share = {"C": CHUNK, "GROUP": plan.groups, **plan.sizes, **plan.products, **plan.gates, "num_stages": 1}
-    # what is on chip, [K columns, V columns]: with all of V for dk and dg, with all of K for dv, at once if it fits
-    if BK * BV <= STATE_TILE:
+    share = {"C": CHUNK, "GROUP": plan.groups, **plan.sizes, **plan.products, **plan.gates, "num_stages": plan.stages}
+    # What is on chip, [K columns, V columns]: with all of V for dk and dg, with all of K for dv, both at once where it
+    # fits. With gates dk and dg take the registers of half a state, so that dv has a launch of its own.
+    half = STATE_TILE if g is None else STATE_TILE // 2
+    tiles = [(min(BK, half // BV), BV, True, False), (BK, min(BV, STATE_TILE // BK), False, True)]
+    if g is None and BK * BV <= STATE_TILE:
         tiles = [(BK, BV, True, True)]
-    else:
-        tiles = [(STATE_TILE // BV, BV, True, False), (BK, STATE_TILE // BK, False, True)]
     BKS = tiles[0][0]
     parts = triton.cdiv(K, BKS)
+    BKS = tiles[0][0]
+    parts = triton.cdiv(K, BKS)
+    warps = _warps(BKS * BV) if g is None else 8
     dg = z = None
     if gate == 1:
         z = torch.empty(parts, *q.shape[:3], dtype=torch.float32, device=q.device)
@@ -711,13 +717,13 @@ def backward(
     for any_gate in plan.passes if plan.grid else ():
         _grad_q[(plan.grid * H * parts,)](
             q, k, v, g, do, states, strong, dq, z, scale, *plan.span, H, plan.heads, q.shape[0] * q.shape[1] * H,
-            BK=BKS, BV=BV, ANY=any_gate, num_warps=_warps(BKS * BV), **share,
+            BK=BKS, BV=BV, ANY=any_gate, num_warps=warps, **share,
         )  # fmt: skip
         for bk, bv, with_dk, with_dv in tiles:
             _grad_kv[(plan.grid * plan.heads * triton.cdiv(K, bk) * triton.cdiv(V, bv),)](
                 q, k, v, g, do, z, states, last, dstates, strong, dk, dv, dg, scale, *plan.span, H, plan.heads,
                 0 if g is None else g.numel(), BK=bk, BV=bv, DK=with_dk, DV=with_dv, ANY=any_gate,
-                num_warps=_warps(bk * bv), **share,
+                num_warps=warps if with_dk else _warps(bk * bv), **share,
             )  # fmt: skip
     if gate == 1:
         dg = dg.sum(0).to(g.dtype)
