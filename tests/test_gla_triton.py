@@ -1,0 +1,205 @@
+"""The Triton kernels of gla, on a GPU where there is one, else in Triton's interpreter (float32: its bfloat16 is wrong)."""
+
+import pytest
+import torch
+
+from icrl_kernels.testing import assert_as_good_as_torch
+
+pytest.importorskip("triton")
+from icrl_kernels._triton import gla
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def recurrence(q, k, v, g, scale, initial_state, cu_seqlens):
+    """Token by token, differentiable, in the inputs' dtype."""
+    B, T, H, K = q.shape
+    heads, V = v.shape[2:]
+    if cu_seqlens is None:
+        spans = [(b, 0, T) for b in range(B)]
+    else:
+        c = cu_seqlens.tolist()
+        spans = [(0, *x) for x in zip(c[:-1], c[1:], strict=True)]
+    rows, finals = [], []
+    for n, (b, lo, hi) in enumerate(spans):
+        S = q.new_zeros(heads, K, V) if initial_state is None else initial_state[n].to(q.dtype)
+        for t in range(lo, hi):
+            if g is not None:
+                S = S * (g[b, t].exp()[:, None, None] if g.dim() == 3 else g[b, t].exp()[:, :, None])
+            S = S + k[b, t][:, :, None] * v[b, t][:, None, :]
+            rows.append(scale * (q[b, t][:, :, None] * S.repeat_interleave(H // heads, 0)).sum(1))
+        finals.append(S)
+    o = torch.stack(rows).view(B, T, H, V) if rows else q.new_zeros(B, T, H, V)
+    return o, torch.stack(finals)
+
+
+def inputs(B=1, T=100, H=2, Hk=2, K=16, V=16, gate=2, strength=0.1, init=True, lengths=None, seed=0):
+    r = torch.Generator().manual_seed(seed)
+    N = B if lengths is None else len(lengths)
+    q, k = torch.randn(B, T, H, K, generator=r), torch.randn(B, T, Hk, K, generator=r)
+    v = torch.randn(B, T, Hk, V, generator=r)
+    g = [None, -torch.rand(B, T, Hk, generator=r), -torch.rand(B, T, Hk, K, generator=r)][gate]
+    g = None if g is None else g * strength
+    state = torch.randn(N, Hk, K, V, generator=r) if init else None
+    cu = None if lengths is None else torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    return [None if x is None else x.to(DEVICE) for x in (q, k, v, g, state, cu)]
+
+
+def check(q, k, v, g, state, cu, scale=0.25, roundings=4.0):
+    """Outputs, final state and every gradient against the recurrence in float64, as good as it is in float32."""
+    do, dfinal = torch.randn(*q.shape[:3], v.shape[-1]).to(DEVICE), None
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        x = [None if a is None else a.to(dtype).requires_grad_() for a in (q, k, v, g, state)]
+        o, final = recurrence(*x[:4], scale, x[4], cu)
+        dfinal = torch.randn_like(final, dtype=torch.float32) if dfinal is None else dfinal
+        wanted = [a for a in x if a is not None]
+        grads = torch.autograd.grad((o * do).sum() + (final * dfinal).sum(), wanted, allow_unused=True)
+        results.append(
+            [o, final, *(torch.zeros_like(a) if d is None else d for a, d in zip(wanted, grads, strict=True))]
+        )
+    o, final = gla.forward(q, k, v, g, scale, state, cu)
+    mine = [o, final, *(d for d in gla.backward(do, dfinal, q, k, v, g, scale, state, cu) if d is not None)]
+    names = ["o", "final", "dq", "dk", "dv"] + ["dg"] * (g is not None) + ["dstate"] * (state is not None)
+    assert len(mine) == len(names)
+    for name, a, same, ref in zip(names, mine, results[1], results[0], strict=True):
+        # dg is a sum of q dq - k dk, whose terms' roundings stay where the terms cancel
+        assert_as_good_as_torch(
+            a, same.detach(), ref.detach(), name=name, roundings=64.0 if name == "dg" else roundings
+        )
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Two chunks a segment, so that small tests have several segments."""
+    monkeypatch.setattr(gla, "_segment_length", lambda tokens, heads: 128)
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+def test_matches_float64(gate, short_segments):
+    check(*inputs(T=300, H=2, Hk=1, gate=gate))
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"T": 1},
+        {"T": 63, "K": 20, "V": 36, "H": 4, "Hk": 2},
+        {"B": 2, "T": 65, "K": 16, "V": 5, "init": False},
+        {"T": 129, "K": 1, "V": 33, "H": 3, "Hk": 1},
+    ],
+    ids=str,
+)
+def test_shapes(sizes, gate, short_segments):
+    check(*inputs(**sizes, gate=gate))
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("K, V", [(132, 65), (65, 132)])
+def test_state_larger_than_a_tile(K, V, gate):
+    check(*inputs(T=66, H=1, Hk=1, K=K, V=V, gate=gate))
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+def test_packed(gate, short_segments):
+    check(*inputs(T=300, H=2, Hk=1, gate=gate, lengths=[0, 1, 130, 0, 0, 129, 40, 0]))
+
+
+@pytest.mark.parametrize("gate", [0, 2])
+def test_packed_equals_apart(gate, short_segments):
+    q, k, v, g, state, cu = inputs(T=260, gate=gate, lengths=[131, 0, 129])
+    o, final = gla.forward(q, k, v, g, 0.25, state, cu)
+    for n, (lo, hi) in enumerate([(0, 131), (131, 131), (131, 260)]):
+        part = [None if x is None else x[:, lo:hi] for x in (q, k, v, g)]
+        o1, final1 = gla.forward(*part, 0.25, state[n : n + 1], None)
+        assert torch.equal(o[:, lo:hi], o1)
+        assert torch.equal(final[n : n + 1], final1)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("strength", [1.0, 5.0, 30.0, 400.0, 1e6])
+def test_strong_gates(gate, strength, short_segments):
+    # exp2(g·log2 e) errs by |g| roundings, which shows where all that is left of a tensor is e^-30 of it
+    check(*inputs(T=150, H=1, Hk=1, gate=gate, strength=strength), roundings=32.0)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("reset", [-float("inf"), -1e4, -60.0])
+def test_resets_among_mild_gates(gate, reset, short_segments):
+    q, k, v, g, state, _ = inputs(T=200, H=1, Hk=1, gate=gate, strength=0.02)
+    g[:, [0, 5, 37, 63, 64, 140, 199]] = reset
+    if gate == 2:
+        g[:, 80:90, :, ::2] = reset
+    check(q, k, v, g, state, None)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("at", [70, 140])
+@pytest.mark.parametrize("later", [-float("inf"), -300.0, float("nan")])
+def test_a_later_token_changes_no_bit(gate, at, later, short_segments):
+    q, k, v, g, state, _ = inputs(T=300, gate=gate)
+    before, _ = gla.forward(q, k, v, g, 0.25, state, None)
+    for x in (q, k, g):
+        x[:, at + 1 :] *= -2.0
+        x[:, at + 1 :] = later
+    v[:, at + 1 :] = 7.0
+    after, _ = gla.forward(q, k, v, g, 0.25, state, None)
+    assert torch.equal(before[:, : at + 1], after[:, : at + 1])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "g"])
+@pytest.mark.parametrize("gate", [0, 1, 2])
+def test_nan_goes_where_it_touches(name, gate, short_segments):
+    x = dict(zip("qkvg", inputs(T=200, gate=gate)[:4], strict=True))
+    if x[name] is None:
+        return
+    clean, _ = gla.forward(*x.values(), 0.25, None, None)
+    x[name].view(1, 200, 2, -1)[0, 100, 1, 0] = float("nan")
+    o, final = gla.forward(*x.values(), 0.25, None, None)
+    touched = torch.zeros_like(o, dtype=torch.bool)
+    touched[:, 100 : 101 if name == "q" else None, 1, 0 if name == "v" else slice(None)] = True
+    assert torch.equal(o.isnan(), touched)
+    assert torch.equal(o[~touched], clean[~touched])
+    assert bool(final[0, 1].isnan().any()) == (name != "q")
+
+
+def test_no_tokens():
+    q, k, v, g, state, _ = inputs(B=2, T=0)
+    o, final = gla.forward(q, k, v, g, 0.25, state, None)
+    assert o.shape == (2, 0, 2, 16)
+    assert torch.equal(final, state)
+    grads = gla.backward(o, state + 1, q, k, v, g, 0.25, state, None)
+    assert [d.shape for d in grads[:4]] == [x.shape for x in (q, k, v, g)]
+    assert torch.equal(grads[4], state + 1)
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+def test_same_bits_each_run(gate, short_segments):
+    q, k, v, g, state, _ = inputs(T=200, H=2, Hk=1, gate=gate)
+    do = torch.randn_like(q)
+    first, second = (gla.backward(do, state, q, k, v, g, 0.25, state, None) for _ in range(2))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+@pytest.mark.parametrize("H, Hk, K, V", [(2, 2, 16, 16), (4, 2, 20, 130), (3, 1, 256, 40)])
+def test_step(H, Hk, K, V, gate):
+    q, k, v, g, state, _ = inputs(B=3, T=4, H=H, Hk=Hk, K=K, V=V, gate=gate)
+    runs = []
+    for dtype in (torch.float64, torch.float32):
+        runs.append(
+            recurrence(*(None if x is None else x.to(dtype) for x in (q, k, v, g)), 0.25, state.to(dtype), None)
+        )
+    carried = state.clone()
+    o = torch.stack(
+        [gla.step(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], carried, 0.25) for t in range(4)], 1
+    )
+    assert_as_good_as_torch(o, runs[1][0], runs[0][0], name="o")
+    assert_as_good_as_torch(carried, runs[1][1], runs[0][1], name="state")
+
+
+def test_many_segments_by_the_shape_rule():
+    assert gla._segment_length(1, 1) == 64
+    assert gla._segment_length(8 * 16384, 4) == 1024
+    check(*inputs(T=260, H=1, Hk=1))
