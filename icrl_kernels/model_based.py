@@ -30,7 +30,7 @@ def model_based_q(
     steps' rewards:
 
         Q(s,a) = r̄ + discount·Σ p̂(s') V(s') + bonus·σ/√n,   V(s) = max_a Q(s,a),
-        Q(s,a) = (max r̄ + σ/5)/(1 - discount)  where n = 0,
+        Q(s,a) = (max r̄ + σ)/(1 - discount)  where n = 0,
 
     V by `sweeps` Gauss-Seidel sweeps a step, warm. argmax_a Q is the action of the "model-based" learner of decoupled
     policy distillation (tag 4; OmniRL, arXiv 2502.02869), here a label for whatever trajectory.
@@ -111,7 +111,7 @@ def _reference(
     for t in range(T):
         sigma = (reward[:, :t] ** 2).sum(1).div(max(t, 1)).sqrt()
         mean = (total / n).nan_to_num(-math.inf, neginf=-math.inf).flatten(1).amax(1)  # 0/0 where n = 0
-        optimistic = (mean.where(mean > -math.inf, 0.0) + 0.2 * sigma) / (1 - discount)
+        optimistic = (mean.where(mean > -math.inf, 0.0) + sigma) / (1 - discount)
 
         def q(s: int, sigma: Tensor = sigma, optimistic: Tensor = optimistic) -> Tensor:
             known = (total[:, s] + discount * (follow[:, s] * value[:, None]).sum(2)) / n[:, s] + (

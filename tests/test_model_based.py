@@ -42,7 +42,7 @@ def test_untried_actions_are_optimistic():
     state, action = torch.zeros(1, 40, dtype=torch.int64), torch.zeros(1, 40, dtype=torch.int64)
     q = model_based_q(state, action, torch.ones(1, 40), torch.zeros_like(state), 1, 2)
     assert (q[0, 5:, 1] > q[0, 5:, 0]).all()
-    assert q[0, -1, 1] == pytest.approx(1.2 / 0.1, rel=1e-5)
+    assert q[0, -1, 1] == pytest.approx(2.0 / 0.1, rel=1e-5)
 
 
 def test_refusals():

@@ -9,7 +9,7 @@
 namespace icrl {
 
 // One record's learner; the arrays are the caller's and start at zero. Worth of an untried action: the best mean reward
-// seen so far (plus a fifth of the rewards' root mean square), for ever. Of a tried one: its mean, plus the bonus.
+// seen so far plus the root mean square of the rewards, for ever. Of a tried one: its mean, plus the bonus.
 struct ModelBased {
   int64_t ns, na, S, A;  // the task's sizes, and the strides of the arrays
   int32_t* visits;       // [S,A]
@@ -54,7 +54,7 @@ struct ModelBased {
         if (visits[i]) best = std::max(best, reward_sum[i] / static_cast<float>(visits[i]));
     if (std::isinf(best)) best = 0;
     width = bonus * rms;
-    optimistic = (best + 0.2f * rms) / (1 - discount);
+    optimistic = (best + rms) / (1 - discount);
     for (int64_t k = 0; k < ns; ++k) {
       const int64_t s = forward ? k : ns - 1 - k;
       float v = -std::numeric_limits<float>::infinity();
