@@ -100,7 +100,7 @@ def run(args: argparse.Namespace | None = None) -> list[dict[str, Any]]:
                             if not error <= limit:
                                 raise AssertionError(f"{name}: error {error:.2e} on {kind} {s} {gamma}")
                             row[f"{name} error"] = error
-                        times = common.interleaved(functions, repeats=3 if quick else 7, warmup=1)
+                        times = common.interleaved(functions, repeats=3 if quick else 15, warmup=1)
                         for name, seconds in times.items():
                             median = common.summary(seconds)["median_ms"] / 1e3
                             row[f"{name}, {threads} thread{'s' * (threads > 1)}: tasks/s"] = n / median
