@@ -19,9 +19,9 @@ void model_based_q(uintptr_t state_, uintptr_t action_, uintptr_t reward_, uintp
   parallel_for(R, threads, [&](int64_t r) {
     const auto sa = static_cast<size_t>(S * A);
     std::vector<int32_t> visits(sa, 0);
-    std::vector<float> reward_sum(sa, 0), successors(sa * static_cast<size_t>(S), 0), value(static_cast<size_t>(S), 0);
+    std::vector<float> reward_sum(sa, 0), successors(sa * static_cast<size_t>(S), 0), value(static_cast<size_t>(S), 0), scratch(2 * sa);
     std::vector<int16_t> span(2 * sa, 0);
-    ModelBased learner{S, A, S, A, visits.data(), reward_sum.data(), successors.data(), span.data(), value.data(), discount, bonus};
+    ModelBased learner{S, A, S, A, visits.data(), reward_sum.data(), successors.data(), span.data(), value.data(), discount, bonus, scratch.data(), scratch.data() + sa};
     double square = 0;
     for (int64_t t = 0; t < T; ++t) {
       const int64_t i = r * T + t, s = state[i];

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/model_based.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 
@@ -105,46 +106,34 @@ int64_t draw(const float* weights, int64_t n, float u) {
 
 // What the tabular learners of one record know. Both learn from every step, whoever acted.
 struct Learner {
-  int64_t ns, na, S, A;
-  int32_t* visits;
-  float *q, *reward_sum, *successors;
-  int16_t* span;
-  float* value;
+  ModelBased model;  // its sizes and visits are those of the Q-learner too
+  float* q;
   double* reward_square;
-  float q_discount, model_discount, q_bonus, model_bonus;
+  float q_discount, q_bonus;
   bool use_q, use_model;
   double scale = 0;  // root mean square of the rewards so far
-  float *reward_now = nullptr, *follow_now = nullptr;  // scratch [S,A]: mean reward with its bonus; discount / visits
 
   void observe(int64_t s, int64_t a, float r, int64_t next, bool terminated, int64_t steps) {
-    const int64_t i = s * A + a;
-    const int32_t n = ++visits[i];
+    const int64_t i = s * model.A + a;
+    const int32_t n = ++model.visits[i];
     *reward_square += static_cast<double>(r) * r;
     scale = std::sqrt(*reward_square / static_cast<double>(steps));
     if (use_q) {  // Jin et al. 2018's rate, (H+1)/(H+n) with H = 1/(1-discount)
       const float horizon = 1 / (1 - q_discount);
       float best = 0;
-      if (!terminated) best = *std::max_element(q + next * A, q + next * A + na);
+      if (!terminated) best = *std::max_element(q + next * model.A, q + next * model.A + model.na);
       q[i] += (horizon + 1) / (horizon + n) * (r + q_discount * best - q[i]);
     }
-    if (use_model) {
-      reward_sum[i] += r;
-      if (terminated) return;  // leaves the row's mass below one: nothing follows
-      successors[i * S + next] += 1;
-      int16_t* w = span + 2 * i;
-      if (w[1] == 0) w[0] = static_cast<int16_t>(next);
-      w[0] = std::min(w[0], static_cast<int16_t>(next));
-      w[1] = std::max(w[1], static_cast<int16_t>(next + 1));
-    }
+    if (use_model) model.observe(s, a, r, terminated ? -1 : next);
   }
 
   // Ties go to the first of them from a random place on, round the circle.
   template <class F>
   int64_t greedy(uint32_t x, F score) const {
-    const int64_t from = below(x, na);
+    const int64_t from = below(x, model.na);
     int64_t best = from;
     float best_score = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0, a = from; i < na; ++i, a = a + 1 == na ? 0 : a + 1) {
+    for (int64_t i = 0, a = from; i < model.na; ++i, a = a + 1 == model.na ? 0 : a + 1) {
       const float v = score(a);
       if (v > best_score) best = a, best_score = v;
     }
@@ -153,46 +142,17 @@ struct Learner {
 
   int64_t act_q(int64_t s, uint32_t x) const {
     double total = 1;
-    for (int64_t a = 0; a < na; ++a) total += visits[s * A + a];
+    for (int64_t a = 0; a < model.na; ++a) total += model.visits[s * model.A + a];
     const float width = q_bonus * static_cast<float>(scale * std::sqrt(std::log(total)));
     return greedy(x, [&](int64_t a) {
-      const int32_t n = visits[s * A + a];
-      return n ? q[s * A + a] + width / std::sqrt(static_cast<float>(n)) : std::numeric_limits<float>::infinity();
+      const int32_t n = model.visits[s * model.A + a];
+      return n ? q[s * model.A + a] + width / std::sqrt(static_cast<float>(n)) : std::numeric_limits<float>::infinity();
     });
   }
 
-  float backup(int64_t i, float optimistic) const {
-    if (!visits[i]) return optimistic;
-    const int16_t* w = span + 2 * i;
-    const float* count = successors + i * S;
-    float sum[4] = {0, 0, 0, 0};  // four chains: a serial float sum cannot be vectorised
-    int64_t j = w[0];
-    for (; j + 4 <= w[1]; j += 4)
-      for (int k = 0; k < 4; ++k) sum[k] += count[j + k] * value[j + k];
-    for (; j < w[1]; ++j) sum[0] += count[j] * value[j];
-    return reward_now[i] + follow_now[i] * ((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-
-  // One Gauss-Seidel sweep of optimistic value iteration on the counts, from where the last step's sweep left the values.
-  // (Forty sweeps a step score no better: between two steps the counts hardly change.)
   int64_t act_model(int64_t s, uint32_t x, int64_t step) {
-    const float rms = static_cast<float>(scale), width = model_bonus * rms;
-    for (int64_t i = 0; i < ns * A; ++i) {  // where visits are 0 the results are not read
-      const float inverse = 1 / std::sqrt(static_cast<float>(std::max(visits[i], 1)));
-      follow_now[i] = model_discount * inverse * inverse;
-      reward_now[i] = (reward_sum[i] * inverse + width) * inverse;
-    }
-    float best = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < ns * A; ++i)
-      if (visits[i]) best = std::max(best, reward_now[i]);
-    const float optimistic = ((std::isinf(best) ? 0 : best) + rms) / (1 - model_discount);
-    for (int64_t k = 0; k < ns; ++k) {
-      const int64_t t = step & 1 ? k : ns - 1 - k;
-      float v = -std::numeric_limits<float>::infinity();
-      for (int64_t i = t * A; i < t * A + na; ++i) v = std::max(v, backup(i, optimistic));
-      value[t] = v;
-    }
-    return greedy(x, [&](int64_t a) { return backup(s * A + a, optimistic); });
+    model.sweep(static_cast<float>(scale), step & 1);
+    return greedy(x, [&](int64_t a) { return model.q(s, a); });
   }
 };
 
@@ -240,15 +200,15 @@ void simulate(const Call& c, int64_t r) {
     const bool use_q = used(P + 2), use_model = used(P + 3);
     if ((learning = use_q || use_model)) {
       const int64_t sa = r * S * A;
-      learner = {ns, na, S, A, st.visits + sa, use_q ? st.q + sa : nullptr,
-                 use_model ? st.reward_sum + sa : nullptr, use_model ? st.successors + sa * S : nullptr,
-                 use_model ? st.span + 2 * sa : nullptr, use_model ? st.value + r * S : nullptr,
-                 st.reward_square + r, bh.q_discount[r], bh.model_discount[r], bh.q_bonus[r], bh.model_bonus[r],
-                 use_q, use_model};
-      if (use_model) {
-        scratch.resize(static_cast<size_t>(2 * S * A));
-        learner.reward_now = scratch.data(), learner.follow_now = scratch.data() + S * A;
-      }
+      if (use_model) scratch.resize(static_cast<size_t>(2 * S * A));
+      const auto mine = [&](auto* array, int64_t size) { return use_model ? array + r * size : nullptr; };
+      learner.model = {ns, na, S, A, st.visits + sa, mine(st.reward_sum, S * A), mine(st.successors, S * A * S),
+                       mine(st.span, 2 * S * A), mine(st.value, S), bh.model_discount[r], bh.model_bonus[r],
+                       scratch.data(), scratch.data() + (use_model ? S * A : 0)};
+      learner.q = use_q ? st.q + sa : nullptr;
+      learner.reward_square = st.reward_square + r;
+      learner.q_discount = bh.q_discount[r], learner.q_bonus = bh.q_bonus[r];
+      learner.use_q = use_q, learner.use_model = use_model;
       if (step) learner.scale = std::sqrt(*learner.reward_square / static_cast<double>(step));
     }
   }
