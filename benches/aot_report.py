@@ -28,7 +28,13 @@ from icrl_kernels._triton import gla
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 KERNELS = ("_local_states", "_scan", "_outputs", "_grad_q", "_grad_kv", "_step")
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 SHARED_LIMIT = 232448  # bytes a block of compute capability 9.0 can have
 
 
@@ -64,7 +70,9 @@ def report(built) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(built.asm["cubin"])
         f.flush()
-        usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", f.name], text=True, stderr=subprocess.STDOUT)
+        usage = subprocess.check_output(
+            [TOOLS / "cuobjdump", "-res-usage", f.name], text=True, stderr=subprocess.STDOUT
+        )
         sass = subprocess.check_output([TOOLS / "cuobjdump", "-sass", f.name], text=True)
     ops = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE))
     registers = re.search(r"REG:(\d+)", usage)
