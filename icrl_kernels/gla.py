@@ -334,10 +334,11 @@ def _triton_forward(q: Tensor, *args):
     return kernels.forward(q, *args)
 
 
-def _triton_backward(*args):
+def _triton_backward(do: Tensor, *args):
     from icrl_kernels._triton import gla as kernels
 
-    return kernels.backward(*args)
+    # where there is no input: an empty tensor, as the schema wants one
+    return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
 
 
 def _triton_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:

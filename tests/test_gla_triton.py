@@ -1,4 +1,6 @@
-"""The Triton kernels of gla, on a GPU where there is one, else in Triton's interpreter (float32: its bfloat16 is wrong)."""
+"""The Triton kernels of gla, on a GPU or in Triton's interpreter (in float32: its bfloat16 is wrong)."""
+
+import itertools
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def recurrence(q, k, v, g, scale, initial_state, cu_seqlens):
         spans = [(b, 0, T) for b in range(B)]
     else:
         c = cu_seqlens.tolist()
-        spans = [(0, *x) for x in zip(c[:-1], c[1:], strict=True)]
+        spans = [(0, *x) for x in itertools.pairwise(c)]
     rows, finals = [], []
     for n, (b, lo, hi) in enumerate(spans):
         S = q.new_zeros(heads, K, V) if initial_state is None else initial_state[n].to(q.dtype)
@@ -96,7 +98,7 @@ def test_shapes(sizes, gate, short_segments):
 
 
 @pytest.mark.parametrize("gate", [1, 2])
-@pytest.mark.parametrize("K, V", [(132, 65), (65, 132)])
+@pytest.mark.parametrize(("K", "V"), [(132, 65), (65, 132)])
 def test_state_larger_than_a_tile(K, V, gate):
     check(*inputs(T=66, H=1, Hk=1, K=K, V=V, gate=gate))
 
@@ -183,14 +185,13 @@ def test_same_bits_each_run(gate, short_segments):
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
-@pytest.mark.parametrize("H, Hk, K, V", [(2, 2, 16, 16), (4, 2, 20, 130), (3, 1, 256, 40)])
+@pytest.mark.parametrize(("H", "Hk", "K", "V"), [(2, 2, 16, 16), (4, 2, 20, 130), (3, 1, 256, 40)])
 def test_step(H, Hk, K, V, gate):
     q, k, v, g, state, _ = inputs(B=3, T=4, H=H, Hk=Hk, K=K, V=V, gate=gate)
-    runs = []
-    for dtype in (torch.float64, torch.float32):
-        runs.append(
-            recurrence(*(None if x is None else x.to(dtype) for x in (q, k, v, g)), 0.25, state.to(dtype), None)
-        )
+    runs = [
+        recurrence(*(None if x is None else x.to(dtype) for x in (q, k, v, g)), 0.25, state.to(dtype), None)
+        for dtype in (torch.float64, torch.float32)
+    ]
     carried = state.clone()
     o = torch.stack(
         [gla.step(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], carried, 0.25) for t in range(4)], 1

@@ -5,18 +5,21 @@ Two levels (three launches forward). A sequence is cut into segments, a segment 
 2. `_scan`: from these, the true state at each segment's start (the only sequential part);
 3. `_outputs`: each segment on its own, with the state on chip from chunk to chunk.
 The backward does 1 and 2 once more, then in reverse for the state's gradient (from q and do), then `_grad_q` (forwards)
-and `_grad_kv` (backwards). It needs nothing but the inputs, uses no atomics, and sums a key head's query heads in order.
+and `_grad_kv` (backwards). It needs nothing but the inputs, uses no atomics, and sums a head's queries in order.
 
 Gates. All sums of gates are local to a chunk (a cumulative sum over the sequence loses all digits after a few million
 tokens), in log2, and no decay is computed as a difference of two long sums where these may be large. For a gate per
 channel the decay of a pair i >= j is split as 2^G_i · 2^-G_j (G: sum from the chunk's start), which is right for rows
-with G_i >= -LIMIT. Rows beyond it take the pair's decay from `_halve`: at level l = 0..5 the upper half of every block of
+with G_i >= -LIMIT. Rows beyond it take the pair's decay from `_halve`: at level l = 0.. the upper half of each block of
 2^(l+1) rows meets the lower half with the boundary between them as the anchor, so both factors are <= 1 whatever the
 gates are, -inf included. The choice is made row by row from the row's own past: that a later row needs the second path
 changes no bit of an earlier one.
 
+A NaN or infinity in v may also reach the up to 63 rows before it in its chunk: a masked weight is 0, and 0·NaN is NaN.
+
 Accuracy: bfloat16 inputs are multiplied as bfloat16 with float32 sums; float32 as three TF32 products (about 1e-7
-relative); float16 as TF32 (same mantissa, without its overflow). States are float32 throughout.
+relative); float16 as TF32 (same mantissa, without its overflow). dg is a difference of sums over the chunk, good to a
+few dozen roundings of its largest pair. States are float32 throughout.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ def _after(g, t, lo, c, hi, h, HK, o, K: tl.constexpr, MASK: tl.constexpr, C: tl
 
 @triton.jit
 def _scalar_gates(g, t, hi, h, HK):
-    """Sum of the chunk's gates up to and with each row, as a multiple of 1/256 (exact) and a small rest, and both totals.
+    """Sum of the chunk's gates up to and with each row, as multiples of 1/256 (exact) and a small rest; both totals.
 
     A difference of two such sums is then good to 1e-8 even where the sums are thousands. exp2(-1000) is 0 already.
     """
@@ -190,10 +193,7 @@ def _local_states(
     ov = iv * BV + tl.arange(0, BV)
     S = tl.zeros([BK, BV], tl.float32)
     beyond = 0x7FFFFFFF
-    if GATE == 2:
-        d = tl.full([BK], 1.0, tl.float32)
-    else:
-        d = 1.0
+    d = tl.full([BK], 1.0, tl.float32) if GATE == 2 else 1.0
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     for i in range(chunks):
         c = chunks - 1 - i if REVERSE else i
@@ -202,19 +202,13 @@ def _local_states(
             b = _gates(g, t, hi, h, HK, ok, K, MK)
             total = tl.sum(b, 0)
             shrink = tl.exp2(total)
-            if REVERSE:
-                w = tl.exp2(tl.cumsum(b, 0))
-            else:
-                w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
+            w = tl.exp2(tl.cumsum(b, 0)) if REVERSE else _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
             d *= shrink
             S *= shrink[:, None]
             beyond = tl.where(tl.min(total, 0) < -LIMIT, tl.minimum(beyond, c), beyond)
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
-            if REVERSE:
-                w = _decay(coarse, fine)[:, None]
-            else:
-                w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
+            w = _decay(coarse, fine)[:, None] if REVERSE else _decay(coarse_end - coarse, fine_end - fine)[:, None]
             shrink = _decay(coarse_end, fine_end)
             d *= shrink
             S *= shrink
@@ -349,7 +343,7 @@ def _grad_q(
 ):  # fmt: skip
     """dq_t = scale·S_t do_t for BK of the K channels; the state is kept transposed, as the dot with do reads it.
 
-    z: dq without the pair (t, t), for dg (which that pair does not move); for a gate per head q·z, summed over channels.
+    z: dq without the pair (t, t), for dg (which that pair does not move); for a gate per head the sum of q·z.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     MK: tl.constexpr = K % BK != 0
@@ -580,6 +574,7 @@ def _step(
 class _Plan:
     """What every launch of a call shares: sizes, the cut into segments, and the operands' dtype in the products."""
 
+    chunk: int  # tokens
     grid: int  # segments, an upper bound for a ragged batch
     sequences: int
     heads: int
@@ -598,7 +593,7 @@ def _pow2(n: int) -> int:
 
 def _segment_length(tokens: int, heads: int) -> int:
     """The power of two that gives about six segments per SM; a segment costs a state's round trip to memory."""
-    return min(max(triton.next_power_of_2(tokens * heads // (6 * SMS) + 1), CHUNK), 1 << 30)
+    return max(triton.next_power_of_2(tokens * heads // (6 * SMS) + 1), CHUNK)
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
@@ -615,8 +610,11 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor 
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         segments = torch.arange(grid, device=q.device)
         owner = torch.searchsorted(first[1:], segments, right=True).clamp_(max=N - 1)
-    half = q.dtype == torch.bfloat16
+    half, widest = q.dtype == torch.bfloat16, max(K, v.shape[-1])
+    # float32 operands take two to four times the shared memory: shorter chunks there
+    chunk = CHUNK if half or widest <= 64 else CHUNK // 2 if widest <= 128 else CHUNK // 4
     return _Plan(
+        chunk=chunk,
         grid=grid,
         sequences=N,
         heads=heads,
@@ -624,8 +622,8 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor 
         span=(cu_seqlens, owner, first, T, L, per),
         sizes={"K": K, "V": v.shape[-1], "VARLEN": cu_seqlens is not None, "GATE": 0 if g is None else g.dim() - 2},
         products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
-        gates={"LEVELS": CHUNK.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
-        stages=2 if half and max(K, v.shape[-1]) <= 128 else 1,
+        gates={"LEVELS": chunk.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
+        stages=2 if half and widest <= 128 else 1,
         passes=(False, True) if g is not None and g.dim() == 4 else (False,),
     )
 
@@ -647,7 +645,8 @@ def _segment_states(
     if plan.grid:
         _local_states[(plan.grid * plan.heads * triton.cdiv(V, BV),)](
             x, y, g, states, decay, strong, scale, *plan.span, x.shape[2], plan.heads,
-            GROUP=x.shape[2] // plan.heads, BK=BK, BV=BV, C=CHUNK, LIMIT=plan.gates["LIMIT"], REVERSE=reverse, **plan.sizes, **plan.products,
+            GROUP=x.shape[2] // plan.heads, BK=BK, BV=BV, C=plan.chunk, LIMIT=plan.gates["LIMIT"], REVERSE=reverse,
+            **plan.sizes, **plan.products,
             num_warps=_warps(BK * BV), num_stages=plan.stages,
         )  # fmt: skip
     BR, BVS = max(1, 2048 // _pow2(V)), _pow2(V)
@@ -677,7 +676,7 @@ def forward(
         for any_gate in plan.passes:
             _outputs[(plan.grid * H * triton.cdiv(V, BV),)](
                 q, k, v, g, states, strong, o, scale, *plan.span, H, plan.heads,
-                GROUP=plan.groups, BK=BK, BV=BV, C=CHUNK, **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
+                GROUP=plan.groups, BK=BK, BV=BV, C=plan.chunk, **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
                 num_warps=_warps(BK * BV), num_stages=plan.stages,
             )  # fmt: skip
     return o, last
@@ -695,7 +694,14 @@ def backward(
     states, last, strong = _segment_states(plan, k, v, g, initial_state, 1.0, False)
     dstates, dinit, _ = _segment_states(plan, q, do, g, dfinal_state, scale, True)
     BK, BV = _pow2(K), _pow2(V)
-    share = {"C": CHUNK, "GROUP": plan.groups, **plan.sizes, **plan.products, **plan.gates, "num_stages": plan.stages}
+    share = {
+        "C": plan.chunk,
+        "GROUP": plan.groups,
+        **plan.sizes,
+        **plan.products,
+        **plan.gates,
+        "num_stages": plan.stages,
+    }
     # What is on chip, [K columns, V columns]: with all of V for dk and dg, with all of K for dv, both at once where it
     # fits. With gates dk and dg take the registers of half a state, so that dv has a launch of its own.
     half = STATE_TILE if g is None else STATE_TILE // 2
