@@ -44,21 +44,17 @@ def evaluation_table(
         model, tasks, steps, prompt=prompt, temperature=TEMPERATURE, seed=seed, progress=OURS
     )
     last = steps - max(1, steps // 4), steps
-    rows = {}
-    for name, run in runs.items():
-        reward = evaluate.mean_ci(evaluate.normalized(run, reference, *last))
-        episode = evaluate.mean_ci(evaluate.normalized(run, reference, *last, "episode"))
-        rows[name] = {"normalized": reward[0], "ci95": reward[1], "episode": episode[0], "episode_ci95": episode[1]}
+    rows = {name: evaluate.scores(run, reference, *last) for name, run in runs.items()}
     print(
-        f"\n{len(tasks)} tasks; score over steps {last[0]}-{last[1]} of a context, 0 = random, 1 = oracle, ± 95% interval over tasks"
+        f"\n{len(tasks)} tasks; score over steps {last[0]}-{last[1]} of a context, 0 = random, 1 = oracle, ± half a 95% interval over tasks"
     )
-    print(f"  {'':24}{'reward per step':>18}{'return per episode':>22}")
+    print(f"  {'':24}{'reward per step':>18}{'return per episode (IQM)':>28}")
     for name in sorted(rows, key=lambda n: rows[n]["normalized"]):
         r = rows[name]
-        print(f"  {name:24}{r['normalized']:10.3f} ±{r['ci95']:.3f}{r['episode']:14.3f} ±{r['episode_ci95']:.3f}")
+        print(f"  {name:24}{r['normalized']:10.3f} ±{r['ci95']:.3f}{r['episode']:20.3f} ±{r['episode_ci95']:.3f}")
     published = PUBLISHED.get((kind, 1 if kind == "bandit" else num_states)) if path is None else None
     if published:
         print(
-            f"  {'published OmniRL (43.6M)':24}{'':10}{published[0]:22.3f}  after {published[1]:,} steps, on its authors' tasks"
+            f"  {'published OmniRL (43.6M)':24}{'':16}{published[0]:22.3f}  after {published[1]:,} steps, on its authors' tasks"
         )
     return {"tasks": len(tasks), "steps": steps, "measured_over": list(last), "methods": rows, "published": published}

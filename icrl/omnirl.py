@@ -108,7 +108,8 @@ class State(NamedTuple):
     count: Tensor  # [B]
 
     def detach(self) -> State:
-        return State(*(([x.detach() for x in f] if isinstance(f, list) else f.detach()) for f in self))
+        rest = (self.reward_sum, self.reward_deviation, self.reward_square, self.reward_max, self.count)
+        return State(self.transition.detach(), [x.detach() for x in self.values], *(x.detach() for x in rest))
 
 
 def _normed(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ COLOURS = {
     "Q-learning (UCB)": "#edae49",
     "random": "#9a9a9a",
     "oracle": "#3a7d44",
+    "oracle, episode": "#3a7d44",
 }
 
 
@@ -25,7 +26,7 @@ def draw_curves(ax: Axes, curves: dict[str, Curve], title: str, ylabel: str) -> 
     """One line a method, its 95% interval shaded."""
     for name, c in curves.items():
         colour = COLOURS.get(name)
-        dashed = name in ("random", "oracle")
+        dashed = name == "random" or name.startswith("oracle")
         ax.plot(c.steps, c.mean, color=colour, label=name, lw=1.2 if dashed else 2, ls="--" if dashed else "-")
         if not dashed:
             low = [m - i for m, i in zip(c.mean, c.ci95, strict=True)]
@@ -40,7 +41,8 @@ def demo_picture(path: Path, anymdp: dict[str, Curve], classic: dict[str, dict[s
     """The demo's picture: unseen AnyMDP tasks at the left, the Gymnasium tasks beside them."""
     n = len(classic)
     fig, axes = plt.subplot_mosaic([["a", *map(str, range(n))]], figsize=(6 + 3.2 * n, 4), width_ratios=[1.8, *[1] * n])
-    draw_curves(axes["a"], anymdp, title, "normalised reward per step")
+    shown = {name: c for name, c in anymdp.items() if name != "oracle, episode"}
+    draw_curves(axes["a"], shown, title, "reward per step (0 random, 1 oracle)")
     axes["a"].set_ylim(-0.1, 1.15)
     axes["a"].legend(frameon=False, fontsize=8, loc="lower right")
     for i, (name, curves) in enumerate(classic.items()):

@@ -51,7 +51,8 @@ class LoopConfig:
 class Learner(Protocol):
     """What the loop trains. One update's losses are `losses()`: segments of one batch, each backpropagated on its own."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def config(self) -> dict[str, Any]: ...
     def hidden_matrices(self) -> list[nn.Parameter]: ...
