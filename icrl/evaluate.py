@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def best_reward_q(tasks: TabularTasks) -> Tensor:
     ends = tasks.terminal[:, None, None, :]
     restarts = (tasks.transition * ends).sum(-1, keepdim=True) * tasks.start[:, None, None, :]
     endless = tasks.transition.masked_fill(ends, 0.0) + restarts
-    options = {"terminal": tasks.terminal, "num_states": tasks.num_states}
+    options: dict[str, Any] = {"terminal": tasks.terminal, "num_states": tasks.num_states}
     return value_iteration(endless, tasks.expected_reward(), REWARD_DISCOUNT, **options).q
 
 

@@ -214,10 +214,12 @@ def _local_states(
     p = (s * HK + h) * K * V + ok[:, None] * V + ov[None, :]
     tl.store(out + p, S * scale, mask=(ok < K)[:, None] & (ov < V)[None, :])
     if GATE == 2:
-        tl.store(decay + (s * HK + h) * K + ok, d, mask=(ok < K) & (iv == 0))
-        tl.store(strong + s * HK + h, beyond, mask=iv == 0)
+        tl.store(decay + (s * HK + h) * K + ok, d, mask=ok < tl.where(iv == 0, K, 0))
+        if iv == 0:
+            tl.store(strong + s * HK + h, beyond)
     elif GATE == 1:
-        tl.store(decay + s * HK + h, d, mask=iv == 0)
+        if iv == 0:
+            tl.store(decay + s * HK + h, d)
 
 
 @triton.jit
@@ -433,8 +435,9 @@ def _grad_kv(
     inside = (ok < K)[None, :] & (ov < V)[:, None]
     D = tl.load(dstates + (s * HK + h) * K * V + tile, mask=inside, other=0.0)
     if DK and GATE > 0:  # the state at the segment's end: the next segment's first or the sequence's last
-        S = tl.load(states + ((s + 1) * HK + h) * K * V + tile, mask=inside & (hi < end), other=0.0)
-        S += tl.load(final + (n * HK + h) * K * V + tile, mask=inside & (hi == end), other=0.0)
+        more = (hi + 0 * ok)[None, :] < end  # as a tensor: triton 3.9's interpreter makes a scalar's & an integer
+        S = tl.load(states + ((s + 1) * HK + h) * K * V + tile, mask=inside & more, other=0.0)
+        S += tl.load(final + (n * HK + h) * K * V + tile, mask=inside & ~more, other=0.0)
         carry = tl.sum(S * D, 0)
         if GATE == 1:
             carry = tl.sum(carry, 0)
