@@ -1,0 +1,29 @@
+"""`python -m benches.end_to_end demo|context`: the commands of the same name, their numbers kept in benches/results/."""
+
+from __future__ import annotations
+
+import sys
+
+from benches.common import RESULTS, write
+
+
+def main() -> int:
+    which = sys.argv[1:]
+    if which == ["demo"]:
+        from icrl.demo import demo
+
+        numbers = demo(out=RESULTS / "demo.png")
+        del numbers["picture"]
+        print(write("demo", [], **numbers))
+    elif which == ["context"]:
+        from icrl.context import context
+
+        print(write("context", [], **context()))
+    else:
+        print(__doc__, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
