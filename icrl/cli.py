@@ -86,7 +86,8 @@ def train_omnirl(
     import torch
 
     from icrl.omnirl_training import OmniRLLearner, OmniRLTraining
-    from icrl.train import LoopConfig, configured, start_processes, train
+    from icrl.plots import training_picture
+    from icrl.train import LoopConfig, configured, rank, start_processes, train
 
     _new_file("json", json)
     given: dict[str, Any] = {}
@@ -107,8 +108,11 @@ def train_omnirl(
     start_processes()
     learner = OmniRLLearner(training, loop)
     path = train(learner, loop, out)
-    print(f"model: {path}")
-    _write_json(json, {"model": str(path), **learner.evaluate()})
+    if rank() == 0:
+        training_picture(out / "metrics.jsonl", out / "curve.png")
+        print(f"model: {path}\npicture: {out / 'curve.png'}")
+    if json is not None and rank() == 0:
+        _write_json(json, {"model": str(path), **learner.evaluate()})
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:

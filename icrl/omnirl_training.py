@@ -26,7 +26,7 @@ from icrl_kernels import model_based_q
 @dataclass(frozen=True)
 class OmniRLTraining:
     model: OmniRLConfig = field(default_factory=OmniRLConfig)
-    data: DPDConfig = field(default_factory=DPDConfig)
+    data: DPDConfig = field(default_factory=lambda: DPDConfig(batch=12, steps=1024))
     segment: int = 512
     """Steps of a record between two updates; the model's state is carried on, detached."""
     policy_weights: tuple[float, ...] = (0.5, 0.5, 0.7, 0.5, 1.0)
@@ -38,9 +38,9 @@ class OmniRLTraining:
     """Of the losses after each block but the last."""
     dagger: float = 0.4
     """Share of the batch in which the model itself acted."""
-    dagger_from: int = 300
+    dagger_from: int = 150
     """The first update with it."""
-    dagger_every: int = 100
+    dagger_every: int = 50
     """Updates between two collections."""
     dagger_records: int = 64
     """Records of one collection; the newest eight collections are kept."""

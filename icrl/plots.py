@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -50,4 +51,28 @@ def demo_picture(path: Path, anymdp: dict[str, Curve], classic: dict[str, dict[s
         axes[str(i)].set_ylim(-0.03, 1.05)
     fig.tight_layout()
     fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def training_picture(metrics: Path, path: Path) -> None:
+    """The losses and the score of a training run, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [r for r in rows if "loss" in r]
+    scores = [r for r in rows if "score" in r]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for name in sorted(losses[0]):
+        if name == "explorer" or name.startswith("policy_"):
+            label = name if name == "explorer" else "optimal at discount " + name.removeprefix("policy_")
+            left.plot([r["update"] for r in losses], [r[name] for r in losses], label=label, lw=1)
+    left.set(title="cross-entropy of each policy (last block)", xlabel="updates", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    for name, label in (("score", "second half of the context"), ("score_first_half", "first half")):
+        right.plot([r["update"] for r in scores], [r[name] for r in scores], "o-", label=label)
+    right.set(title="score in unseen tasks (0 random, 1 oracle)", xlabel="updates", ylim=(0, 1.1))
+    right.legend(frameon=False, fontsize=8)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.2)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -218,7 +218,7 @@ def _local_states(
         if iv == 0:
             tl.store(strong + s * HK + h, beyond)
     elif GATE == 1:
-        if iv == 0:
+        if iv == 0:  # noqa: SIM102 (GATE is decided when compiling, iv is not)
             tl.store(decay + s * HK + h, d)
 
 
