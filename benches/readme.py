@@ -70,9 +70,84 @@ def context() -> str:
     return table([where(r), ""], rows)
 
 
+def gla() -> str:
+    r = result("gla_cpu")
+    rows = []
+    for x in r["rows"]:
+        if x["shape"] not in ("4x4096x4x64", "32x512x6x32") and x["what"] in ("forward", "fwd+bwd"):
+            continue
+        floor = f"{x['of floor']:.1f}×" if "of floor" in x else ""
+        torch_x = f"{x['torch x']:.1f}× ({x['torch ms']:.1f} ms)" if "torch x" in x else ""
+        sdpa_x = f"{x['sdpa x']:.1f}× ({x['sdpa ms']:.0f} ms)" if "sdpa x" in x else ""
+        rows.append([x["what"], x["shape"], x["gate"], f"{x['ms']:.2f}", floor, torch_x, sdpa_x])
+    heads = [
+        "float32",
+        "B×T×H×D (steps: B×H×D)",
+        "gate",
+        "ms",
+        "of the matmul floor",
+        "faster than torch's chunkwise form (at its best chunk)",
+        "than causal SDPA",
+    ]
+    return table(heads, rows) + f"\n\n{where(r)}."
+
+
+def value_iteration() -> str:
+    r = result("value_iteration_cpu")
+    rows = []
+    for x in r["rows"]:
+        if x["discount"] == 0.994:
+            cells = [
+                x["tables"],
+                str(x["states"]),
+                f"{x['icrl, 1 thread: tasks/s']:,.0f}",
+                f"{x['icrl, 2 threads: tasks/s']:,.0f}",
+            ]
+            rows.append([*cells, f"{x['speed-up over quantecon policy iteration']:.1f}×", f"{x['icrl error']:.0e}"])
+    heads = [
+        "tables",
+        "states",
+        "tasks/s, 1 thread",
+        "2 threads",
+        "over quantecon's policy iteration, 1 thread",
+        "error",
+    ]
+    return table(heads, rows) + f"\n\n{where(r)}."
+
+
+def worlds() -> str:
+    r, s = result("worlds"), result("rollout_cpu")
+    rows = []
+    for x in r["rows"]:
+        if x["what"] == "sample_anymdp":
+            peer = f"{x['ratio']:,.0f}× ({x['xenoverse_tasks_per_s']:.2f})" if "ratio" in x else ""
+            rows.append(
+                [
+                    f"AnyMDP tasks sampled, solved and filtered a second, {x['num_states']} states",
+                    f"{x['tasks_per_s']:,.0f}",
+                    peer,
+                ]
+            )
+    for size in (16, 64, 128):
+        cases = {(x["case"], x["threads"]): x for x in s["rows"] if x.get("num_states") == size}
+        peer = cases.get(("xenoverse AnyMDPEnv, uniform", 1))
+        for case in ("uniform", "optimal", "DPD"):
+            mine = cases[case, 2]["steps_per_second"]
+            ratio = (
+                f"{mine / peer['steps_per_second']:,.0f}× ({peer['steps_per_second']:,.0f})"
+                if peer and case == "uniform"
+                else ""
+            )
+            rows.append([f"`rollout` steps a second, {case} behaviour, {size} states", f"{mine / 1e6:,.1f}M", ratio])
+    return table(["two threads", "ours", "over xenoverse (its rate)"], rows) + f"\n\n{where(r)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
+    "gla": gla,
+    "value_iteration": value_iteration,
+    "worlds": worlds,
 }
 
 

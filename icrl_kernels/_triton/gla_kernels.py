@@ -217,8 +217,8 @@ def _local_states(
         tl.store(decay + (s * HK + h) * K + ok, d, mask=ok < tl.where(iv == 0, K, 0))
         if iv == 0:
             tl.store(strong + s * HK + h, beyond)
-    elif GATE == 1:
-        if iv == 0:  # noqa: SIM102 (GATE is decided when compiling, iv is not)
+    elif GATE == 1:  # noqa: SIM102 (GATE is decided when compiling, iv is not)
+        if iv == 0:
             tl.store(decay + s * HK + h, d)
 
 
