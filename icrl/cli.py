@@ -43,8 +43,12 @@ def demo(
 
     Args:
         checkpoint: a model of your own instead of the shipped one.
-        tasks: unseen AnyMDP tasks. num_states: of each. steps: of each context.
-        out: the picture. json: also write the numbers here.
+        tasks: how many unseen AnyMDP tasks.
+        num_states: of each task.
+        steps: of each context.
+        seed: of tasks and actions.
+        out: the picture.
+        json: also write the numbers here.
     """
     from icrl.demo import demo as run
 
@@ -59,6 +63,10 @@ def context(
     """One context of many steps, acting all the way: pace, memory and score as it goes.
 
     Args:
+        steps: of the context.
+        num_states: of the task.
+        seed: of the task and of actions.
+        checkpoint: a model of your own instead of the shipped one.
         json: also write the numbers here.
     """
     from icrl.context import context as run
@@ -79,8 +87,12 @@ def train_omnirl(
     """Meta-train OmniRL. Kill it whenever you like: the same command continues from its last checkpoint.
 
     Args:
-        out: the run's folder. config: a JSON file {"training": {...}, "loop": {...}} over the defaults; a run's own
-            config.json is one. seed, updates, threads, compile: over the configuration.
+        out: the run's folder.
+        config: a JSON file {"training": {...}, "loop": {...}} over the defaults; a run's own config.json is one.
+        seed: over the configuration.
+        updates: over the configuration.
+        threads: over the configuration.
+        compile: over the configuration.
         json: write the last evaluation here.
     """
     import torch
@@ -139,7 +151,14 @@ def evaluate(
     """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones.
 
     Args:
-        tasks: a file written by `icrl worlds sample`. kind, num_tasks, num_states: of fresh tasks otherwise.
+        tasks: a file written by `icrl worlds sample`; fresh tasks otherwise.
+        checkpoint: a model of your own instead of the shipped one.
+        kind: of fresh tasks.
+        num_tasks: of fresh tasks.
+        num_states: of fresh tasks.
+        steps: of each context.
+        seed: of tasks and actions.
+        json: also write the numbers here.
         prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
     """
     from icrl.evaluation_table import evaluation_table
@@ -162,7 +181,10 @@ def worlds_sample(
     """Sample tasks into a safetensors file.
 
     Args:
-        branching: successors of each state and action (Garnet). overwrite: replace an existing file.
+        out: the file to write.
+        branching: successors of each state and action (Garnet).
+        overwrite: replace an existing file.
+        json: also write what was printed here.
     """
     from icrl.worlds import commands
 
@@ -181,8 +203,13 @@ def worlds_filter(
     """Keep the tasks that pass AnyMDP's quality filters, at thresholds of your own.
 
     Args:
-        min_advantage: how much more than random the optimal policy must earn in an episode. min_gini, min_entropy: of the
-            states that the optimal policy visits.
+        tasks: a file written by `icrl worlds sample`.
+        out: the file to write.
+        min_advantage: how much more than random the optimal policy must earn in an episode.
+        min_gini: of the states that the optimal policy visits.
+        min_entropy: of the same, normalised.
+        overwrite: replace an existing file.
+        json: also write what was printed here.
     """
     from icrl.worlds import commands
 

@@ -1,7 +1,14 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
+if not any((ROOT / "icrl_kernels").glob("_C.*.so")):
+    # `python -m pytest` puts the source tree first; without a build in place, it is the installed package that is tested
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
