@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -464,7 +465,14 @@ def test_every_instruction_set_samples_the_same_tasks():
     outputs = {}
     for isa in dict.fromkeys(["generic", "avx2", _C.isa()]):
         env = {**os.environ, "ICRL_ISA": isa}
-        done = subprocess.run([sys.executable, "-c", CHECKSUMS], env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", CHECKSUMS],
+            env=env,
+            cwd=Path(_C.__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if "does not have it" not in done.stderr:
             assert done.returncode == 0, done.stderr
             outputs[isa] = [float(x.strip("[],")) for x in done.stdout.split()]

@@ -2,6 +2,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -420,12 +421,14 @@ def test_gpu(s, dtype):
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
     code = (
-        "import torch\nfrom icrl_kernels import _C\nfrom tests.test_value_iteration import banded, garnet, check\n"
+        "import torch\nfrom icrl_kernels import _C\nfrom test_value_iteration import banded, garnet, check\n"
         "try: print(_C.isa())\nexcept ValueError: raise SystemExit(77)\n"
         "check(*banded(2, 37), 0.99); check(*garnet(1, 20), 0.9); check(*banded(2, 30, dtype=torch.float64), 0.5)"
     )
-    env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": os.pathsep.join([".", *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=Path(_C.__file__).parents[1], capture_output=True, text=True
+    )
     if done.returncode == 77:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stderr
