@@ -18,7 +18,7 @@ def main() -> int:
     elif which == ["context"]:
         from icrl.context import context
 
-        print(write("context", [], **context()))
+        print(write("context", [], **context(compile=True)))
     else:
         print(__doc__, file=sys.stderr)
         return 2

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -20,9 +22,12 @@ def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     flat = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}  # clone: no shared storage
-    save_file(flat, part, metadata={"format": str(FORMAT), "facts": json.dumps(facts)})
+    save_file(flat, part, metadata={"format": str(FORMAT), "facts": json.dumps(facts), "crc32": str(checksum(flat))})
     with open(part, "rb") as f:
         os.fsync(f.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    part.chmod(0o666 & ~umask)
     os.replace(part, path)
 
 
@@ -45,7 +50,20 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"checkpoint: {path} was not written by icrl (format {metadata.get('format')!r}, wanted {FORMAT})"
         )
-    return tensors, json.loads(metadata["facts"])
+    if metadata.get("crc32") != str(checksum(tensors)):
+        raise ValueError(f"checkpoint: {path} is damaged (its tensors are not those that were saved)")
+    try:
+        return tensors, json.loads(metadata["facts"])
+    except ValueError as e:
+        raise ValueError(f"checkpoint: {path} is damaged (its facts are not JSON: {e})") from e
+
+
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of all bytes, by name."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return value
 
 
 def flatten(prefix: str, value: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "worlds")
 Positional = tyro.conf.Positional
 
@@ -24,10 +25,12 @@ def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
     print(f"numbers: {path}")
 
 
-def _new_file(name: str, path: Path | None) -> None:
+def _new_file(name: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     """Refuse a place that cannot be written before hours are spent on what goes there."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError(f"{name}: cannot write a file at {path}")
+    if path is not None and suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{name}: wanted a file ending in {' or '.join(suffixes)}, got {path}")
 
 
 def demo(
@@ -52,13 +55,18 @@ def demo(
     """
     from icrl.demo import demo as run
 
-    _new_file("out", out)
+    _new_file("out", out, PICTURES)
     _new_file("json", json)
     _write_json(json, run(checkpoint, tasks, num_states, steps, seed, out))
 
 
 def context(
-    steps: int = 500_000, num_states: int = 16, seed: int = 0, checkpoint: Path | None = None, json: Path | None = None
+    steps: int = 500_000,
+    num_states: int = 16,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    compile: bool = False,
+    json: Path | None = None,
 ) -> None:
     """One context of many steps, acting all the way: pace, memory and score as it goes.
 
@@ -67,12 +75,13 @@ def context(
         num_states: of the task.
         seed: of the task and of actions.
         checkpoint: a model of your own instead of the shipped one.
+        compile: compile the model's step first, which about doubles the pace.
         json: also write the numbers here.
     """
     from icrl.context import context as run
 
     _new_file("json", json)
-    _write_json(json, run(steps, num_states, seed, checkpoint))
+    _write_json(json, run(steps, num_states, seed, checkpoint, compile))
 
 
 def train_omnirl(
@@ -188,6 +197,7 @@ def worlds_sample(
     """
     from icrl.worlds import commands
 
+    _new_file("json", json)
     _write_json(json, commands.sample(out, kind, num_tasks, num_states, num_actions, branching, seed, overwrite))
 
 
@@ -213,6 +223,7 @@ def worlds_filter(
     """
     from icrl.worlds import commands
 
+    _new_file("json", json)
     _write_json(json, commands.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite))
 
 
@@ -220,6 +231,7 @@ def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:
     """Sizes, rewards, terminals and values of the tasks in a file."""
     from icrl.worlds import commands
 
+    _new_file("json", json)
     _write_json(json, commands.inspect(tasks))
 
 
@@ -229,7 +241,8 @@ def worlds_draw(
     """Draw one task: its transitions under the optimal policy, rewards, values, terminals."""
     from icrl.worlds import commands
 
-    _new_file("out", out)
+    _new_file("json", json)
+    _new_file("out", out, PICTURES)
     _write_json(json, commands.draw(tasks, out, index))
 
 

@@ -20,17 +20,20 @@ from icrl_kernels import rollout_start, rollout_step
 
 
 def context(
-    steps: int = 500_000, num_states: int = 16, seed: int = 0, checkpoint: Path | None = None
+    steps: int = 500_000, num_states: int = 16, seed: int = 0, checkpoint: Path | None = None, compile: bool = False
 ) -> dict[str, Any]:
     """Act `steps` steps in one unseen AnyMDP task; prints a report, returns the numbers."""
     if steps < 100:
         raise ValueError(f"steps: wanted at least 100, got {steps}")
     model = OmniRL.load(checkpoint or shipped())
     task = sample_anymdp(1, num_states, seed=UNSEEN + seed)
-    tables = evaluate.tables_of(task)
+    tables = task.tables()
     reference = evaluate.references(task)
     simulator = rollout_start(tables, seed=seed)
     agent = Agent(model, 1, num_states, temperature=TEMPERATURE, seed=seed)
+    if compile:
+        agent.model = torch.compile(model, dynamic=False)
+        print("compiling the model's step takes half a minute ...")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one task a step: threads only cost
     reward, done = torch.zeros(1, steps), torch.zeros(1, steps, dtype=torch.uint8)

@@ -17,7 +17,7 @@ from icrl.omnirl import Agent, OmniRL, Temperature
 from icrl.worlds import sample_anymdp
 from icrl.worlds.classic import CLASSIC, ClassicTask
 
-UNSEEN = 2**42  # seeds from here on are never used in training
+UNSEEN = 2**42  # training hashes its seeds to 63 bits: that one of these came up there has a chance of about 1e-13
 OURS = "OmniRL (in context)"
 TEMPERATURE = Temperature(0.5, 0.1, 300)
 
@@ -91,7 +91,7 @@ def classic(model: OmniRL, contexts: int, steps: int, seed: int) -> tuple[dict[s
         table = task.table()[torch.zeros(contexts, dtype=torch.int64)]
         runs = {b: evaluate.run_baseline(table, b, steps, seed) for b in evaluate.BASELINES if b != "oracle"}
         runs[OURS] = run_classic(model, task, contexts, steps, seed)
-        window = 100
+        window = max(100, task.max_steps)  # in which at least one episode ends
         curves[name], numbers[name] = {}, {}
         for method, run in runs.items():
             spans = [(b, b + window) for b in range(0, steps - window + 1, window)]
@@ -116,8 +116,8 @@ def demo(
     out: Path = Path("icrl-demo.png"),
 ) -> dict[str, Any]:
     """Run the whole demo; prints two tables, writes a picture to `out`, returns the numbers."""
-    if tasks < 2 or steps < 500:
-        raise ValueError(f"tasks, steps: wanted at least 2 and 500, got {tasks} and {steps}")
+    if tasks < 2 or steps < 500 or seed < 0:
+        raise ValueError(f"tasks, steps, seed: wanted at least 2, 500 and 0, got {tasks}, {steps} and {seed}")
     began = time.perf_counter()
     path = checkpoint or shipped()
     model = OmniRL.load(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from icrl import worlds
 from icrl.worlds import TabularTasks
-from icrl_kernels import Behaviours, rollout, rollout_tables, set_threads_here
+from icrl_kernels import Behaviours, rollout, set_threads_here
 from icrl_kernels.rollout import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -170,17 +170,7 @@ def sample_tasks(
 def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Records:
     """One record of `config.steps` steps in each task."""
     N, _, A, _ = tasks.reward.shape
-    tables = rollout_tables(
-        tasks.transition,
-        tasks.reward,
-        tasks.noise_state,
-        tasks.noise_action,
-        tasks.start,
-        tasks.terminal,
-        tasks.max_steps,
-        tasks.num_states,
-        tasks.num_actions,
-    )
+    tables = tasks.tables()
     own_action = torch.arange(A) < tasks.num_actions[:, None]
     q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)  # [N,G,S,A]
     policies = torch.nn.functional.one_hot(q.argmax(3), A).float()

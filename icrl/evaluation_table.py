@@ -34,9 +34,11 @@ def evaluation_table(
     prompt: int,
 ) -> dict[str, Any]:
     """Score every method on the tasks of `path`, or on fresh ones; prints a table, returns its numbers."""
-    if num_tasks < 2 or steps < 20:
-        raise ValueError(f"num_tasks, steps: wanted at least 2 and 20, got {num_tasks} and {steps}")
+    if num_tasks < 2 or steps < 20 or seed < 0:
+        raise ValueError(f"num_tasks, steps, seed: wanted at least 2, 20 and 0, got {num_tasks}, {steps} and {seed}")
     tasks = TabularTasks.load(path) if path else draw_tasks(kind, num_tasks, num_states, 5, 2, UNSEEN + seed)
+    if not len(tasks):
+        raise ValueError(f"tasks: {path} holds none")
     model = OmniRL.load(checkpoint or shipped())
     reference = evaluate.references(tasks)
     runs = {name: evaluate.run_baseline(tasks, name, steps, seed) for name in evaluate.BASELINES}
@@ -55,6 +57,6 @@ def evaluation_table(
     published = PUBLISHED.get((kind, 1 if kind == "bandit" else num_states)) if path is None else None
     if published:
         print(
-            f"  {'published OmniRL (43.6M)':24}{'':16}{published[0]:22.3f}  after {published[1]:,} steps, on its authors' tasks"
+            f"  {'published OmniRL, a mean':24}{'':16}{published[0]:22.3f}  after {published[1]:,} steps, on its authors' tasks"
         )
     return {"tasks": len(tasks), "steps": steps, "measured_over": list(last), "methods": rows, "published": published}

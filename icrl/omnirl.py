@@ -25,6 +25,7 @@ do under uncertainty. The prompt tag chooses the one that acts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -326,13 +327,14 @@ class OmniRL(nn.Module):
         tensors, facts = checkpoint.load(path)
         if facts.get("model") != "omnirl":
             raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
-        config = facts["config"]
-        config["discounts"] = tuple(config["discounts"])
-        model = cls(OmniRLConfig(**config))
         try:
+            config = dict(facts["config"])
+            model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
             model.load_state_dict(tensors)
-        except RuntimeError as e:
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise ValueError(f"checkpoint: {path} holds weights that are not finite")
         return model.eval()
 
 
@@ -361,11 +363,13 @@ class Agent:
         c = model.config
         if not 0 <= prompt < c.policies:
             raise ValueError(f"prompt: wanted a tag in 0..{c.policies - 1}, got {prompt}")
-        self.model, self.prompt, self.temperature = model, prompt, temperature or Temperature()
+        self.model: Callable[[Tokens, State], tuple[Output, State]] = model
+        self.prompt, self.temperature = prompt, temperature or Temperature()
         self.num_actions = c.actions if num_actions is None else num_actions
         largest = int(torch.as_tensor(self.num_actions).max())
-        if largest > c.actions:
-            raise ValueError(f"num_actions: the model has {c.actions} actions, the task {largest}")
+        least = int(torch.as_tensor(self.num_actions).min())
+        if least < 1 or largest > c.actions:
+            raise ValueError(f"num_actions: wanted 1 to {c.actions}, the model's, got {least} to {largest}")
         self.generator = torch.Generator().manual_seed(seed)
         self.state = model.initial_state(batch, states)
         zeros = torch.zeros(batch, dtype=torch.int64)

@@ -49,6 +49,19 @@ class OmniRLTraining:
     seed: int = 0
     """Of the data and of the model's initial weights."""
 
+    def __post_init__(self) -> None:
+        if len(self.policy_weights) != self.model.policies:
+            raise ValueError(f"policy_weights: wanted {self.model.policies} of them, got {self.policy_weights}")
+        if self.model.discounts != self.data.discounts:
+            raise ValueError(f"discounts: the model has {self.model.discounts}, the data {self.data.discounts}")
+        if self.model.actions != self.data.actions:
+            raise ValueError(f"actions: the model has {self.model.actions}, the data {self.data.actions}")
+        for name in ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dagger < 1:
+            raise ValueError(f"dagger: wanted a share in [0, 1), got {self.dagger}")
+
 
 def tokens_of(records: Records) -> Tokens:
     """The model's tokens of whole records `[B,T]`: each step beside the transition that led to it."""

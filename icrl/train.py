@@ -48,6 +48,17 @@ class LoopConfig:
     compile: bool = False
     """Compile the model with torch.compile: on two CPU cores 10% faster after minutes of compiling."""
 
+    def __post_init__(self) -> None:
+        for name in ("updates", "checkpoint_every", "evaluate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
+        for name in ("muon_learning_rate", "weight_decay", "warmup", "decay", "threads"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+
 
 class Learner(Protocol):
     """What the loop trains. One update's losses are `losses()`: segments of one batch, each backpropagated on its own."""
@@ -66,6 +77,8 @@ class Learner(Protocol):
 
 def configured(kind: type[Any], values: dict[str, Any], name: str) -> Any:
     """A (nested) configuration dataclass with `values` over its defaults; ValueError names a key it does not have."""
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {name}: wanted an object, got {values!r}")
     base = kind()
     known = {f.name: f for f in fields(kind)}
     if unknown := set(values) - set(known):
@@ -138,8 +151,13 @@ class Run:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         record = folder / "config.json"
         config = json.loads(json.dumps(config, default=str))
-        if record.exists():
-            old = json.loads(record.read_text())
+        if not record.exists() and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
+        if record.exists() and self.newest() is not None:
+            try:
+                old = json.loads(record.read_text())
+            except ValueError as e:
+                raise ValueError(f"out: {record} is damaged ({e})") from e
             changed = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
             if changed:
                 raise ValueError(
@@ -151,8 +169,12 @@ class Run:
         self._board: Any = None
 
     def newest(self) -> Path | None:
-        found = sorted(self.checkpoints.glob("[0-9]*")) if self.checkpoints.exists() else []
+        found = self._whole()
         return found[-1] if found else None
+
+    def _whole(self) -> list[Path]:
+        """The finished checkpoints, oldest first; what a kill cut short ends in .part."""
+        return sorted(p for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit())
 
     def save(self, update: int, state: dict[str, Any]) -> None:
         """Every rank writes its part; the folder takes its final name only when all are whole."""
@@ -165,7 +187,7 @@ class Run:
             dist.barrier()
         if rank() == 0:
             part.replace(final)
-            for old in sorted(self.checkpoints.glob("[0-9]*"))[:-2]:
+            for old in [*self._whole()[:-2], *self.checkpoints.glob("*.part")]:
                 shutil.rmtree(old)
         if world_size() > 1:
             dist.barrier()
@@ -174,8 +196,18 @@ class Run:
         newest = self.newest()
         if newest is None:
             return None
-        tensors, facts = checkpoint.load(newest / f"rank{rank()}.safetensors")
+        try:
+            tensors, facts = checkpoint.load(newest / f"rank{rank()}.safetensors")
+        except ValueError as e:
+            raise ValueError(f"{e}; delete {newest} to go on from the checkpoint before it") from e
         return checkpoint.unflatten("run", tensors, facts)
+
+    def forget_after(self, update: int) -> None:
+        """Drop logged rows that the run will log again."""
+        log = self.folder / "metrics.jsonl"
+        if rank() == 0 and log.exists():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["update"] <= update]
+            log.write_text("".join(line + "\n" for line in kept))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         if rank():
@@ -210,6 +242,7 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
     state = run.load()
     if state is not None:
         update, seconds = state["update"], state["seconds"]
+        run.forget_after(update)
         learner.model.load_state_dict(state["model"])
         for optimizer, s in zip(made, state["optimizers"], strict=True):
             optimizer.load_state_dict(s)

@@ -6,6 +6,7 @@ Linear attention (Katharopoulos et al. 2020, g=None), retention and Mamba-2's sc
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -94,15 +95,20 @@ def gla(
     Returns:
         o [B, T, H, V] in the inputs' dtype, and the final state [N, Hk, K, V] float32 or None.
 
-    No output depends on a later token, to the bit. Inputs that are not contiguous are copied. Autocast does not cast
+    There is a first derivative in reverse mode; a second one is refused, and forward mode is not supported
+    (backend="reference" has both). No output depends on a later token, to the bit. Inputs that are not contiguous are copied. Autocast does not cast
     this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which recomputes states.
 
     Raises:
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, g, initial_state, cu_seqlens)
+    scale = _scale(scale, q)
     if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
+        if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
+            _bounds(q, cu_seqlens)
+            if g is not None and bool((g > GATE_ALLOWANCE).any()):
+                raise _gate_error()
         return gla_reference(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
     o, final_state = torch.ops.icrl.gla(q, k, v, g, scale, initial_state, cu_seqlens, backend)
     return o, final_state if output_final_state else None
@@ -123,7 +129,17 @@ def gla_step(
         ValueError: as `gla`, and where an input requires a gradient while gradients are on. When a gate is refused the
             state has changed all the same.
     """
-    return torch.ops.icrl.gla_step(q, k, v, g, state, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+    if q.dim() != 3:
+        _checks.shape("q", q, ("B", "H", "K"))
+    return torch.ops.icrl.gla_step(q, k, v, g, state, _scale(scale, q), backend)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return max(1, q.shape[-1]) ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: wanted a finite number, got {scale}")
+    return float(scale)
 
 
 def _check(
@@ -190,7 +206,7 @@ def _bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return torch.arange(0, (B + 1) * T, T, dtype=torch.int64) if T else torch.zeros(B + 1, dtype=torch.int64)
     bounds = cu_seqlens.to(torch.int64).contiguous()
     values = bounds.tolist()
-    if values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
+    if not values or values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"cu_seqlens: wanted a non-decreasing sequence from 0 to T={T}, got {values}")
     return bounds
 
@@ -404,3 +420,10 @@ def _backward(ctx, do: Tensor, dfinal_state: Tensor):
 
 
 torch.library.register_autograd("icrl::gla", _backward, setup_context=_setup_context, lib=_registry.LIBRARY)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError('gla has no second derivative; backend="reference" has')
+
+
+torch.library.register_autograd("icrl::gla_backward", _no_second_derivative, lib=_registry.LIBRARY)

@@ -54,12 +54,16 @@ def model_based_q(
         _checks.shape(name, tensor, ["R", "T"], R=R, T=T)
         _checks.dtype(name, tensor, [dtype])
     _checks.same_device(state=state, action=action, reward=reward, done=done)
+    if reward.requires_grad and torch.is_grad_enabled():
+        raise ValueError("reward: model_based_q has no gradient; detach it")
     if num_states < 1 or num_actions < 1 or num_states > 32767:
         raise ValueError(
             f"num_states, num_actions: wanted at least 1 (states at most 32767), got {num_states}, {num_actions}"
         )
-    if not 0 <= discount < 1 or not (bonus >= 0 and math.isfinite(bonus)) or sweeps < 1:
-        raise ValueError(f"discount, bonus, sweeps: wanted [0, 1), >= 0, >= 1, got {discount}, {bonus}, {sweeps}")
+    if not 0 <= discount <= 0.9999 or not 0 <= bonus <= 1e6 or sweeps < 1:
+        raise ValueError(
+            f"discount, bonus, sweeps: wanted [0, .9999], [0, 1e6], >= 1, got {discount}, {bonus}, {sweeps}"
+        )
     if R * T:
         for name, tensor, most in (("state", state, num_states), ("action", action, num_actions), ("done", done, 3)):
             low, high = int(tensor.min()), int(tensor.max())

@@ -11,6 +11,7 @@ calls, or on how steps are split into calls.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +198,10 @@ def rollout_start(
     task = torch.arange(N) if task_index is None else task_index
     _checks.shape("task_index", task, ["R"])
     R = task.shape[0]
-    seed = torch.full((R,), _as_int64(seed), dtype=torch.int64) if isinstance(seed, int) else seed
+    if not isinstance(seed, Tensor):
+        if not isinstance(seed, Integral):
+            raise ValueError(f"seed: wanted an int or a tensor, got {seed!r}")
+        seed = torch.full((R,), _as_int64(int(seed)), dtype=torch.int64)
     record = torch.arange(R) if record is None else record
     for name, tensor in (("task_index", task), ("record", record), ("seed", seed)):
         _checks.shape(name, tensor, ["R"], R=R)
@@ -258,6 +262,10 @@ def rollout(
         raise ValueError("seed, state: give exactly one of them")
     if state is not None and task_index is not None:
         raise ValueError("task_index: the state already says which task each record has")
+    if policies is not None:
+        _checks.shape("policies", policies, ["N", "P", "S", "A"])
+    if task_index is not None:
+        _checks.shape("task_index", task_index, ["R"])
     P = 0 if policies is None else policies.shape[1]
     task = (
         state.task if state is not None else torch.arange(tables.reward.shape[0]) if task_index is None else task_index
@@ -448,8 +456,8 @@ def _as_int64(seed: int) -> int:
 
 
 def _steps(steps: int) -> int:
-    if steps < 0:
-        raise ValueError(f"steps: wanted >= 0, got {steps}")
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"steps: wanted an int >= 0, got {steps!r}")
     return steps
 
 
@@ -531,6 +539,17 @@ def _rollout_cpu(
 ) -> tuple[Tensor, ...]:
     N, S, A, _ = reward.shape
     P = 0 if policies is None else policies.shape[1]
+    records = state[0].shape
+    if any(t.shape != records or t.dtype != torch.int64 or t.device.type != "cpu" for t in state[:7]):
+        for name, t in zip(RolloutState._fields, state[:7], strict=False):
+            _checks.dtype(f"state.{name}", t, [torch.int64])
+            _checks.shape(f"state.{name}", t, ["R"], R=state[0].numel())
+        raise ValueError("state: wanted tensors on the CPU")
+    if actions is not None:
+        _checks.shape("action", actions, ["R", "T"], R=records[0])
+        _checks.dtype("action", actions, [torch.int64])
+        if actions.shape[1] < steps:
+            raise ValueError(f"action: wanted {steps} steps of actions, got {actions.shape[1]}")
     if not all(t.is_contiguous() for t in state):
         raise ValueError("state: wanted contiguous tensors")
     if behaviours:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icrl_kernels import RolloutTables, rollout_tables
+
 
 class Solution(NamedTuple):
     q: Tensor
@@ -24,8 +26,11 @@ class Tasks:
     num_actions: Tensor
     state_mapping: Tensor
 
-    def tables(self) -> dict[str, Tensor]:
+    def raw(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state_mapping"}
+
+    def tables(self) -> RolloutTables:
+        return rollout_tables(**self.raw())
 
     def solve(self, discounts) -> Solution:
         """Value iteration in float64, to 1e-6 of the fixed point's scale."""

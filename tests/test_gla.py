@@ -363,3 +363,24 @@ def test_other_instruction_sets(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
     done = subprocess.run(command, env={**os.environ, "ICRL_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_what_has_no_derivative_says_so():
+    q, k, v = (torch.randn(1, 5, 1, 4, requires_grad=True) for _ in range(3))
+    (first,) = torch.autograd.grad(gla(q, k, v)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_float64_is_checked_as_well(backend):
+    q, k, v = (torch.randn(1, 5, 1, 4, dtype=torch.float64) for _ in range(3))
+    with pytest.raises(ValueError, match="g:"):
+        gla(q, k, v, torch.ones(1, 5, 1), backend=backend)
+    for bad in ([0], [5], [0, 4], [1, 5], [0, 3, 2, 5], [0, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            gla(q, k, v, cu_seqlens=torch.tensor(bad), backend=backend)
+    with pytest.raises(ValueError, match="scale"):
+        gla(q, k, v, scale=float("nan"), backend=backend)
+    with pytest.raises(ValueError, match="q"):
+        gla(torch.tensor(1.0), k, v, backend=backend)

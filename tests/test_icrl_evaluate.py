@@ -78,3 +78,9 @@ def test_curve_covers_the_context(tasks):
     c = evaluate.curve(run, evaluate.references(tasks, steps=2000))
     assert c.steps == [50, 150, 225]
     assert len(c.mean) == len(c.ci95) == 3
+
+
+def test_padding_changes_no_reference(tasks):
+    mine, padded = evaluate.best_reward_q(tasks), evaluate.best_reward_q(tasks.pad(20, 7))
+    assert torch.allclose(mine, padded[:, :16, :5], rtol=1e-9, atol=1e-9)
+    assert (evaluate.greedy(padded, tasks.num_actions)[:, :16, :5] == evaluate.greedy(mine, tasks.num_actions)).all()

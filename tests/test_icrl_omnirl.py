@@ -144,6 +144,16 @@ def test_checkpoint_round_trip_and_damage(model, tmp_path):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="damaged"):
         OmniRL.load(path)
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="damaged"):
+        OmniRL.load(path)
+    with torch.no_grad():
+        model.bonus[0] = float("nan")
+    model.save(path)
+    with pytest.raises(ValueError, match="not finite"):
+        OmniRL.load(path)
     with pytest.raises(ValueError, match="no file"):
         OmniRL.load(tmp_path / "absent.safetensors")
 

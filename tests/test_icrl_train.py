@@ -120,3 +120,43 @@ def test_checkpoint_round_trip(tmp_path):
     assert again["s"] == "x"
     assert again["flag"] is True
     assert again["t"].shape == (0,)
+
+
+def test_a_kill_during_a_save_costs_nothing(tmp_path):
+    whole = weights(run(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at=5)
+    half = tmp_path / "killed" / "checkpoints" / "00000006.part"
+    half.mkdir()
+    (half / "rank0.safetensors.part").write_bytes(b"cut short")
+    resumed = weights(run(tmp_path / "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not half.exists()
+    updates = [
+        json.loads(x)["update"] for x in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines() if "loss" in x
+    ]
+    assert updates == sorted(set(updates))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        run(tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "values", [{"updates": -1}, {"checkpoint_every": 0}, {"clip": 0.0}, {"warmup": -1}], ids=lambda v: next(iter(v))
+)
+def test_loop_refuses(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        LoopConfig(**values)
+
+
+def test_training_refuses():
+    with pytest.raises(ValueError, match="policy_weights"):
+        OmniRLTraining(policy_weights=(1.0,))
+    with pytest.raises(ValueError, match="segment"):
+        OmniRLTraining(segment=0)
+    with pytest.raises(ValueError, match="wanted an object"):
+        configured(OmniRLTraining, 5, "training")

@@ -58,5 +58,7 @@ def test_refusals():
             model_based_q(*bad, 6, 3)
     with pytest.raises(ValueError, match="discount"):
         model_based_q(s, a, r, d, 6, 3, discount=1.0)
+    with pytest.raises(ValueError, match="no gradient"):
+        model_based_q(s, a, r.requires_grad_(), d, 6, 3)
     with pytest.raises(ValueError, match="backend"):
-        model_based_q(s, a, r, d, 6, 3, backend="cuda")
+        model_based_q(s, a, r.detach(), d, 6, 3, backend="cuda")

@@ -27,9 +27,7 @@ def random_policies(tasks, num, seed=3):
 def mixed_run(tasks, steps=200, **more):
     N = len(tasks.num_states)
     b = constant_behaviours(N, 2, MIXED, switch=0.5, epsilon=0.3, epsilon_decay=0.001)
-    return rollout(
-        rollout_tables(**tasks.tables()), steps=steps, policies=random_policies(tasks, 2), behaviours=b, **more
-    )
+    return rollout(rollout_tables(**tasks.raw()), steps=steps, policies=random_policies(tasks, 2), behaviours=b, **more)
 
 
 def assert_same(a, b):
@@ -63,23 +61,23 @@ def test_same_bits_as_reference(states, width):
     policies = random_policies(tasks, 2)
     b = constant_behaviours(8, 2, {0: 1, 1: 1, "uniform": 0.5}, switch=0.5, epsilon=0.5, epsilon_decay=0.004)
     run = rollout(
-        rollout_tables(**tasks.tables()), steps=300, seed=-5, task_index=task_index, policies=policies, behaviours=b
+        rollout_tables(**tasks.raw()), steps=300, seed=-5, task_index=task_index, policies=policies, behaviours=b
     )
     keys = {"seed": torch.full((8,), -5), "record": torch.arange(8), "task_index": task_index}
-    assert_same(run[:-1], rollout_reference(**tasks.tables(), **keys, steps=300, policies=policies, behaviours=b))
+    assert_same(run[:-1], rollout_reference(**tasks.raw(), **keys, steps=300, policies=policies, behaviours=b))
     assert bool((run.done == (2 if states == 64 else 1)).any())
 
-    state = rollout_start(rollout_tables(**tasks.tables()), **keys)
-    tables = rollout_tables(**tasks.tables())
+    state = rollout_start(rollout_tables(**tasks.raw()), **keys)
+    tables = rollout_tables(**tasks.raw())
     columns = [(state.state.clone(), *rollout_step(tables, state, run.action[:, t].long())) for t in range(50)]
     by_step = [torch.stack(c, 1) for c in zip(*columns, strict=True)]
-    wanted = rollout_reference(**tasks.tables(), **keys, steps=50, actions=run.action.long())
+    wanted = rollout_reference(**tasks.raw(), **keys, steps=50, actions=run.action.long())
     assert_same([by_step[0].short(), *by_step[1:]], [wanted[0], wanted[2], wanted[3], wanted[5]])
 
 
 def test_policy_equals_loop_of_steps():
     tasks = random_tasks(6, 9, 4, seed=1)
-    tables = rollout_tables(**tasks.tables())
+    tables = rollout_tables(**tasks.raw())
     greedy = tasks.solve([0.9]).q[:, 0].argmax(2) % tasks.num_actions[:, None]
     run = rollout(tables, steps=120, seed=7, policies=torch.nn.functional.one_hot(greedy, 4).float()[:, None])
     state = rollout_start(tables, seed=7)
@@ -102,7 +100,7 @@ def test_threads_splits_and_resumption_change_nothing():
     assert_same(whole[:-1], one[:-1])
     assert_same(whole.final, one.final)
 
-    tables, policies = rollout_tables(**tasks.tables()), random_policies(tasks, 2)
+    tables, policies = rollout_tables(**tasks.raw()), random_policies(tasks, 2)
     b = constant_behaviours(10, 2, MIXED, switch=0.5, epsilon=0.3, epsilon_decay=0.001)
     rows = torch.tensor([8, 1, 5])
     start = rollout_start(tables, seed=11, task_index=rows, record=rows, behaviours=select(b, rows))
@@ -119,7 +117,7 @@ def test_threads_splits_and_resumption_change_nothing():
 
 def test_seed_and_record_matter():
     tasks = random_tasks(1, 8, 4)
-    tables = rollout_tables(**tasks.tables())
+    tables = rollout_tables(**tasks.raw())
     runs = [
         rollout(tables, steps=50, state=rollout_start(tables, seed=s, record=torch.tensor([r]))).reward
         for s, r in ((0, 0), (1, 0), (0, 1), (2**32, 0), (0, 2**32))
@@ -133,7 +131,7 @@ def test_statistics_are_the_tables():
     R, T = 200, 1000
     policy = random_policies(tasks, 1)
     index = torch.zeros(R, dtype=torch.long)
-    run = rollout(rollout_tables(**tasks.tables()), steps=T, seed=3, task_index=index, policies=policy)
+    run = rollout(rollout_tables(**tasks.raw()), steps=T, seed=3, task_index=index, policies=policy)
     s, a, j = run.state.long().flatten(), run.action.long().flatten(), run.next_state.long().flatten()
     counts = torch.zeros(6, 3, 6).index_put_((s, a, j), torch.ones(R * T), accumulate=True)
 
@@ -159,7 +157,7 @@ def test_statistics_are_the_tables():
 
 
 def tables_of(tasks):
-    return rollout_tables(**{name: t for name, t in tasks.tensors().items() if name != "state_mapping"})
+    return tasks.tables()
 
 
 def mean_reward(tasks, steps, weights, policies=None, window=500, **settings):
@@ -189,7 +187,7 @@ def test_behaviours_switch_and_explore():
     N = 64
     fixed = constant_behaviours(N, 2, {0: 1, "uniform": 3})
     policies = torch.nn.functional.one_hot(torch.zeros(N, 2, 6, dtype=torch.long), 4).float()
-    tables = rollout_tables(**tasks.tables())
+    tables = rollout_tables(**tasks.raw())
     run = rollout(tables, steps=100, seed=1, policies=policies, behaviours=fixed)
     assert bool((run.behaviour == run.behaviour[:, :1]).all())
     assert 0.5 < float((run.behaviour[:, 0] == 2).float().mean()) < 0.95
@@ -214,7 +212,7 @@ def test_random_policy_is_stationary():
     tasks = random_tasks(1, 4, 4, seed=8, ragged=False)
     index = torch.zeros(16, dtype=torch.long)
     b = constant_behaviours(16, 0, {"random_policy": 1}, policy_scale=50.0)
-    run = rollout(rollout_tables(**tasks.tables()), steps=300, seed=2, task_index=index, behaviours=b)
+    run = rollout(rollout_tables(**tasks.raw()), steps=300, seed=2, task_index=index, behaviours=b)
     agree, differ = 0.0, set()
     for r in range(16):
         counts = run.action[r][run.state[r] == 0].long().bincount(minlength=4)
@@ -227,7 +225,7 @@ def test_random_policy_is_stationary():
 def test_learner_counts_are_the_record():
     tasks = random_tasks(3, 7, 3, seed=9)
     run = rollout(
-        rollout_tables(**tasks.tables()), steps=400, seed=1, behaviours=constant_behaviours(3, 0, {"model_based": 1})
+        rollout_tables(**tasks.raw()), steps=400, seed=1, behaviours=constant_behaviours(3, 0, {"model_based": 1})
     )
     for r in range(3):
         s, a, j = run.state[r].long(), run.action[r].long(), run.next_state[r].long()
@@ -242,7 +240,7 @@ def test_learner_counts_are_the_record():
 
 
 def test_zero_records_and_steps():
-    tables = rollout_tables(**random_tasks(2, 5, 3).tables())
+    tables = rollout_tables(**random_tasks(2, 5, 3).raw())
     run = rollout(tables, steps=0, seed=0)
     assert run.state.shape == (2, 0)
     run = rollout(tables, steps=3, seed=0, task_index=torch.zeros(0, dtype=torch.long))
@@ -251,7 +249,7 @@ def test_zero_records_and_steps():
 
 
 def test_manual_reset():
-    tables = rollout_tables(**random_tasks(4, 9, 3, max_steps=10**6).tables())
+    tables = rollout_tables(**random_tasks(4, 9, 3, max_steps=10**6).raw())
     state = rollout_start(tables, seed=0)
     for _ in range(3):
         rollout_step(tables, state, torch.zeros(4, dtype=torch.long))
@@ -279,11 +277,11 @@ def test_refuses_bad_tasks(case):
     tasks = random_tasks(2, 8, 4)
     BAD_TASKS[case][1](tasks)
     with pytest.raises(ValueError, match=BAD_TASKS[case][2]):
-        rollout_tables(**tasks.tables())
+        rollout_tables(**tasks.raw())
 
 
 def test_refuses_wrong_tensors():
-    tasks = random_tasks(2, 8, 4).tables()
+    tasks = random_tasks(2, 8, 4).raw()
     for name in tasks:
         with pytest.raises(ValueError, match=f"^{name}: wanted shape"):
             rollout_tables(**{**tasks, name: tasks[name][:, None]})
@@ -293,7 +291,7 @@ def test_refuses_wrong_tensors():
 
 def test_refuses_bad_calls():
     tasks = random_tasks(2, 8, 4, ragged=False)
-    tables, policies = rollout_tables(**tasks.tables()), random_policies(tasks, 1)
+    tables, policies = rollout_tables(**tasks.raw()), random_policies(tasks, 1)
     state = rollout_start(tables, seed=0)
     b = constant_behaviours(2, 1, {0: 1})
     for match, call in {
@@ -301,7 +299,7 @@ def test_refuses_bad_calls():
         r"task_index\[1\] is -1": lambda: rollout(tables, steps=1, seed=0, task_index=torch.tensor([0, -1])),
         "seed, state": lambda: rollout(tables, steps=1),
         "task_index: the state": lambda: rollout(tables, steps=1, state=state, task_index=torch.tensor([0, 1])),
-        "steps: wanted >= 0": lambda: rollout(tables, steps=-1, seed=0),
+        "steps: wanted an int >= 0": lambda: rollout(tables, steps=-1, seed=0),
         r"policies\[0, 0, 0\]": lambda: rollout(tables, steps=1, seed=0, policies=policies * 0.9),
         "policies: wanted dtype": lambda: rollout(tables, steps=1, seed=0, policies=policies.double()),
         "policies: wanted shape": lambda: rollout(tables, steps=1, seed=0, policies=policies[:, 0]),
@@ -329,14 +327,14 @@ def test_refuses_bad_calls():
 
 
 def test_refuses_other_devices():
-    tasks = {name: t.to("meta") for name, t in random_tasks(2, 8, 4).tables().items()}
+    tasks = {name: t.to("meta") for name, t in random_tasks(2, 8, 4).raw().items()}
     with pytest.raises(ValueError, match="not written yet"):
         rollout_tables(**tasks)
 
 
 def op_arguments():
     tasks = random_tasks(2, 6, 3, ragged=False)
-    tables = rollout_tables(**tasks.tables())
+    tables = rollout_tables(**tasks.raw())
     b = constant_behaviours(2, 0, {"uniform": 1, "model_based": 1, "q_learning": 1})
     state = rollout_start(tables, seed=0, behaviours=b)
     return (*tables, None, list(b), None, list(state), 5, "auto")
@@ -356,3 +354,13 @@ def test_compiles():
 
     assert_same(run(*arguments), eager)
     assert isinstance(RolloutState(*arguments[-3]), RolloutState)
+
+
+def test_step_refuses_a_state_of_another_size():
+    tables = rollout_tables(**random_tasks(2, 4, 2).raw())
+    state = rollout_start(tables, seed=0, task_index=torch.zeros(50, dtype=torch.int64))
+    action = torch.zeros(50, dtype=torch.int64)
+    for bad in ({"elapsed": torch.zeros(2, dtype=torch.int64)}, {"state": state.state.int()}, {"seed": state.seed[:1]}):
+        with pytest.raises(ValueError, match="state"):
+            rollout_step(tables, state._replace(**bad), action)
+    rollout_step(tables, state, action)

@@ -36,6 +36,13 @@ def _target(out: Path, overwrite: bool) -> None:
         raise ValueError(f"out: {out} exists; give --overwrite to replace it")
 
 
+def _load(path: Path) -> TabularTasks:
+    tasks = TabularTasks.load(path)
+    if not len(tasks):
+        raise ValueError(f"tasks: {path} holds none")
+    return tasks
+
+
 def sample(
     out: Path, kind: str, num_tasks: int, num_states: int, num_actions: int, branching: int, seed: int, overwrite: bool
 ) -> dict[str, Any]:
@@ -50,18 +57,20 @@ def filter_tasks(
     path: Path, out: Path, min_advantage: float, min_gini: float, min_entropy: float, overwrite: bool
 ) -> dict[str, Any]:
     _target(out, overwrite)
-    tasks = TabularTasks.load(path)
+    tasks = _load(path)
     if int(tasks.num_states.min()) < 2:
         raise ValueError(f"tasks: the filters need two states or more; {path} has bandits")
     q = quality(tasks)
     keep = (q.advantage >= min_advantage) & (q.gini > min_gini) & (q.entropy > min_entropy)
+    if not keep.any():
+        raise ValueError(f"tasks: none of {len(tasks)} passes; nothing is written")
     tasks[keep].save(out)
     print(f"{out}: {int(keep.sum())} of {len(tasks)} tasks kept")
     return {"out": str(out), "kept": int(keep.sum()), "of": len(tasks)}
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    tasks = TabularTasks.load(path)
+    tasks = _load(path)
     solved = tasks.solve(DISCOUNT)
     rows: dict[str, Tensor] = {
         "states": tasks.num_states,
@@ -92,7 +101,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def draw(path: Path, out: Path, index: int) -> dict[str, Any]:
     from icrl.worlds.draw import draw_task
 
-    tasks = TabularTasks.load(path)
+    tasks = _load(path)
     if not 0 <= index < len(tasks):
         raise ValueError(f"index: wanted 0 to {len(tasks) - 1}, got {index}")
     figure = draw_task(tasks, index)

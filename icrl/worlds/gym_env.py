@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from icrl.worlds import counter
 from icrl.worlds.samplers import Sizes, sample_anymdp
 from icrl.worlds.tables import TabularTasks
-from icrl_kernels import RolloutState, rollout_start, rollout_step, rollout_tables
+from icrl_kernels import RolloutState, rollout_start, rollout_step
 
 
 class TabularEnv(gymnasium.Env[np.int64, np.int64]):
@@ -138,8 +138,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = spaces.MultiDiscrete(self.tasks.num_actions.numpy())
         self._same_step = mode == AutoresetMode.SAME_STEP
-        fields = {name: t for name, t in self.tasks.tensors().items() if name != "state_mapping"}
-        self._tables = rollout_tables(**fields)
+        self._tables = self.tasks.tables()
         self._keys: torch.Tensor | None = None
         self._state: RolloutState | None = None
         self._asleep = torch.zeros(self.num_envs, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icrl_kernels import ValueIteration, value_iteration
+from icrl.checkpoint import checksum
+from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 
 FORMAT, VERSION = "icrl.TabularTasks", "1"
 ROW_TOLERANCE = 1e-4  # of a probability row's sum: float32 tables of a thousand entries, and hand-written ones
@@ -240,6 +240,10 @@ class TabularTasks:
             found = found._replace(q=found.q.masked_fill(lacking.view(shape), -torch.inf))
         return found
 
+    def tables(self) -> RolloutTables:
+        """The simulator's form of these tasks, for `icrl_kernels.rollout` and `rollout_step`."""
+        return rollout_tables(**{name: t for name, t in self.tensors().items() if name != "state_mapping"})
+
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -249,7 +253,7 @@ class TabularTasks:
             "format": FORMAT,
             "version": VERSION,
             "num_observations": str(self.num_observations),
-            "crc32": str(_checksum(tensors)),
+            "crc32": str(checksum(tensors)),
         }
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -274,7 +278,7 @@ class TabularTasks:
             raise ValueError(f"{os.fspath(path)}: holds no TabularTasks (format {metadata.get('format')!r})")
         if metadata.get("version") != VERSION:
             raise ValueError(f"{os.fspath(path)}: version {metadata.get('version')!r}, this code reads {VERSION!r}")
-        if tensors.keys() != LAYOUT.keys() or metadata.get("crc32") != str(_checksum(tensors)):
+        if tensors.keys() != LAYOUT.keys() or metadata.get("crc32") != str(checksum(tensors)):
             raise ValueError(f"{os.fspath(path)}: damaged (its tensors are not those that were saved)")
         return cls(**tensors, num_observations=int(metadata["num_observations"])).validate().to(device)
 
@@ -367,13 +371,6 @@ class TabularTasks:
 
 def _first(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
-
-
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
-    return value
 
 
 def _one(
