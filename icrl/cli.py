@@ -125,10 +125,13 @@ def train_omnirl(
     )
     if loop.threads:
         torch.set_num_threads(loop.threads)
-    torch.set_flush_denormal(True)
     start_processes()
     learner = OmniRLLearner(training, loop)
-    path = train(learner, loop, out)
+    torch.set_flush_denormal(True)  # decays lead there, and they are slow
+    try:
+        path = train(learner, loop, out)
+    finally:
+        torch.set_flush_denormal(False)
     if rank() == 0:
         training_picture(out / "metrics.jsonl", out / "curve.png")
         print(f"model: {path}\npicture: {out / 'curve.png'}")
