@@ -14,7 +14,7 @@ import torch
 from benches.common import interleaved, write
 from icrl.distill import PUBLISHED_BEHAVIOURS, DPDConfig, DPDStream, draw_behaviours
 from icrl.worlds import TabularTasks, sample_anymdp
-from icrl_kernels import constant_behaviours, rollout, rollout_start, rollout_step, rollout_tables
+from icrl_kernels import constant_behaviours, rollout, rollout_start, rollout_step
 
 TASKS, SIZES, REPEATS = 32, (16, 64, 128), 7
 STEPS = {"optimal": 20_000, "uniform": 20_000, "q_learning": 5_000, "model_based": 1_000, "DPD": 2_000}
@@ -26,8 +26,7 @@ def rate(seconds: list[float], steps: int) -> dict[str, float]:
 
 def size_rows(num_states: int) -> list[dict[str, Any]]:
     tasks = sample_anymdp(TASKS, num_states, seed=1)
-    tensors = {name: t for name, t in tasks.tensors().items() if name != "state_mapping"}
-    tables = rollout_tables(**tensors)
+    tables = tasks.tables()
     q = tasks.solve(DPDConfig().discounts).q
     policies = torch.nn.functional.one_hot(q.argmax(3), q.shape[3]).float()
     published = DPDConfig(behaviours=PUBLISHED_BEHAVIOURS, steps=STEPS["DPD"])
@@ -57,7 +56,7 @@ def size_rows(num_states: int) -> list[dict[str, Any]]:
 
     def prepare() -> None:
         torch.set_num_threads(1)
-        rollout_tables(**tensors)
+        tasks.tables()
         torch.set_num_threads(threads)
 
     functions["tables/1"] = prepare
@@ -104,7 +103,7 @@ def xenoverse_steps(tasks: TabularTasks) -> Any:
 def step_rows() -> list[dict[str, Any]]:
     """The cost of one call of `rollout_step`, which vector environments and evaluation pay a step."""
     tasks = sample_anymdp(TASKS, 16, seed=1)
-    tables = rollout_tables(**{name: t for name, t in tasks.tensors().items() if name != "state_mapping"})
+    tables = tasks.tables()
     rows, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     for records in (1, 64, 1024):

@@ -8,8 +8,7 @@ from typing import Any
 from icrl import evaluate
 from icrl.demo import OURS, TEMPERATURE, UNSEEN, shipped
 from icrl.omnirl import OmniRL
-from icrl.worlds.commands import draw_tasks
-from icrl.worlds.tables import TabularTasks
+from icrl.worlds.commands import draw_tasks, load_tasks
 
 # OmniRL (AnyMDP) of arXiv 2502.02869: performance and steps taken, by kind and number of states, 5 actions.
 PUBLISHED = {
@@ -36,9 +35,7 @@ def evaluation_table(
     """Score every method on the tasks of `path`, or on fresh ones; prints a table, returns its numbers."""
     if num_tasks < 2 or steps < 20 or seed < 0:
         raise ValueError(f"num_tasks, steps, seed: wanted at least 2, 20 and 0, got {num_tasks}, {steps} and {seed}")
-    tasks = TabularTasks.load(path) if path else draw_tasks(kind, num_tasks, num_states, 5, 2, UNSEEN + seed)
-    if not len(tasks):
-        raise ValueError(f"tasks: {path} holds none")
+    tasks = load_tasks(path) if path else draw_tasks(kind, num_tasks, num_states, 5, 2, UNSEEN + seed)
     model = OmniRL.load(checkpoint or shipped())
     reference = evaluate.references(tasks)
     runs = {name: evaluate.run_baseline(tasks, name, steps, seed) for name in evaluate.BASELINES}

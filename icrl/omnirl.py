@@ -60,7 +60,12 @@ class OmniRLConfig:
     @property
     def policies(self) -> int:
         """How many policies are read out: the optimal one at each discount, and the explorer (tags 0..4)."""
-        return len(self.discounts) + 1
+        return len(self.policy_discounts)
+
+    @property
+    def policy_discounts(self) -> tuple[float, ...]:
+        """Each policy's discount, by its tag."""
+        return (*self.discounts, self.explorer_discount)
 
 
 class Tokens(NamedTuple):
@@ -83,8 +88,6 @@ class Output(NamedTuple):
     readouts: list[Readout]  # one a block; the last is the model's
     reward_mean: Tensor  # [B,T] causal statistics that the q readouts are relative to
     reward_scale: Tensor
-    next_state: Tensor  # [B,T,A,S] unnormalised frequencies of the next observation
-    mean_reward: Tensor  # [B,T,A]
 
 
 class Rewards(NamedTuple):
@@ -179,7 +182,7 @@ class OmniRL(nn.Module):
         c = self.config = config or OmniRLConfig()
         d, width, G = c.action_width, c.state_width, c.policies
         self.discounts: Tensor
-        self.register_buffer("discounts", torch.tensor([*c.discounts, c.explorer_discount]), persistent=False)
+        self.register_buffer("discounts", torch.tensor(c.policy_discounts), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(7, width, 0.5, bias=True)
         rate = math.log(c.write_rate / (1 - c.write_rate))
@@ -238,7 +241,7 @@ class OmniRL(nn.Module):
             z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
             z, x = self.blocks[i + 1](z, x)
             readouts.append(self._readout(i + 1, z, x, backup))
-        output = Output(readouts, mean, scale, next_state, mean_reward)
+        output = Output(readouts, mean, scale)
         return output, State(new_transition, new_values, *statistics)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def targets_of(records: Records, config: OmniRLTraining) -> Targets:
     q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
     best = q.amax(2, keepdim=True)
     ties = (q >= best - 1e-6 * (1 + best.abs())).float()
-    discounts = torch.tensor([*c.discounts, c.explorer_discount])
+    discounts = torch.tensor(c.policy_discounts)
     return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
 
 

@@ -36,7 +36,8 @@ def _target(out: Path, overwrite: bool) -> None:
         raise ValueError(f"out: {out} exists; give --overwrite to replace it")
 
 
-def _load(path: Path) -> TabularTasks:
+def load_tasks(path: Path) -> TabularTasks:
+    """The tasks of a file; ValueError where there are none."""
     tasks = TabularTasks.load(path)
     if not len(tasks):
         raise ValueError(f"tasks: {path} holds none")
@@ -57,7 +58,7 @@ def filter_tasks(
     path: Path, out: Path, min_advantage: float, min_gini: float, min_entropy: float, overwrite: bool
 ) -> dict[str, Any]:
     _target(out, overwrite)
-    tasks = _load(path)
+    tasks = load_tasks(path)
     if int(tasks.num_states.min()) < 2:
         raise ValueError(f"tasks: the filters need two states or more; {path} has bandits")
     q = quality(tasks)
@@ -70,7 +71,7 @@ def filter_tasks(
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    tasks = _load(path)
+    tasks = load_tasks(path)
     solved = tasks.solve(DISCOUNT)
     rows: dict[str, Tensor] = {
         "states": tasks.num_states,
@@ -101,7 +102,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def draw(path: Path, out: Path, index: int) -> dict[str, Any]:
     from icrl.worlds.draw import draw_task
 
-    tasks = _load(path)
+    tasks = load_tasks(path)
     if not 0 <= index < len(tasks):
         raise ValueError(f"index: wanted 0 to {len(tasks) - 1}, got {index}")
     figure = draw_task(tasks, index)
