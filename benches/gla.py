@@ -73,16 +73,24 @@ def best_chunk(tensors: Any) -> int:
     return int(min(times, key=lambda c: min(times[c])))
 
 
-def row(what: str, shape: tuple, gate: str, times: dict[str, list[float]], work: float | None, rate: float | None):
+def row(
+    what: str,
+    shape: tuple,
+    gate: str,
+    times: dict[str, list[float]],
+    work: float | None,
+    rate: float | None,
+    op: str = "gla",
+) -> dict[str, Any]:
     median = {name: statistics.median(x) * 1e3 for name, x in times.items()}
-    result: dict[str, Any] = {"what": what, "shape": "x".join(map(str, shape)), "gate": gate, "ms": median["gla"]}
+    result: dict[str, Any] = {"what": what, "shape": "x".join(map(str, shape)), "gate": gate, "ms": median[op]}
     if work is not None and rate is not None:
-        result["GFLOP/s"] = work / median["gla"] / 1e6
-        result["of floor"] = median["gla"] / (work / rate * 1e3)
+        result["GFLOP/s"] = work / median[op] / 1e6
+        result["of floor"] = median[op] / (work / rate * 1e3)
     for name, ms in median.items():
-        if name != "gla":
+        if name != op:
             # each run's ratio, then their median: both runs of a pair met the same neighbours
-            result[f"{name} x"] = statistics.median(b / a for a, b in zip(times["gla"], times[name], strict=True))
+            result[f"{name} x"] = statistics.median(b / a for a, b in zip(times[op], times[name], strict=True))
             result[f"{name} ms"] = ms
     return result
 

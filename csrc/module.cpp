@@ -7,6 +7,7 @@
 namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu
 void bind_anymdp(pybind11::module_& m);
+void bind_gated_delta_rule(pybind11::module_& m);
 void bind_gla(pybind11::module_& m);
 void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_team", &icrl::has_team);
   m.def("set_team_size", &icrl::set_team_size);
   icrl::bind_anymdp(m);
+  icrl::bind_gated_delta_rule(m);
   icrl::bind_gla(m);
   icrl::bind_model_based(m);
   icrl::bind_rollout(m);

@@ -1,6 +1,7 @@
 """Kernels for in-context reinforcement learning: linear attention and tabular control, as torch ops."""
 
 from icrl_kernels._version import __version__
+from icrl_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
 from icrl_kernels.gla import gla, gla_reference, gla_step
 from icrl_kernels.model_based import model_based_q
 from icrl_kernels.rollout import (
@@ -26,6 +27,9 @@ __all__ = [
     "ValueIteration",
     "__version__",
     "constant_behaviours",
+    "gated_delta_rule",
+    "gated_delta_rule_reference",
+    "gated_delta_rule_step",
     "gla",
     "gla_reference",
     "gla_step",

@@ -6,19 +6,11 @@ Linear attention (Katharopoulos et al. 2020, g=None), retention and Mamba-2's sc
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _checks, _registry
-
-GATE_ALLOWANCE = 1e-4
-"""Gates are logarithms of decays in [0, 1]. What rounding may put above 0 passes; a gate above this is refused."""
-
-MAX_HEAD_DIM = 256
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/cpu/vec.h
+from icrl_kernels import _C, _attention, _checks, _registry
+from icrl_kernels._attention import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 
 def gla_reference(
@@ -40,12 +32,8 @@ def gla_reference(
         wide = torch.promote_types(wide, g.dtype)
     group = q.shape[2] // k.shape[2]
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if cu_seqlens is None:
-        spans = [(slice(b, b + 1), 0, q.shape[1]) for b in range(q.shape[0])]
-    else:
-        spans = [(slice(0, 1), a, b) for a, b in pairwise(cu_seqlens.tolist())]
     outputs, states = [], []
-    for n, (batch, first, last) in enumerate(spans):
+    for n, (batch, first, last) in enumerate(_attention.spans(q, cu_seqlens)):
         state = q.new_zeros(k.shape[2], k.shape[3], v.shape[3], dtype=wide)  # [Hk, K, V]
         if initial_state is not None:
             state = initial_state[n].to(wide)
@@ -96,19 +84,18 @@ def gla(
         o [B, T, H, V] in the inputs' dtype, and the final state [N, Hk, K, V] float32 or None.
 
     There is a first derivative in reverse mode; a second one is refused, and forward mode is not supported
-    (backend="reference" has both). No output depends on a later token, to the bit. Inputs that are not contiguous are copied. Autocast does not cast
-    this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which recomputes states.
+    (backend="reference" has both). No output depends on a later token, to the bit. Inputs that are not contiguous are
+    copied. Autocast does not cast this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which
+    recomputes states.
 
     Raises:
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
     """
     _check(q, k, v, g, initial_state, cu_seqlens)
-    scale = _scale(scale, q)
+    scale = _attention.default_scale(scale, q)
     if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
-            _bounds(q, cu_seqlens)
-            if g is not None and bool((g > GATE_ALLOWANCE).any()):
-                raise _gate_error()
+            _attention.check_values(q, g, cu_seqlens)
         return gla_reference(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
     o, final_state = torch.ops.icrl.gla(q, k, v, g, scale, initial_state, cu_seqlens, backend)
     return o, final_state if output_final_state else None
@@ -131,15 +118,7 @@ def gla_step(
     """
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
-    return torch.ops.icrl.gla_step(q, k, v, g, state, _scale(scale, q), backend)
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return max(1, q.shape[-1]) ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: wanted a finite number, got {scale}")
-    return float(scale)
+    return torch.ops.icrl.gla_step(q, k, v, g, state, _attention.default_scale(scale, q), backend)
 
 
 def _check(
@@ -150,7 +129,7 @@ def _check(
     _checks.shape("k", k, ("B", "T", "Hk", "K"), B=B, T=T, K=K)
     Hk = k.shape[2]
     _checks.shape("v", v, ("B", "T", "Hk", "V"), B=B, T=T, Hk=Hk)
-    _heads(H, Hk, K, v.shape[3])
+    _attention.check_heads("q", "k", H, Hk, K, v.shape[3])
     _checks.same_device(q=q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _checks.dtype("q", q, (*DTYPES, torch.float64))
     _checks.same_dtype(q=q, k=k, v=v)
@@ -158,69 +137,25 @@ def _check(
         wanted = ("B", "T", "Hk") if g.dim() == 3 else ("B", "T", "Hk", "K")
         _checks.shape("g", g, wanted, B=B, T=T, Hk=Hk, K=K)
         _checks.dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}))
-    N = B
-    if cu_seqlens is not None:
-        _checks.shape("cu_seqlens", cu_seqlens, ("N+1",))
-        _checks.dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
-        if B != 1:
-            raise ValueError(f"cu_seqlens: packed sequences want a batch of B=1, got B={B}")
-        N = cu_seqlens.shape[0] - 1
-        if N < 0:
-            raise ValueError("cu_seqlens: wanted N + 1 ≥ 1 entries, got 0")
-    if initial_state is not None:
-        _checks.shape("initial_state", initial_state, ("N", "Hk", "K", "V"), N=N, Hk=Hk, K=K, V=v.shape[3])
-        _checks.dtype("initial_state", initial_state, (torch.promote_types(q.dtype, torch.float32),))
-
-
-def _heads(H: int, Hk: int, K: int, V: int) -> None:
-    if Hk < 1 or H < 1 or H % Hk:
-        raise ValueError(f"q: wanted a number of heads that is a multiple of k's, got H={H} and Hk={Hk}")
-    for name, size in (("K", K), ("V", V)):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: wanted 1 to {MAX_HEAD_DIM} channels per head, got {size}")
+    _attention.check_sequences(q, initial_state, cu_seqlens, Hk=Hk, K=K, V=v.shape[3])
 
 
 # CPU backend
-
-
-def _native(q: Tensor) -> int:
-    code = DTYPES.get(q.dtype)
-    if code is None:
-        raise ValueError(
-            f"q: this backend serves float32, bfloat16 and float16, got {q.dtype}; gla has backend='reference'"
-        )
-    return code
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    B, T = q.shape[:2]
-    if cu_seqlens is None:
-        return torch.arange(0, (B + 1) * T, T, dtype=torch.int64) if T else torch.zeros(B + 1, dtype=torch.int64)
-    bounds = cu_seqlens.to(torch.int64).contiguous()
-    values = bounds.tolist()
-    if not values or values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
-        raise ValueError(f"cu_seqlens: wanted a non-decreasing sequence from 0 to T={T}, got {values}")
-    return bounds
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, bounds: Tensor) -> tuple:
     gate = 0 if g is None else g.dim() - 2
     gate_dtype = 0 if g is None else DTYPES[g.dtype]
     sizes = (bounds.numel() - 1, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
-    return (*sizes, bounds.data_ptr(), _native(q), gate_dtype, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
-
-
-def _gate_error() -> ValueError:
-    return ValueError(
-        f"g: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one"
+    return (
+        *sizes,
+        bounds.data_ptr(),
+        _attention.native("gla", q),
+        gate_dtype,
+        gate,
+        scale,
+        GATE_ALLOWANCE,
+        torch.get_num_threads(),
     )
 
 
@@ -233,21 +168,21 @@ def _cpu_forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _native(q)
+    _attention.native("gla", q)
     _check(q, k, v, g, initial_state, cu_seqlens)
     q, k, v, g, initial_state = (
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        _contiguous(g),
-        _contiguous(initial_state),
+        _attention.contiguous(g),
+        _attention.contiguous(initial_state),
     )
-    bounds = _bounds(q, cu_seqlens)
+    bounds = _attention.bounds(q, cu_seqlens)
     o, final = _outputs(q, k, v, cu_seqlens)
     shape = _shape(q, k, v, g, scale, bounds)
-    pointers = map(_pointer, (q, k, v, g, initial_state, o, final))
+    pointers = map(_attention.pointer, (q, k, v, g, initial_state, o, final))
     if not _C.gla_forward(shape, *pointers):
-        raise _gate_error()
+        raise _attention.gate_error()
     return o, final
 
 
@@ -262,34 +197,34 @@ def _cpu_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _native(q)
+    _attention.native("gla", q)
     q, k, v, g, initial_state = (
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        _contiguous(g),
-        _contiguous(initial_state),
+        _attention.contiguous(g),
+        _attention.contiguous(initial_state),
     )
     do, dfinal_state = do.contiguous(), dfinal_state.contiguous()
-    bounds = _bounds(q, cu_seqlens)
+    bounds = _attention.bounds(q, cu_seqlens)
     grads = _gradients(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens)
     dq, dk, dv, dg, dinitial = grads
     shape = _shape(q, k, v, g, scale, bounds)
-    inputs = map(_pointer, (do, dfinal_state, q, k, v, g, initial_state))
+    inputs = map(_attention.pointer, (do, dfinal_state, q, k, v, g, initial_state))
     wanted = (dq, dk, dv, None if g is None else dg, None if initial_state is None else dinitial)
-    _C.gla_backward(shape, *inputs, *map(_pointer, wanted))
+    _C.gla_backward(shape, *inputs, *map(_attention.pointer, wanted))
     return grads
 
 
 def _cpu_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
     B, H, Hk, K, V = _check_step(q, k, v, g, state)
-    q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(g)
+    q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), _attention.contiguous(g)
     o = torch.empty((B, H, V), dtype=q.dtype)
     gate, gate_dtype = (0, 0) if g is None else (g.dim() - 1, DTYPES[g.dtype])
     sizes = (B, H, Hk, K, V, 0, DTYPES[q.dtype], gate_dtype, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
     gates = 0 if g is None else g.data_ptr()
     if not _C.gla_step(sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), gates, state.data_ptr(), o.data_ptr()):
-        raise _gate_error()
+        raise _attention.gate_error()
     return o
 
 
@@ -326,7 +261,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
     B, H, K = q.shape
     _checks.shape("k", k, ("B", "Hk", "K"), B=B, K=K)
     _checks.shape("v", v, ("B", "Hk", "V"), B=B, Hk=k.shape[1])
-    _heads(H, k.shape[1], K, v.shape[2])
+    _attention.check_heads("q", "k", H, k.shape[1], K, v.shape[2])
     _checks.shape("state", state, ("B", "Hk", "K", "V"), B=B, Hk=k.shape[1], K=K, V=v.shape[2])
     _checks.same_device(q=q, k=k, v=v, g=g, state=state)
     _checks.dtype("q", q, tuple(DTYPES))
@@ -344,7 +279,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
 
 
 def _triton_forward(q: Tensor, *args):
-    _native(q)
+    _attention.native("gla", q)
     from icrl_kernels._triton import gla as kernels
 
     return kernels.forward(q, *args)
@@ -422,8 +357,4 @@ def _backward(ctx, do: Tensor, dfinal_state: Tensor):
 torch.library.register_autograd("icrl::gla", _backward, setup_context=_setup_context, lib=_registry.LIBRARY)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError('gla has no second derivative; backend="reference" has')
-
-
-torch.library.register_autograd("icrl::gla_backward", _no_second_derivative, lib=_registry.LIBRARY)
+_attention.refuse_second_derivative("gla")

@@ -76,3 +76,46 @@ def gla_chunkwise_torch(
         state = decay[:, i] * state + updates[:, i]
     o = o + queries @ torch.stack(states, 1)
     return o.reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)
+
+
+def gated_delta_rule_chunkwise_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule composed of batched matmuls and one triangular solve per chunk (its WY form): the benches' peer.
+
+    Mild gates, T a multiple of `chunk` and equal heads, as for `gla_chunkwise_torch`; keys of norm about 1.
+    """
+    B, T, H, K = q.shape
+    V, n = v.shape[-1], T // chunk
+    q = q * (float(K**-0.5) if scale is None else scale)
+    q, k, v = (x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1]) for x in (q, k, v))
+    if g is None:
+        b = q.new_zeros(B * H, n, chunk, 1)
+    else:
+        g = (g if g.dim() == 4 else g[..., None]).float()
+        b = g.transpose(1, 2).reshape(B * H, n, chunk, g.shape[-1]).cumsum(2)
+    weight = q.new_ones(B, T, H) if beta is None else beta.float()
+    weight = weight.transpose(1, 2).reshape(B * H, n, chunk, 1)
+    total = b[:, :, -1:]
+    queries, keys, inverse = q * b.exp(), k * b.exp(), (k * (-b).exp()).transpose(-1, -2)
+    scores = (queries @ inverse).tril()
+    system = torch.eye(chunk, device=q.device) + (weight * (keys @ inverse)).tril(-1)
+    solved = torch.linalg.solve_triangular(system, weight * torch.cat([v, keys], -1), upper=False, unitriangular=True)
+    values, readers = solved.split([V, K], -1)  # u = values − readers @ state
+    last = (k * (total - b).exp()).transpose(-1, -2)
+    decay = total.exp().transpose(-1, -2)
+    state = q.new_zeros(B * H, K, V) if initial_state is None else initial_state.float().reshape(B * H, K, V)
+    outputs = []
+    for i in range(n):
+        u = values[:, i] - readers[:, i] @ state
+        outputs.append(queries[:, i] @ state + scores[:, i] @ u)
+        state = decay[:, i] * state + last[:, i] @ u
+    return torch.stack(outputs, 1).reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)

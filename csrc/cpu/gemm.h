@@ -126,6 +126,28 @@ ICRL_INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t columns, L
   });
 }
 
+// x[16][columns] becomes (I - L)^-1 x, or (I - L^T)^-1 x, for the strictly lower triangle L of l[16][16], by substitution.
+// What stands on l's diagonal and above it is not read.
+template <bool Transposed>
+ICRL_INLINE void solve(float* x, int64_t ld, int64_t columns, const float* l) {
+  for (int64_t n = 0; n < columns; n += kWidth) {
+    Vec r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = load(x + i * ld + n);
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k)
+#pragma GCC unroll 16
+      for (int i = k + 1; i < 16; ++i) {
+        if constexpr (Transposed)
+          r[15 - i] += splat(l[(15 - k) * 16 + 15 - i]) * r[15 - k];
+        else
+          r[i] += splat(l[i * 16 + k]) * r[k];
+      }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) store(x + i * ld + n, r[i]);
+  }
+}
+
 // to[16][16] = transpose of from[16][16]
 ICRL_INLINE void transpose_block(float* to, int64_t ld_to, const float* from, int64_t ld_from) {
 #if defined(__AVX512F__)

@@ -6,17 +6,12 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/pointers.h"
 
 namespace icrl {
 namespace {
 
 namespace py = pybind11;
-using Pointer = uintptr_t;
-
-const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
-void* out(Pointer p) { return reinterpret_cast<void*>(p); }
-const float* floats(Pointer p) { return reinterpret_cast<const float*>(p); }
-float* out_floats(Pointer p) { return reinterpret_cast<float*>(p); }
 
 // sequences, heads, kv_heads, k, v, bounds, dtype, gate dtype, gate, scale, allowance, threads
 using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Pointer, int, int, int, float, float, int>;

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace icrl {
+#include "cpu/gate.h"
 
-enum class Gate : int { none = 0, scalar = 1, channel = 2 };
+namespace icrl {
 
 struct GlaShape {
   int64_t sequences, heads, kv_heads, k, v;

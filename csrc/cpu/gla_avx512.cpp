@@ -11,6 +11,7 @@ namespace icrl::avx512 {
 // clang-format off: each needs the one before
 #include "cpu/vec.h"
 #include "cpu/gemm.h"
+#include "cpu/chunk.inl"
 #include "cpu/gla.inl"
 // clang-format on
 }  // namespace icrl::avx512

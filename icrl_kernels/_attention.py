@@ -1,0 +1,108 @@
+"""What the linear-attention ops share: their limits, the checks of their common arguments, and tensors made ready for C++."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from icrl_kernels import _checks, _registry
+
+GATE_ALLOWANCE = 1e-4
+"""Gates are logarithms of decays in [0, 1]. What rounding may put above 0 passes; a gate above this is refused."""
+
+MAX_HEAD_DIM = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/cpu/vec.h
+
+
+def check_heads(many: str, few: str, H: int, Hk: int, K: int, V: int) -> None:
+    """`many` names the argument with H heads, a multiple of the Hk heads of the one that `few` names."""
+    if Hk < 1 or H < 1 or H % Hk:
+        raise ValueError(f"{many}: wanted a number of heads that is a multiple of {few}'s, got H={H} and Hk={Hk}")
+    for name, size in (("K", K), ("V", V)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: wanted 1 to {MAX_HEAD_DIM} channels per head, got {size}")
+
+
+def check_sequences(q: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, **sizes: int) -> None:
+    """The packing of q's [B, T] tokens, and initial_state, [N, *sizes]."""
+    N = q.shape[0]
+    if cu_seqlens is not None:
+        _checks.shape("cu_seqlens", cu_seqlens, ("N+1",))
+        _checks.dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+        if q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens: packed sequences want a batch of B=1, got B={q.shape[0]}")
+        N = cu_seqlens.shape[0] - 1
+        if N < 0:
+            raise ValueError("cu_seqlens: wanted N + 1 ≥ 1 entries, got 0")
+    if initial_state is not None:
+        _checks.shape("initial_state", initial_state, ("N", *sizes), N=N, **sizes)
+        _checks.dtype("initial_state", initial_state, (torch.promote_types(q.dtype, torch.float32),))
+
+
+def check_values(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """What the CPU kernels refuse as they read, for the reference, which reads no values."""
+    bounds(q, cu_seqlens)
+    if g is not None and bool((g > GATE_ALLOWANCE).any()):
+        raise gate_error()
+
+
+def default_scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return max(1, q.shape[-1]) ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: wanted a finite number, got {scale}")
+    return float(scale)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Register what differentiating `<op>_backward` raises; without it the second derivative would be zero in silence."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f'{op} has no second derivative; backend="reference" has')
+
+    torch.library.register_autograd(f"icrl::{op}_backward", refuse, lib=_registry.LIBRARY)
+
+
+def native(op: str, q: Tensor) -> int:
+    code = DTYPES.get(q.dtype)
+    if code is None:
+        raise ValueError(
+            f"q: this backend serves float32, bfloat16 and float16, got {q.dtype}; {op} has backend='reference'"
+        )
+    return code
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each sequence's tokens begin, int64 [N + 1]."""
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return torch.arange(0, (B + 1) * T, T, dtype=torch.int64) if T else torch.zeros(B + 1, dtype=torch.int64)
+    result = cu_seqlens.to(torch.int64).contiguous()
+    values = result.tolist()
+    if not values or values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
+        raise ValueError(f"cu_seqlens: wanted a non-decreasing sequence from 0 to T={T}, got {values}")
+    return result
+
+
+def gate_error() -> ValueError:
+    return ValueError(
+        f"g: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one"
+    )
+
+
+def spans(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, int, int]]:
+    """For each sequence: its row of the batch, its first token and the one after its last."""
+    if cu_seqlens is None:
+        return [(slice(b, b + 1), 0, q.shape[1]) for b in range(q.shape[0])]
+    return [(slice(0, 1), a, b) for a, b in pairwise(cu_seqlens.tolist())]
