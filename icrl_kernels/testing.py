@@ -71,9 +71,9 @@ def gla_chunkwise_torch(
     decay = total.exp().transpose(-1, -2)
     state = q.new_zeros(B * H, K, V) if initial_state is None else initial_state.float().reshape(B * H, K, V)
     states = []
-    for i in range(n):
+    for factor, update in zip(decay.unbind(1), updates.unbind(1), strict=True):  # whose gradients are linear in T
         states.append(state)
-        state = decay[:, i] * state + updates[:, i]
+        state = factor * state + update
     o = o + queries @ torch.stack(states, 1)
     return o.reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)
 
@@ -114,8 +114,9 @@ def gated_delta_rule_chunkwise_torch(
     decay = total.exp().transpose(-1, -2)
     state = q.new_zeros(B * H, K, V) if initial_state is None else initial_state.float().reshape(B * H, K, V)
     outputs = []
-    for i in range(n):
-        u = values[:, i] - readers[:, i] @ state
-        outputs.append(queries[:, i] @ state + scores[:, i] @ u)
-        state = decay[:, i] * state + last[:, i] @ u
+    chunks = zip(*(x.unbind(1) for x in (values, readers, queries, scores, decay, last)), strict=True)
+    for value, reader, query, score, factor, key in chunks:
+        u = value - reader @ state
+        outputs.append(query @ state + score @ u)
+        state = factor * state + key @ u
     return torch.stack(outputs, 1).reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)
