@@ -1,14 +1,10 @@
-"""What ptxas makes of the Triton kernels of gla for Hopper, with no GPU: registers, spills, shared memory, products.
+"""What ptxas makes of an op's Triton kernels for Hopper, with no GPU: registers, spills, shared memory, products.
 
-The launchers run on meta tensors, and a recorder in place of each kernel compiles it with the arguments it is given:
-what is reported is what would be launched. `python -m benches.aot_report [K ...]` writes results/gla_triton_aot.json.
+Compiled is what the launchers would launch (launches.py). `python -m benches.aot_report [OP [K ...]]` writes
+results/OP_triton_aot.json.
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "0"
 
 import collections
 import re
@@ -22,12 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benches import common
-from icrl_kernels._triton import gla
+from benches.launches import OPS, Launch, record
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-KERNELS = ("_local_states", "_scan", "_outputs", "_grad_q", "_grad_kv", "_step")
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -36,34 +30,21 @@ TYPES = {
     torch.int64: "*i64",
 }
 SHARED_LIMIT = 232448  # bytes a block of compute capability 9.0 can have
+HIDDEN = {"K", "V", "C", "DT", "PREC"}  # constants that the label holds or that follow from it
 
 
-class Recorder:
-    """Stands for a kernel: `recorder[grid](...)` compiles for sm_90 and appends a row."""
-
-    def __init__(self, kernel, rows: list[dict], label: dict):
-        self.kernel, self.rows, self.label = kernel, rows, label
-
-    def __getitem__(self, grid):
-        return self.compile
-
-    def compile(self, *args, num_warps: int = 4, num_stages: int = 3, **constants):
-        names = self.kernel.arg_names
-        values = dict(zip(names, args, strict=False)) | constants
-        signature, fixed, attributes = {}, {}, {}
-        for i, name in enumerate(names):
-            x = values[name]
-            if isinstance(x, torch.Tensor):
-                signature[name], attributes[(i,)] = TYPES[x.dtype], [["tt.divisibility", 16]]
-            elif x is None or name in constants:
-                signature[name], fixed[(i,)] = "constexpr", x
-            else:
-                signature[name] = "fp32" if isinstance(x, float) else "i32"
-        source = ASTSource(self.kernel, signature, fixed, attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        tile = {k: constants[k] for k in ("BK", "BV", "REVERSE", "DK", "DV", "ANY") if k in constants}
-        self.rows.append({**self.label, "kernel": self.kernel.__name__, **tile, **options, **report(built)})
+def compiled(launch: Launch) -> dict:
+    signature, fixed, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        x = launch.values[name]
+        if isinstance(x, torch.Tensor):
+            signature[name], attributes[(i,)] = TYPES[x.dtype], [["tt.divisibility", 16]]
+        elif x is None or name in launch.constants:
+            signature[name], fixed[(i,)] = "constexpr", x
+        else:
+            signature[name] = "fp32" if isinstance(x, float) else "i32"
+    source = ASTSource(launch.kernel, signature, fixed, attributes)
+    return report(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options))
 
 
 def report(built) -> dict:
@@ -90,29 +71,22 @@ def report(built) -> dict:
     }
 
 
-def cases(sizes: list[int], dtypes: tuple[torch.dtype, ...]) -> list[dict]:
-    rows: list[dict] = []
-    kernels = {name: getattr(gla, name) for name in KERNELS}
-    for dtype in dtypes:
-        for size in sizes:
-            for gate in (0, 1, 2):
-                for name, kernel in kernels.items():
-                    label = {"dtype": str(dtype)[6:], "K": size, "V": size, "gate": ("none", "head", "channel")[gate]}
-                    setattr(gla, name, Recorder(kernel, rows, label))
-                shape = (2, 4096, 4, size)
-                q, k, v, do = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(4))
-                g = None if gate == 0 else torch.empty(shape[: gate + 2], device="meta")
-                state = torch.empty(2, 4, size, size, device="meta")
-                gla.forward(q, k, v, g, 0.1, state, None)
-                gla.backward(do, state, q, k, v, g, 0.1, state, None)
-                gla.step(q[:, 0], k[:, 0], v[:, 0], None if g is None else g[:, 0], state, 0.1)
-    for name, kernel in kernels.items():
-        setattr(gla, name, kernel)
-    return [dict(x) for x in dict.fromkeys(tuple(r.items()) for r in rows)]
+def rows(op: str, sizes: list[int], dtype: torch.dtype) -> list[dict]:
+    """A row for each distinct kernel of the op, at shapes that fill the chip with heads (B·H = 256) and that do not."""
+    seen: dict[str, dict] = {}
+    for size in sizes:
+        for B in (1, 64):
+            for call in OPS[op](B, 4096, 4, size, dtype):
+                for launch in record(call)[0]:
+                    tile = {k: v for k, v in launch.constants.items() if k not in HIDDEN}
+                    row = {**call.label, "kernel": launch.kernel.__name__, **tile, **launch.options}
+                    if str(row) not in seen:
+                        seen[str(row)] = row | compiled(launch)
+                        print(*(f"{v}" if isinstance(v, str) else f"{k}={v}" for k, v in seen[str(row)].items()))
+    return list(seen.values())
 
 
 if __name__ == "__main__":
-    rows = cases([int(x) for x in sys.argv[1:]] or [64, 128], (torch.bfloat16,))
-    for r in rows:
-        print(*(f"{v}" if isinstance(v, str) else f"{k}={v}" for k, v in r.items()))
-    print(common.write("gla_triton_aot", rows, triton=triton.__version__, target="sm_90"))
+    op, *sizes = sys.argv[1:] or ["gla"]
+    table = rows(op, [int(x) for x in sizes] or [64, 128], torch.bfloat16)
+    print(common.write(f"{op}_triton_aot", table, triton=triton.__version__, target="sm_90"))
