@@ -9,6 +9,7 @@ namespace icrl {
 void bind_anymdp(pybind11::module_& m);
 void bind_gated_delta_rule(pybind11::module_& m);
 void bind_gla(pybind11::module_& m);
+void bind_gsa(pybind11::module_& m);
 void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
@@ -22,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
   icrl::bind_anymdp(m);
   icrl::bind_gated_delta_rule(m);
   icrl::bind_gla(m);
+  icrl::bind_gsa(m);
   icrl::bind_model_based(m);
   icrl::bind_rollout(m);
   icrl::bind_value_iteration(m);

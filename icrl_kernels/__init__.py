@@ -3,6 +3,7 @@
 from icrl_kernels._version import __version__
 from icrl_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
 from icrl_kernels.gla import gla, gla_reference, gla_step
+from icrl_kernels.gsa import gsa, gsa_reference, gsa_step
 from icrl_kernels.model_based import model_based_q
 from icrl_kernels.rollout import (
     Behaviours,
@@ -33,6 +34,9 @@ __all__ = [
     "gla",
     "gla_reference",
     "gla_step",
+    "gsa",
+    "gsa_reference",
+    "gsa_step",
     "model_based_q",
     "rollout",
     "rollout_reference",

@@ -28,6 +28,13 @@ def check_heads(many: str, few: str, H: int, Hk: int, K: int, V: int) -> None:
 
 def check_sequences(q: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, **sizes: int) -> None:
     """The packing of q's [B, T] tokens, and initial_state, [N, *sizes]."""
+    check_states(q, {"initial_state": (initial_state, tuple(sizes))}, cu_seqlens, **sizes)
+
+
+def check_states(
+    q: Tensor, states: dict[str, tuple[Tensor | None, tuple[str, ...]]], cu_seqlens: Tensor | None, **sizes: int
+) -> None:
+    """The packing of q's [B, T] tokens, and states, [N, *names of sizes]."""
     N = q.shape[0]
     if cu_seqlens is not None:
         _checks.shape("cu_seqlens", cu_seqlens, ("N+1",))
@@ -37,9 +44,10 @@ def check_sequences(q: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor 
         N = cu_seqlens.shape[0] - 1
         if N < 0:
             raise ValueError("cu_seqlens: wanted N + 1 ≥ 1 entries, got 0")
-    if initial_state is not None:
-        _checks.shape("initial_state", initial_state, ("N", *sizes), N=N, **sizes)
-        _checks.dtype("initial_state", initial_state, (torch.promote_types(q.dtype, torch.float32),))
+    for name, (state, names) in states.items():
+        if state is not None:
+            _checks.shape(name, state, ("N", *names), N=N, **sizes)
+            _checks.dtype(name, state, (torch.promote_types(q.dtype, torch.float32),))
 
 
 def check_values(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> None:

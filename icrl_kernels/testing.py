@@ -120,3 +120,43 @@ def gated_delta_rule_chunkwise_torch(
         outputs.append(query @ state + score @ u)
         state = factor * state + key @ u
     return torch.stack(outputs, 1).reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)
+
+
+def gsa_chunkwise_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Gated slot attention composed of batched matmuls, its second pass `gla_chunkwise_torch`: the benches' peer.
+
+    The same limits: gates whose sum is less than about -80 over a chunk overflow, T a multiple of `chunk`, H = Hk.
+    """
+    B, T, H, K = q.shape
+    M, n = s.shape[-1], T // chunk
+    scale = float(K**-0.5) if scale is None else scale
+
+    def heads(x: Tensor) -> Tensor:
+        return x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1])
+
+    queries, keys, writes = heads(q) * scale, heads(k), heads(s)
+    b = writes.new_zeros(B * H, n, chunk, 1) if g is None else heads(g).cumsum(2)
+    total = b[:, :, -1:]
+    scores = (queries @ keys.transpose(-1, -2)).tril()
+    updates = keys.transpose(-1, -2) @ (writes * (total - b).exp())  # [B*H, n, K, M]
+    decay = total.exp()
+    state = q.new_zeros(B * H, K, M).float() if initial_state is None else initial_state[0].float().reshape(B * H, K, M)
+    states = []
+    for i in range(n):
+        states.append(state)
+        state = state * decay[:, i] + updates[:, i]
+    p = (b.exp() * (scores @ (writes * (-b).exp()) + queries @ torch.stack(states, 1))).softmax(-1)
+    p = p.reshape(B, H, T, M).transpose(1, 2)
+    values = None if initial_state is None else initial_state[1]
+    o, values = gla_chunkwise_torch(p, s, v, g, 1.0, values, chunk=chunk)
+    return o, (state.reshape(B, H, K, M), values)

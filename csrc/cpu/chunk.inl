@@ -44,10 +44,13 @@ ICRL_INLINE Rows rows(const void* from, int dtype, int64_t t, int64_t heads, int
   return {from, dtype, (t * heads + head) * size, heads * size};
 }
 
-// n rows of `size` numbers to [16][padded] floats, zeros in the rest
+// n rows of `size` numbers to [16][padded] floats, `ld` apart, zeros in the rest
+ICRL_INLINE void load_rows(float* to, const Rows& r, int n, int64_t size, int64_t padded, int64_t ld) {
+  for (int i = 0; i < n; ++i) load_row(to + i * ld, r.from, r.dtype, r.at + i * r.stride, size, padded);
+  for (int i = n; i < kChunk; ++i) __builtin_memset(to + i * ld, 0, padded * 4);
+}
 ICRL_INLINE void load_rows(float* to, const Rows& r, int n, int64_t size, int64_t padded) {
-  for (int i = 0; i < n; ++i) load_row(to + i * padded, r.from, r.dtype, r.at + i * r.stride, size, padded);
-  __builtin_memset(to + n * padded, 0, (kChunk - n) * padded * 4);
+  load_rows(to, r, n, size, padded, padded);
 }
 ICRL_INLINE void store_rows(void* to, const float* from, int dtype, int64_t at, int64_t stride, int n, int64_t size,
                             int64_t padded) {
@@ -207,6 +210,50 @@ struct Chunk {
         }
       }
   }
+
+  // out_i = P_i (x_i S) + sum of w_ij (P_i / P_j) k_j over j < i, for x [16][ld], S [depth][Kp] and w [16][16], of which
+  // nothing from the diagonal up is read. For a scalar gate, and y [16][Kp], along_i += y_i . P_i (x_i S).
+  void gather(float* out, const float* x, int64_t ld, int64_t depth, const float* state, const float* w, int n,
+              const float* y = nullptr, float* along = nullptr) {
+    float held[kChunk * kChunk], dots[kChunk * kWidth];
+    const float* u = split(held, w);
+    if (along) __builtin_memset(dots, 0, sizeof dots);
+    for_tiles(kChunk, Kp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
+      tile.zero();
+      tile.multiply(Left{x, ld, 1}, state + j, Kp, i, 0, depth);
+      if constexpr (gate == Gate::scalar) {
+        tile.scale_rows(p + i);
+        if (along) tile.dot_rows(dots + i * kWidth, y + i * Kp + j, Kp);
+      }
+      tile.template lower<true>(Left{u, kChunk, 1}, kd + j, Kp, i);
+      tile.write(out + i * Kp + j, Kp);
+    });
+    if (along)
+      for (int i = 0; i < kChunk; ++i) along[i] += sum(load(dots + i * kWidth));
+    if constexpr (gate == Gate::channel) {
+      for (int64_t i = 0; i < kChunk * Kp; i += kWidth) store(out + i, load(out + i) * load(p + i));
+      for (int i = cross; i < n; ++i) {
+        advance(i);
+        for (int j = 0; j < i; ++j) {
+          const Vec y = splat(w[i * kChunk + j]);
+          for (int64_t at = 0; at < Kp; at += kWidth)
+            store(out + i * Kp + at, load(out + i * Kp + at) + y * load(d + j * Kp + at) * load(k + j * Kp + at));
+        }
+      }
+    }
+  }
+
+  // w as it meets kd and P q: scalar decays put in, rows that take running products emptied
+  const float* split(float* to, const float* w) const {
+    if constexpr (gate == Gate::scalar) {
+      for (int i = 0; i < kChunk * kChunk; i += kWidth) store(to + i, load(w + i) * load(d + i));
+      return to;
+    }
+    if (cross == kChunk) return w;
+    __builtin_memcpy(to, w, cross * kChunk * 4);
+    __builtin_memset(to + cross * kChunk, 0, (kChunk - cross) * kChunk * 4);
+    return to;
+  }
 };
 
 // [rows][columns] of the user's state to or from a padded array, transposed or not
@@ -242,12 +289,13 @@ ICRL_INLINE void for_columns(float* state, int64_t K, int64_t V, float* tail, co
 //
 // The gate's gradient is dg_t = sum over pairs (i >= t > j) of (i's and j's term), the pairs taken in four kinds: both
 // outside the chunk (<S dS> at its ends), i inside (summed from the end back), j inside (summed from the start), both
-// inside (row sums minus column sums of the strict triangle). No sum runs past a chunk, and terms that no gate touches
-// (i = j) never enter, so that strong gates lose nothing to cancellation.
+// inside: for a scalar gate the pairs themselves, for a channel gate, where these are vectors, row sums minus column sums
+// of the strict triangle. No sum runs past a chunk, and terms that no gate touches (i = j) never enter, so that strong
+// gates lose nothing to cancellation.
 template <Gate gate>
 struct ChunkGradient {
   Chunk<gate, true> c;
-  float *a, *da, *value_t, *kut, *dvalue_t, *dq, *dk, *dvalue, *raw, *y, *z, *base, *dg;
+  float *a, *da, *value_t, *kut, *dvalue_t, *dq, *dk, *dvalue, *raw, *y, *z, *base, *pairs, *dg;
   float* gradient;  // of the state
   int64_t K, V, Kp, Vp;
 
@@ -259,7 +307,14 @@ struct ChunkGradient {
     dq = m.take(kChunk * Kp), dk = m.take(kChunk * Kp), dvalue = m.take(kChunk * Vp), raw = m.take(kChunk * Kp);
     const int64_t n = gate == Gate::channel ? Kp : 1;
     y = m.take(kChunk * n), z = m.take(kChunk * n), base = m.take(n), dg = m.take(kChunk * n);
+    pairs = m.take(kChunk);
     gradient = m.take(Vp * Kp);
+  }
+
+  // The state of [K][V] that a sequence begins with and the gradient of the one that it ends with
+  void read_states(float* state, const float* initial, const float* d_final) {
+    read_state(state, 1, Kp, Vp * Kp, initial, V, K, V);
+    read_state(gradient, 1, Kp, Vp * Kp, d_final, V, K, V);
   }
 
   // state = after this chunk, from = before it; the chunk wrote `value` with its keys
@@ -280,6 +335,7 @@ struct ChunkGradient {
       transpose(kut, c.ku, kChunk, Kp);
       __builtin_memset(y, 0, kChunk * width * 4);
       __builtin_memset(z, 0, kChunk * width * 4);
+      __builtin_memset(pairs, 0, kChunk * 4);
       outer_gate_gradient(state);
     }
     product(dk, Kp, kChunk, Kp, Left{value, Vp, 1}, gradient, Kp, V);
@@ -293,80 +349,86 @@ struct ChunkGradient {
     transpose(dvalue, dvalue_t, Vp, kChunk);
   }
 
-  // dvalue += what queries with these scores and gradients of their outputs give
-  void scores_gradient(const float* scores, const float* d_o) {
-    for_tiles(kChunk, Vp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
-      tile.read(dvalue + i * Vp + j, Vp);
+  // dvalue += what queries with these scores and gradients of their outputs give, in `width` columns of dvalue and d_o
+  void scores_gradient(const float* scores, float* to, const float* d_o, int64_t width) {
+    for_tiles(kChunk, width, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
+      tile.read(to + i * Vp + j, Vp);
       tile.template upper<false>(Left{scores, 1, kChunk}, d_o + j, Vp, i, kChunk);
-      tile.write(dvalue + i * Vp + j, Vp);
+      tile.write(to + i * Vp + j, Vp);
     });
   }
 
   // From the gradients of what queries read: dq (for q = qr / scale), and their parts of dk, z and the state's
   // gradient, which decays with the `first` queries of a chunk. Strict: they read earlier tokens only.
   template <bool Strict>
-  void queries_gradient(const float* state, const float* qr, const float* qs, const float* d_o, float scale, int n,
+  void queries_gradient(const float* state, const float* scores, const float* qr, const float* qs, const float* d_o, float scale, int n,
                         bool first) {
     product(da, kChunk, kChunk, kChunk, Left{d_o, Vp, 1}, value_t, kChunk, V);
-    float diagonal[kChunk], rest[kChunk * kChunk];
-    for (int i = 0; i < kChunk; ++i) diagonal[i] = Strict ? 0.f : da[i * kChunk + i];
-    if (c.cross < kChunk) __builtin_memcpy(rest, da, sizeof rest);
-    if constexpr (gate == Gate::scalar)
-      for (int i = 0; i < kChunk * kChunk; i += kWidth) store(da + i, load(da + i) * load(c.d + i));
-    if constexpr (gate == Gate::channel)
-      for (int i = c.cross * kChunk; i < kChunk * kChunk; ++i) da[i] = 0.f;
+    c.gather(dq, d_o, Vp, V, state, da, n, qr, gate == Gate::scalar ? z : nullptr);
+    if constexpr (gate == Gate::scalar) pairs_gradient(da, scores);
+    keys_gradient<Strict>(da, qr, qs, dq, n);
+    for (int i = 0; i < kChunk; ++i) {
+      const Vec w = splat(da[i * kChunk + i]);
+      for (int64_t at = i * Kp; at < (i + 1) * Kp; at += kWidth)
+        store(dq + at, (Strict ? load(dq + at) : load(dq + at) + w * load(c.k + at)) * splat(scale));
+    }
+    state_gradient(gradient, Vp, qs, d_o, n, first);
+  }
 
-    // dq without its diagonal term and without scale
+  // Adds to dk and z what queries give whose decayed scores have the gradients w; gathered is c.gather's result for w.
+  template <bool Strict>
+  void keys_gradient(const float* w, const float* qr, const float* qs, const float* gathered, int n) {
+    float held[kChunk * kChunk];
+    const float* u = c.split(held, w);
     for_tiles(kChunk, Kp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
       tile.zero();
-      tile.multiply(Left{d_o, Vp, 1}, state + j, Kp, i, 0, V);
-      if constexpr (gate == Gate::scalar) tile.scale_rows(c.p + i);
-      tile.template lower<true>(Left{da, kChunk, 1}, c.kd + j, Kp, i);
-      tile.write(dq + i * Kp + j, Kp);
-    });
-    // dk, likewise
-    for_tiles(kChunk, Kp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
-      tile.zero();
-      tile.template upper<true>(Left{da, 1, kChunk}, (gate == Gate::channel ? qs : qr) + j, Kp, i, kChunk);
+      tile.template upper<true>(Left{u, 1, kChunk}, (gate == Gate::channel ? qs : qr) + j, Kp, i, kChunk);
       tile.write(raw + i * Kp + j, Kp);
     });
     if constexpr (gate == Gate::channel) {
-      for (int64_t i = 0; i < kChunk * Kp; i += kWidth) {
-        store(dq + i, load(dq + i) * load(c.p + i));
-        store(raw + i, load(raw + i) * load(c.inverse + i));
-      }
+      for (int64_t i = 0; i < kChunk * Kp; i += kWidth) store(raw + i, load(raw + i) * load(c.inverse + i));
       for (int i = c.cross; i < n; ++i) {
         c.advance(i);
         for (int j = 0; j < i; ++j) {
-          const Vec w = splat(rest[i * kChunk + j]);
-          for (int64_t at = 0; at < Kp; at += kWidth) {
-            const Vec u = w * load(c.d + j * Kp + at);
-            store(dq + i * Kp + at, load(dq + i * Kp + at) + u * load(c.k + j * Kp + at));
-            store(raw + j * Kp + at, load(raw + j * Kp + at) + u * load(qr + i * Kp + at));
-          }
+          const Vec x = splat(w[i * kChunk + j]);
+          for (int64_t at = 0; at < Kp; at += kWidth)
+            store(raw + j * Kp + at, load(raw + j * Kp + at) + x * load(c.d + j * Kp + at) * load(qr + i * Kp + at));
         }
       }
     }
-    if constexpr (gate != Gate::none)
-      reduce(z, [&](int64_t i) { return load(qr + i) * load(dq + i) - load(c.k + i) * load(raw + i); });
-        for (int i = 0; i < kChunk; ++i) {
-      const Vec w = splat(diagonal[i]);
+    if constexpr (gate == Gate::channel)
+      reduce(z, [&](int64_t i) { return load(qr + i) * load(gathered + i) - load(c.k + i) * load(raw + i); });
+    for (int i = 0; i < kChunk; ++i) {
+      const Vec x = splat(w[i * kChunk + i]);
       for (int64_t at = i * Kp; at < (i + 1) * Kp; at += kWidth) {
-        if constexpr (Strict) {
-          store(dq + at, load(dq + at) * splat(scale));
-          store(dk + at, load(dk + at) + load(raw + at));
-        } else {
-          store(dq + at, (load(dq + at) + w * load(c.k + at)) * splat(scale));
-          store(dk + at, load(dk + at) + load(raw + at) + w * load(qr + at));
-        }
+        const Vec y = load(dk + at) + load(raw + at);
+        store(dk + at, Strict ? y : y + x * load(qr + at));
       }
     }
-    for_tiles(Vp, Kp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
-      tile.read(gradient + i * Kp + j, Kp);
+  }
+
+  // A scalar gate's pairs inside the chunk: pairs_t += sum of w_ij scores_ij over i >= t > j
+  void pairs_gradient(const float* w, const float* scores) {
+    Vec total[kChunk] = {};
+    for (int j = 0; j < kChunk; j += kWidth) {
+      const IVec column = lanes() + j;
+      Vec later = Vec{};
+      for (int t = kChunk - 1; t > 0; --t) {
+        later += column < t ? load(w + t * kChunk + j) * load(scores + t * kChunk + j) : Vec{};
+        total[t] += column < t ? later : Vec{};
+      }
+    }
+    for (int t = 1; t < kChunk; ++t) pairs[t] += sum(total[t]);
+  }
+
+  // `rows` of the state's gradient take what queries with these d_o (columns as many) give
+  void state_gradient(float* to, int64_t rows, const float* qs, const float* d_o, int n, bool first) {
+    for_tiles(rows, Kp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
+      tile.read(to + i * Kp + j, Kp);
       if constexpr (gate != Gate::none)
         if (first) tile.scale_columns(c.decay + j);
       tile.multiply(Left{d_o, 1, Vp}, qs + j, Kp, i, 0, n);
-      tile.write(gradient + i * Kp + j, Kp);
+      tile.write(to + i * Kp + j, Kp);
     });
   }
 
@@ -390,7 +452,7 @@ struct ChunkGradient {
       for (int i = 0; i < kChunk; before += y[i++]) dg[i] = before;
       for (int i = kChunk - 1; i >= 0; --i) {
         after += z[i];
-        dg[i] = c.e[i] == 0.f ? 0.f : dg[i] + after;
+        dg[i] = c.e[i] == 0.f ? 0.f : dg[i] + after + pairs[i];
       }
     }
   }
@@ -413,7 +475,12 @@ struct ChunkGradient {
     Vec total = Vec{};
     for (int64_t j = 0; j < Kp; j += kWidth) {
       Vec b = Vec{};
-      for (int64_t i = j; i < Vp * Kp; i += Kp) b += load(state + i) * load(gradient + i);
+      for (int64_t i = 0; i < Vp; i += 16) {  // sums of 16, then their sum: fewer roundings, and no chain of latencies
+        Vec part[4] = {};
+#pragma GCC unroll 16
+        for (int m = 0; m < 16; ++m) part[m % 4] += load(state + (i + m) * Kp + j) * load(gradient + (i + m) * Kp + j);
+        b += (part[0] + part[1]) + (part[2] + part[3]);
+      }
       b *= load(c.decay + j);
       if constexpr (gate == Gate::channel) store(base + j, b);
       total += b;
@@ -422,12 +489,12 @@ struct ChunkGradient {
   }
 };
 
-// Gradients of one sequence: b.advance takes a state over a chunk, b.chunk takes b.m.gradient back over it. States are
-// kept at the start of each chunk of one segment, and at the start of every segment. False when memory ran out.
+// Gradients of one sequence: b.read_states sets its first state and last gradient, b.advance takes a state over a chunk,
+// b.chunk takes b.m.gradient back over it. States are kept at the start of each chunk of one segment, and at the start of
+// every segment. False when memory ran out.
 template <class B>
-bool backward_sequence(B& b, int64_t first, int64_t last, int64_t K, int64_t V, const float* initial,
-                       const float* d_final, float* d_initial) {
-  const int64_t chunks = (last - first + kChunk - 1) / kChunk, Kp = pad16(K), size = Kp * pad16(V);
+bool backward_sequence(B& b, int64_t first, int64_t last) {
+  const int64_t chunks = (last - first + kChunk - 1) / kChunk, size = b.state_size();
   int64_t length = chunks > 0 ? chunks : 1;
   if (length * size > kSingleSegment) length = kSegment / size > 16 ? kSegment / size : 16;
   const int64_t segments = (chunks + length - 1) / length;
@@ -438,9 +505,7 @@ bool backward_sequence(B& b, int64_t first, int64_t last, int64_t K, int64_t V, 
     b.layout(arena);
     starts = arena.take((segments > 0 ? segments : 1) * size), states = arena.take(length * size);
   }
-  float* gradient = b.m.gradient;
-  read_state(starts, 1, Kp, size, initial, V, K, V);
-  read_state(gradient, 1, Kp, size, d_final, V, K, V);
+  b.read_states(starts);
   for (int64_t i = 0; i + 1 < segments; ++i) {
     float* next = starts + (i + 1) * size;
     for (int64_t j = i * length; j < (i + 1) * length; ++j)
@@ -456,7 +521,7 @@ bool backward_sequence(B& b, int64_t first, int64_t last, int64_t K, int64_t V, 
       b.chunk(states + (j - from) * size, first + j * kChunk, left < kChunk ? int(left) : kChunk);
     }
   }
-  if (d_initial) write_state(d_initial, V, gradient, 1, Kp, K, V);
+  b.write_gradient();
   free(arena.base);
   return true;
 }

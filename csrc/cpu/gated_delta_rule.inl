@@ -156,10 +156,12 @@ template <Gate gate>
 struct Backward {
   const DeltaShape& s;
   const DeltaBackward& x;
+  int64_t pair, head;
   ChunkGradient<gate> m;
   Delta<gate, true> d;
   float *kq_t, *e, *e_t, *u, *d_o, *de, *dbeta;
-  int64_t head;
+
+  int64_t state_size() const { return pad16(s.k) * pad16(s.v); }
 
   void layout(Arena& arena) {
     m.layout(arena, s.k, s.v);
@@ -167,6 +169,14 @@ struct Backward {
     kq_t = arena.take(kChunk * m.Kp), dbeta = arena.take(kChunk);
     e = arena.take(kChunk * m.Vp), e_t = arena.take(kChunk * m.Vp), u = arena.take(kChunk * m.Vp);
     d_o = arena.take(kChunk * m.Vp), de = arena.take(kChunk * m.Vp);
+  }
+
+  void read_states(float* state) {
+    const int64_t at = pair * s.k * s.v;
+    m.read_states(state, x.initial ? x.initial + at : nullptr, x.d_final + at);
+  }
+  void write_gradient() {
+    if (x.d_initial) write_state(x.d_initial + pair * s.k * s.v, s.v, m.gradient, 1, m.Kp, s.k, s.v);
   }
 
   // e and u of the n tokens from t on
@@ -192,7 +202,7 @@ struct Backward {
     d.queries(m.c, s, x, t, n, head, m.a);
     load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, head, s.v), n, s.v, Vp);
     m.begin(state, u);
-    m.scores_gradient(m.a, d_o);
+    m.scores_gradient(m.a, m.dvalue, d_o, Vp);
     for (int i = 0; i < kChunk; ++i)
       for (int j = 0; j < i; ++j) d.solve_by[i * kChunk + j] = d.n[i * kChunk + j] * d.beta[i];
     solve<true>(m.dvalue, Vp, Vp, d.solve_by);
@@ -202,10 +212,10 @@ struct Backward {
       dbeta[i] = sum(total);
     }
     scale_rows(de, m.dvalue, d.beta, Vp, Vp);
-    m.template queries_gradient<false>(state, d.qr, d.qd, d_o, s.scale, n, true);
+    m.template queries_gradient<false>(state, m.a, d.qr, d.qd, d_o, s.scale, n, true);
     if (s.normalize) normalize_gradient(m.dq, d.q, d.query_norm, Kp);
     store_rows(x.dq, m.dq, s.key_gradient_dtype, row * s.k, s.heads * s.k, n, s.k, Kp);
-    m.template queries_gradient<true>(state, d.kr, d.kq, de, -1.f, n, false);
+    m.template queries_gradient<true>(state, d.n, d.kr, d.kq, de, -1.f, n, false);
     for (int64_t i = 0; i < kChunk * Kp; i += kWidth) store(m.dk + i, load(m.dk + i) + load(m.dq + i));
     if (s.normalize) normalize_gradient(m.dk, m.c.k, d.key_norm, Kp);
     store_rows(x.dk, m.dk, s.key_gradient_dtype, row * s.k, s.heads * s.k, n, s.k, Kp);
@@ -223,11 +233,9 @@ template <Gate gate>
 bool backward(const DeltaShape& s, const DeltaBackward& x) {
   int failed = 0;
   parallel_for(s.sequences * s.heads, s.threads, [&](int64_t pair) {
-    const int64_t sequence = pair / s.heads, at = pair * s.k * s.v;
-    Backward<gate> b{s, x};
-    b.head = pair % s.heads;
-    if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1], s.k, s.v, x.initial ? x.initial + at : nullptr,
-                           x.d_final + at, x.d_initial ? x.d_initial + at : nullptr))
+    const int64_t sequence = pair / s.heads;
+    Backward<gate> b{s, x, pair, pair % s.heads};
+    if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
   });
   return !failed;

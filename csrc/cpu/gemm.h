@@ -46,6 +46,17 @@ struct Tile {
     }
   }
 
+  // out[m][kWidth] += the products of row m and y's row m, lanes not yet summed
+  ICRL_INLINE void dot_rows(float* out, const float* y, int64_t ld) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      Vec x = load(out + m * kWidth);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) x += c[m][n] * load(y + m * ld + n * kWidth);
+      store(out + m * kWidth, x);
+    }
+  }
+
   // rows [first, last) of the tile take A(m, k) B[k]
   ICRL_INLINE void step(const Left& a, const float* b, int64_t ldb, int64_t m0, int64_t k, int first, int last) {
     Vec x[NR];

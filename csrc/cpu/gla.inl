@@ -78,14 +78,24 @@ template <Gate gate>
 struct Backward {
   const GlaShape& s;
   const GlaBackward& x;
+  int64_t pair, head;
   ChunkGradient<gate> m;
   float *qr, *qs, *d_o;
-  int64_t head;
+
+  int64_t state_size() const { return pad16(s.k) * pad16(s.v); }
 
   void layout(Arena& arena) {
     m.layout(arena, s.k, s.v);
     qr = arena.take(kChunk * m.Kp), qs = gate == Gate::none ? qr : arena.take(kChunk * m.Kp);
     d_o = arena.take(kChunk * m.Vp);
+  }
+
+  void read_states(float* state) {
+    const int64_t at = pair * s.k * s.v;
+    m.read_states(state, x.initial ? x.initial + at : nullptr, x.d_final + at);
+  }
+  void write_gradient() {
+    if (x.d_initial) write_state(x.d_initial + pair * s.k * s.v, s.v, m.gradient, 1, m.Kp, s.k, s.v);
   }
 
   void advance(float* state, const float* from, int64_t t, int n) {
@@ -105,8 +115,8 @@ struct Backward {
       m.c.queries(qr, s.scale, qr, qs);
       load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, query_head, s.v), n, s.v, Vp);
       m.c.scores(m.a, qr, qs, n);
-      m.scores_gradient(m.a, d_o);
-      m.template queries_gradient<false>(state, qr, qs, d_o, s.scale, n, r == 0);
+      m.scores_gradient(m.a, m.dvalue, d_o, Vp);
+      m.template queries_gradient<false>(state, m.a, qr, qs, d_o, s.scale, n, r == 0);
       store_rows(x.dq, m.dq, s.dtype, q.at, q.stride, n, s.k, Kp);
     }
     const int64_t row = t * s.kv_heads + head;
@@ -124,11 +134,9 @@ template <Gate gate>
 bool backward(const GlaShape& s, const GlaBackward& x) {
   int failed = 0;
   parallel_for(s.sequences * s.kv_heads, s.threads, [&](int64_t pair) {
-    const int64_t sequence = pair / s.kv_heads, at = pair * s.k * s.v;
-    Backward<gate> b{s, x};
-    b.head = pair % s.kv_heads;
-    if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1], s.k, s.v, x.initial ? x.initial + at : nullptr,
-                           x.d_final + at, x.d_initial ? x.d_initial + at : nullptr))
+    const int64_t sequence = pair / s.kv_heads;
+    Backward<gate> b{s, x, pair, pair % s.kv_heads};
+    if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
   });
   return !failed;

@@ -20,15 +20,18 @@ typedef int32_t IVec __attribute__((vector_size(4 * kWidth), may_alias));
 ICRL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UVec*>(p); }
 ICRL_INLINE void store(float* p, Vec x) { *reinterpret_cast<UVec*>(p) = x; }
 ICRL_INLINE Vec splat(float x) { return x - Vec{}; }
+ICRL_INLINE IVec lanes() {  // 0, 1, 2, ...
+  IVec x;
+  for (int i = 0; i < kWidth; ++i) x[i] = i;
+  return x;
+}
 ICRL_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // b where a is NaN
 ICRL_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 
 ICRL_INLINE float sum(Vec x) {  // halves, so that the order is one whatever the compiler
-  float t[kWidth];
-  store(t, x);
-  for (int n = kWidth / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) t[i] += t[i + n];
-  return t[0];
+#pragma GCC unroll 8
+  for (int n = kWidth / 2; n; n /= 2) x += __builtin_shuffle(x, (lanes() + n) & (kWidth - 1));
+  return x[0];
 }
 ICRL_INLINE float max_lane(Vec x) {
   float t[kWidth], m;
@@ -56,8 +59,7 @@ ICRL_INLINE Vec vexp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const IVec power = (reinterpret_cast<const IVec&>(shifted) + 127) << 23;
-  p = p * reinterpret_cast<const Vec&>(power);
+  p = p * (Vec)(((IVec)shifted + 127) << 23);  // casts between vectors keep the bits
   return zero ? Vec{} : p;
 }
 
@@ -65,14 +67,10 @@ ICRL_INLINE Vec vexp(Vec x) {
 enum Dtype : int { kFloat = 0, kBfloat = 1, kHalf = 2 };
 
 ICRL_INLINE float from_bfloat(uint16_t x) {
-  const uint32_t b = uint32_t(x) << 16;
-  float f;
-  __builtin_memcpy(&f, &b, 4);
-  return f;
+  return __builtin_bit_cast(float, uint32_t(x) << 16);
 }
 ICRL_INLINE uint16_t to_bfloat(float f) {
-  uint32_t b;
-  __builtin_memcpy(&b, &f, 4);
+  uint32_t b = __builtin_bit_cast(uint32_t, f);
   const uint32_t rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   return uint16_t((b & 0x7fffffff) > 0x7f800000 ? (b >> 16) | 0x40 : rounded);
 }
@@ -81,13 +79,8 @@ ICRL_INLINE float from_half(uint16_t x) {
   return _cvtsh_ss(x);
 #else
   uint32_t b = uint32_t(x & 0x7fff) << 13;
-  float f;
-  __builtin_memcpy(&f, &b, 4);
-  f *= 0x1p112f;  // rebias; right for subnormals too
-  if ((x & 0x7c00) == 0x7c00) {
-    b |= 0x7f800000;
-    __builtin_memcpy(&f, &b, 4);
-  }
+  float f = __builtin_bit_cast(float, b) * 0x1p112f;  // rebias; right for subnormals too
+  if ((x & 0x7c00) == 0x7c00) f = __builtin_bit_cast(float, b | 0x7f800000);
   return (x & 0x8000) ? -f : f;
 #endif
 }
@@ -95,18 +88,13 @@ ICRL_INLINE uint16_t to_half(float f) {
 #ifdef __F16C__
   return uint16_t(_cvtss_sh(f, 0));
 #else
-  uint32_t b;
-  __builtin_memcpy(&b, &f, 4);
+  uint32_t b = __builtin_bit_cast(uint32_t, f);
   const uint32_t sign = (b >> 16) & 0x8000;
   b &= 0x7fffffff;
   if (b > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (b >= 0x477ff000) return uint16_t(sign | 0x7c00);
   if (b < 0x38800000) {  // subnormal half: let the addition of 0.5 round at the right bit
-    float a;
-    __builtin_memcpy(&a, &b, 4);
-    a += 0.5f;
-    __builtin_memcpy(&b, &a, 4);
-    return uint16_t(sign | (b - 0x3f000000));
+    return uint16_t(sign | (__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, b) + 0.5f) - 0x3f000000));
   }
   return uint16_t(sign | ((b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13));
 #endif
