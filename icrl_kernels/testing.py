@@ -152,9 +152,9 @@ def gsa_chunkwise_torch(
     decay = total.exp()
     state = q.new_zeros(B * H, K, M).float() if initial_state is None else initial_state[0].float().reshape(B * H, K, M)
     states = []
-    for i in range(n):
+    for d, u in zip(decay.unbind(1), updates.unbind(1), strict=True):
         states.append(state)
-        state = state * decay[:, i] + updates[:, i]
+        state = state * d + u
     p = (b.exp() * (scores @ (writes * (-b).exp()) + queries @ torch.stack(states, 1))).softmax(-1)
     p = p.reshape(B, H, T, M).transpose(1, 2)
     values = None if initial_state is None else initial_state[1]

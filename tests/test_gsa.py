@@ -271,9 +271,9 @@ def test_float64_is_served_by_the_reference():
 
 def test_reference_checks_values_as_well():
     tensors = to(inputs(1, 5, 2, 1, 4, 3, 5), torch.float64)
-    with pytest.raises(ValueError, match="^cu_seqlens"):
+    with pytest.raises(ValueError, match="cu_seqlens:"):
         gsa(*tensors[:5], cu_seqlens=torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="^g"):
+    with pytest.raises(ValueError, match="g:"):
         gsa(*tensors[:4], tensors[4] + 2)
 
 
