@@ -17,6 +17,7 @@ from icrl_kernels.rollout import (
     rollout_step,
     rollout_tables,
 )
+from icrl_kernels.rwkv7 import rwkv7, rwkv7_reference, rwkv7_step
 from icrl_kernels.threads import set_threads_here
 from icrl_kernels.value_iteration import ValueIteration, value_iteration
 
@@ -43,6 +44,9 @@ __all__ = [
     "rollout_start",
     "rollout_step",
     "rollout_tables",
+    "rwkv7",
+    "rwkv7_reference",
+    "rwkv7_step",
     "set_threads_here",
     "value_iteration",
 ]

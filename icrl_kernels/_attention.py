@@ -50,17 +50,17 @@ def check_states(
             _checks.dtype(name, state, (torch.promote_types(q.dtype, torch.float32),))
 
 
-def check_values(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def check_values(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, name: str = "g") -> None:
     """What the CPU kernels refuse as they read, for the reference, which reads no values."""
     bounds(q, cu_seqlens)
     if g is not None and bool((g > GATE_ALLOWANCE).any()):
-        raise gate_error()
+        raise gate_error(name)
 
 
 def default_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return max(1, q.shape[-1]) ** -0.5
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite cannot be traced where torch.compile makes floats symbolic
         raise ValueError(f"scale: wanted a finite number, got {scale}")
     return float(scale)
 
@@ -74,11 +74,11 @@ def refuse_second_derivative(op: str) -> None:
     torch.library.register_autograd(f"icrl::{op}_backward", refuse, lib=_registry.LIBRARY)
 
 
-def native(op: str, q: Tensor) -> int:
+def native(op: str, q: Tensor, name: str = "q") -> int:
     code = DTYPES.get(q.dtype)
     if code is None:
         raise ValueError(
-            f"q: this backend serves float32, bfloat16 and float16, got {q.dtype}; {op} has backend='reference'"
+            f"{name}: this backend serves float32, bfloat16 and float16, got {q.dtype}; {op} has backend='reference'"
         )
     return code
 
@@ -103,9 +103,9 @@ def bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return result
 
 
-def gate_error() -> ValueError:
+def gate_error(name: str = "g") -> ValueError:
     return ValueError(
-        f"g: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one"
+        f"{name}: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one"
     )
 
 

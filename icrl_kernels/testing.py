@@ -160,3 +160,48 @@ def gsa_chunkwise_torch(
     values = None if initial_state is None else initial_state[1]
     o, values = gla_chunkwise_torch(p, s, v, g, 1.0, values, chunk=chunk)
     return o, (state.reshape(B, H, K, M), values)
+
+
+def rwkv7_chunkwise_torch(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's rule composed of batched matmuls and one triangular solve per chunk: the benches' peer.
+
+    Mild gates and T a multiple of `chunk`, as for `gla_chunkwise_torch`.
+    """
+    B, T, H, K = r.shape
+    V, n = v.shape[-1], T // chunk
+    r, w, k, v, a, b = (
+        x.float().transpose(1, 2).reshape(B * H, n, chunk, x.shape[-1]) for x in (r * scale, w, k, v, a, b)
+    )
+    decays = w.cumsum(2)
+    total = decays[:, :, -1:]
+    queries = torch.cat([r * decays.exp(), a * (decays - w).exp()], 2)  # a reads what stood before its token's decay
+    keys = torch.cat([k, b], 2)
+    scores = queries @ (keys * (-decays).exp().repeat(1, 1, 2, 1)).transpose(-1, -2)
+    of_r, of_a = scores.split(chunk, 2)
+    of_r = of_r.unflatten(3, (2, chunk)).transpose(2, 3).tril().transpose(2, 3).flatten(3)
+    with_k, with_b = of_a.split(chunk, 3)
+    system = torch.eye(chunk, device=r.device) - with_b.tril(-1)
+    right = torch.cat([with_k.tril(-1) @ v, queries[:, :, chunk:]], -1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    values, readers = solved.split([V, K], -1)  # u = values + readers @ state
+    last = (keys * (total - decays).exp().repeat(1, 1, 2, 1)).transpose(-1, -2)
+    decay = total.exp().transpose(-1, -2)
+    state = r.new_zeros(B * H, K, V) if initial_state is None else initial_state.float().reshape(B * H, K, V)
+    outputs = []
+    chunks = zip(*(x.unbind(1) for x in (v, values, readers, queries[:, :, :chunk], of_r, decay, last)), strict=True)
+    for value, u, reader, query, score, factor, key in chunks:
+        written = torch.cat([value, u + reader @ state], 1)
+        outputs.append(query @ state + score @ written)
+        state = factor * state + key @ written
+    return torch.stack(outputs, 1).reshape(B, H, T, V).transpose(1, 2), state.reshape(B, H, K, V)

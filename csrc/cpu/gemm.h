@@ -137,10 +137,10 @@ ICRL_INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t columns, L
   });
 }
 
-// x[16][columns] becomes (I - L)^-1 x, or (I - L^T)^-1 x, for the strictly lower triangle L of l[16][16], by substitution.
-// What stands on l's diagonal and above it is not read.
+// x[16][columns] becomes (I - L)^-1 x, or (I - L^T)^-1 x, for the strictly lower triangle L of l[16][ld_l], by
+// substitution. What stands on l's diagonal and above it is not read.
 template <bool Transposed>
-ICRL_INLINE void solve(float* x, int64_t ld, int64_t columns, const float* l) {
+ICRL_INLINE void solve(float* x, int64_t ld, int64_t columns, const float* l, int64_t ld_l = 16) {
   for (int64_t n = 0; n < columns; n += kWidth) {
     Vec r[16];
 #pragma GCC unroll 16
@@ -150,9 +150,9 @@ ICRL_INLINE void solve(float* x, int64_t ld, int64_t columns, const float* l) {
 #pragma GCC unroll 16
       for (int i = k + 1; i < 16; ++i) {
         if constexpr (Transposed)
-          r[15 - i] += splat(l[(15 - k) * 16 + 15 - i]) * r[15 - k];
+          r[15 - i] += splat(l[(15 - k) * ld_l + 15 - i]) * r[15 - k];
         else
-          r[i] += splat(l[i * 16 + k]) * r[k];
+          r[i] += splat(l[i * ld_l + k]) * r[k];
       }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) store(x + i * ld + n, r[i]);

@@ -1,0 +1,60 @@
+#include "cpu/rwkv7.h"
+
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/pointers.h"
+
+namespace icrl {
+namespace {
+
+namespace py = pybind11;
+
+// sequences, heads, k, v, bounds, the dtypes of r and w, scale, allowance, threads
+using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, Pointer, int, int, float, float, int>;
+
+RwkvShape shape(const Shape& t) {
+  RwkvShape s;
+  Pointer bounds;
+  std::tie(s.sequences, s.heads, s.k, s.v, bounds, s.dtype, s.gate_dtype, s.scale, s.allowance, s.threads) = t;
+  s.bounds = static_cast<const int64_t*>(in(bounds));
+  return s;
+}
+
+bool forward(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a, Pointer b, Pointer initial,
+             Pointer o, Pointer final) {
+  const RwkvShape s = shape(t);
+  int refused = 0;
+  const RwkvForward p{in(r), in(w), in(k), in(v), in(a), in(b), floats(initial), out(o), out_floats(final), &refused};
+  if (!ICRL_DISPATCH(rwkv7_forward, s, p)) throw std::bad_alloc();
+  return !refused;
+}
+
+void backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a,
+              Pointer b, Pointer initial, Pointer dr, Pointer dw, Pointer dk, Pointer dv, Pointer da, Pointer db,
+              Pointer d_initial) {
+  const RwkvShape s = shape(t);
+  const RwkvBackward p{in(d_o),         in(r),   in(w),   in(k),   in(v),   in(a),   in(b),   floats(d_final),
+                       floats(initial), out(dr), out(dw), out(dk), out(dv), out(da), out(db), out_floats(d_initial)};
+  if (!ICRL_DISPATCH(rwkv7_backward, s, p)) throw std::bad_alloc();
+}
+
+bool step(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a, Pointer b, Pointer state, Pointer o) {
+  const RwkvShape s = shape(t);
+  const RwkvStep p{in(r), in(w), in(k), in(v), in(a), in(b), out_floats(state), out(o)};
+  return ICRL_DISPATCH(rwkv7_step, s, p);
+}
+
+}  // namespace
+
+void bind_rwkv7(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> free_gil;
+  m.def("rwkv7_forward", &forward, free_gil);
+  m.def("rwkv7_backward", &backward, free_gil);
+  m.def("rwkv7_step", &step, free_gil);
+}
+
+}  // namespace icrl

@@ -1,0 +1,15 @@
+#include <immintrin.h>
+
+#include <cstdlib>
+
+#include "cpu/rwkv7.h"
+#include "cpu/parallel.h"
+
+namespace icrl::generic {
+// clang-format off: each needs the one before
+#include "cpu/vec.h"
+#include "cpu/gemm.h"
+#include "cpu/chunk.inl"
+#include "cpu/rwkv7.inl"
+// clang-format on
+}  // namespace icrl::generic
