@@ -10,6 +10,7 @@ from typing import Any
 
 from benches.common import RESULTS
 
+LINEAR_ATTENTION = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 README = RESULTS.parent.parent / "README.md"
 
 
@@ -70,26 +71,30 @@ def context() -> str:
     return table([where(r), ""], rows)
 
 
-def gla() -> str:
-    r = result("gla_cpu")
+def linear_attention() -> str:
     rows = []
-    for x in r["rows"]:
-        if x["shape"] not in ("4x4096x4x64", "32x512x6x32") and x["what"] in ("forward", "fwd+bwd"):
-            continue
-        floor = f"{x['of floor']:.1f}×" if "of floor" in x else ""
-        torch_x = f"{x['torch x']:.1f}× ({x['torch ms']:.1f} ms)" if "torch x" in x else ""
-        sdpa_x = f"{x['sdpa x']:.1f}× ({x['sdpa ms']:.0f} ms)" if "sdpa x" in x else ""
-        rows.append([x["what"], x["shape"], x["gate"], f"{x['ms']:.2f}", floor, torch_x, sdpa_x])
-    heads = [
-        "float32",
-        "B×T×H×D (steps: B×H×D)",
-        "gate",
-        "ms",
-        "of the matmul floor",
-        "faster than torch's chunkwise form (at its best chunk)",
-        "than causal SDPA",
-    ]
-    return table(heads, rows) + f"\n\n{where(r)}."
+    for op in LINEAR_ATTENTION:
+        for x in result(f"{op}_cpu")["rows"]:
+            if x["shape"] == "4x4096x4x64":
+                sdpa = f"{x['sdpa x']:.1f}×" if "sdpa x" in x else ""
+                times = [f"{x['ms']:.1f}", f"{x['of floor']:.1f}×", f"{x['torch x']:.1f}× ({x['torch ms']:.0f} ms)"]
+                rows.append([f"`{op}`", x["gate"], x["what"], *times, sdpa])
+    heads = ["float32, B=4 T=4096 H=4 D=64", "gate", "", "ms", "of the matmul floor"]
+    return table([*heads, "faster than torch's chunkwise form (at its best chunk)", "than causal SDPA"], rows)
+
+
+def steps() -> str:
+    rows = []
+    for op in LINEAR_ATTENTION:
+        for gate in dict.fromkeys(x["gate"] for x in result(f"{op}_cpu")["rows"]):
+            found = [
+                x for x in result(f"{op}_cpu")["rows"] if x["what"] == "100 steps" and x["gate"] == gate
+            ]  # by batch size
+            cells = [f"{x['ms'] * 10:.1f} µs, {x['torch x']:.1f}×" for x in found]
+            rows.append([f"`{op}_step`", gate, *cells])
+    shapes = [x["shape"].split("x")[0] for x in result("gla_cpu")["rows"] if x["what"] == "100 steps"]
+    heads = ["one token, H=4 D=64: time, and how much faster than torch", "gate"]
+    return table([*heads, *dict.fromkeys(f"B={b}" for b in shapes)], rows) + f"\n\n{where(result('gla_cpu'))}."
 
 
 def value_iteration() -> str:
@@ -145,7 +150,8 @@ def worlds() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
-    "gla": gla,
+    "linear_attention": linear_attention,
+    "steps": steps,
     "value_iteration": value_iteration,
     "worlds": worlds,
 }

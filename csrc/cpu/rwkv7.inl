@@ -147,13 +147,15 @@ bool forward(const RwkvShape& s, const RwkvForward& x) {
 struct Backward {
   const RwkvShape& s;
   const RwkvBackward& x;
+  int64_t pair, head;
   ChunkGradient<Gate::channel> m;
   Pairs d;
   float *qt, *u_t, *value_t, *xut;  // P_{i-1} a, u, (v, u) and xu transposed
   float *dvalue, *d_o;              // rows dv, du, do of one array: [32][Vp] from dv and from du on
   float *dvalue_t, *ds, *w;         // ds: of the scores, [32][32]; w: ds where the split decays serve, 0 elsewhere
   float *dq, *dx, *raw;             // [32][Kp]; raw: dx's part inside the chunk
-  int64_t head;
+
+  int64_t state_size() const { return pad16(s.k) * pad16(s.v); }
 
   void layout(Arena& arena) {
     m.layout(arena, s.k, s.v);
@@ -163,6 +165,14 @@ struct Backward {
     xut = arena.take(keys), dvalue = arena.take(3 * kChunk * m.Vp), d_o = dvalue + kChunk * m.Vp;
     dvalue_t = arena.take(values), ds = arena.take(kPair * kPair), w = arena.take(kPair * kPair);
     dq = arena.take(keys), dx = arena.take(keys), raw = arena.take(keys);
+  }
+
+  void read_states(float* state) {
+    const int64_t at = pair * s.k * s.v;
+    m.read_states(state, x.initial ? x.initial + at : nullptr, x.d_final + at);
+  }
+  void write_gradient() {
+    if (x.d_initial) write_state(x.d_initial + pair * s.k * s.v, s.v, m.gradient, 1, m.Kp, s.k, s.v);
   }
 
   // Reads the n tokens from t on and makes their u.
@@ -333,11 +343,9 @@ struct Backward {
 bool backward(const RwkvShape& s, const RwkvBackward& x) {
   int failed = 0;
   parallel_for(s.sequences * s.heads, s.threads, [&](int64_t pair) {
-    const int64_t sequence = pair / s.heads, at = pair * s.k * s.v;
-    Backward b{s, x};
-    b.head = pair % s.heads;
-    if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1], s.k, s.v, x.initial ? x.initial + at : nullptr,
-                           x.d_final + at, x.d_initial ? x.d_initial + at : nullptr))
+    const int64_t sequence = pair / s.heads;
+    Backward b{s, x, pair, pair % s.heads};
+    if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
   });
   return !failed;
