@@ -98,10 +98,10 @@ def gated_delta_rule(
         initial_state: [N, H, K, V] float32, N = B or the number of packed sequences; default zeros.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
-            Sequences may be empty. Its values are checked on the CPU.
+            Sequences may be empty. Its values are checked on the CPU, and trusted on a GPU, where reading them
+            would make the host wait.
         qk_l2norm: divide q and k by sqrt(‖·‖² + 1e-6) per token and head first, with gradients through it.
-        backend: "auto", "cpu" or "reference". There is no GPU kernel yet: on a GPU "auto" is the reference, whose time
-            is a few launches per token.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         o [B, T, H, V] in the inputs' dtype, and the final state [N, H, K, V] float32 or None.
@@ -114,7 +114,7 @@ def gated_delta_rule(
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     scale = _attention.default_scale(scale, q)
-    if backend == "reference" or (backend == "auto" and (q.dtype == torch.float64 or q.device.type != "cpu")):
+    if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
             _attention.check_values(q, g, cu_seqlens)
         return gated_delta_rule_reference(
@@ -325,6 +325,39 @@ def _check_step(
     raise AssertionError("gated_delta_rule_step's two checks disagree")
 
 
+# Triton backend, imported when first called: torch without triton has all the rest.
+
+
+def _triton_forward(q: Tensor, *args):
+    _attention.native("gated_delta_rule", q)
+    from icrl_kernels._triton import gated_delta_rule as kernels
+
+    return kernels.forward(q, *args)
+
+
+def _triton_backward(do: Tensor, *args):
+    from icrl_kernels._triton import gated_delta_rule as kernels
+
+    # where there is no input: an empty tensor, as the schema wants one
+    return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
+
+
+def _triton_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    scale: float,
+    qk_l2norm: bool,
+) -> Tensor:
+    from icrl_kernels._triton import gated_delta_rule as kernels
+
+    _check_step(q, k, v, g, beta, state)
+    return kernels.step(q, k, v, g, beta, state, scale, qk_l2norm)
+
+
 # Reference backend, of the ops without gradients: the public function calls the reference itself where there are some.
 
 
@@ -390,13 +423,13 @@ _BOTH = ("cpu", "cuda")
 
 _registry.define(
     f"gated_delta_rule({_INPUTS}, str backend) -> (Tensor o, Tensor final_state)",
-    {"cpu": (("cpu",), _cpu_forward), "reference": (_BOTH, _reference_forward)},
+    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward), "reference": (_BOTH, _reference_forward)},
     lambda q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend: _outputs(q, v, cu_seqlens),
 )
 _registry.define(
     f"gated_delta_rule_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)",
-    {"cpu": (("cpu",), _cpu_backward)},
+    {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
     lambda do, dfinal_state, q, k, v, g, beta, scale, initial_state, *rest: _gradients(
         do, dfinal_state, q, k, v, g, beta, initial_state
     ),
@@ -404,7 +437,7 @@ _registry.define(
 _registry.define(
     "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, float scale,"
     " bool qk_l2norm, str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu_step), "reference": (_BOTH, _reference_step)},
+    {"cpu": (("cpu",), _cpu_step), "triton": (("cuda",), _triton_step), "reference": (_BOTH, _reference_step)},
     lambda q, k, v, g, beta, state, scale, qk_l2norm, backend: q.new_empty(v.shape),
 )
 

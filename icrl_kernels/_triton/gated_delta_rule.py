@@ -1,0 +1,223 @@
+"""Launchers of the Triton kernels of the gated delta rule (gated_delta_rule_kernels.py): sizes, buffers, grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from icrl_kernels._triton.gated_delta_rule_kernels import (
+    _forward,
+    _gather_heads,
+    _gradients,
+    _prepare,
+    _reverse,
+    _step,
+)
+
+CHUNK = 64
+COLUMNS = 64  # of the state, that one program carries along the sequence: the rows of its products
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every launch of a call shares: sizes, the cut into chunks, and the operands' dtype in the products."""
+
+    chunk: int  # tokens
+    grid: int  # chunks, an upper bound for a ragged batch
+    sequences: int
+    heads: int  # of v, g, beta and the state
+    group: int  # of these, that share a head of q and k
+    span: tuple  # cu_seqlens, owner of each chunk, first chunk of each sequence, T, chunks per sequence
+    sizes: dict
+    products: dict
+    gates: dict
+    work: torch.dtype  # of what one launch leaves to the next
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    solve: Tensor
+    scores: Tensor
+    rows: Tensor
+    decay: Tensor | None
+    operands: tuple[Tensor, Tensor, Tensor]  # q and k as the state's reads and writes take them
+    group: int  # value heads that share a head of these
+
+
+def _pow2(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, norm: bool) -> _Plan:
+    B, T, Hk, K = q.shape
+    H, V = v.shape[2:]
+    half, widest = q.dtype == torch.bfloat16, max(K, V)
+    # float32 operands take two to four times the shared memory: shorter chunks there
+    C = CHUNK if half or widest <= 64 else CHUNK // 2 if widest <= 128 else CHUNK // 4
+    if cu_seqlens is None:
+        N, per, owner, first = B, -(-T // C), None, None
+        grid = B * per
+    else:  # on the device throughout: the grid is an upper bound, so that no length has to come to the host
+        N, per = cu_seqlens.numel() - 1, 0
+        grid = T // C + N
+        counts = (cu_seqlens.diff().long() + C - 1) // C
+        first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        owner = torch.searchsorted(first[1:], torch.arange(grid, device=q.device), right=True).clamp_(max=N - 1)
+    return _Plan(
+        chunk=C,
+        grid=grid,
+        sequences=N,
+        heads=H,
+        group=H // Hk,
+        span=(cu_seqlens, owner, first, T, per),
+        sizes={
+            "K": K,
+            "C": C,
+            "R": 5 if norm else 3,
+            "VARLEN": cu_seqlens is not None,
+            "GATE": 0 if g is None else g.dim() - 2,
+        },
+        products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
+        gates={"LEVELS": C.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
+        work=torch.bfloat16 if half else torch.float32,
+    )
+
+
+def _prepared(plan: _Plan, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, scale: float) -> _Prepared:
+    B, T, Hk, K = q.shape
+    H, C, gate = plan.heads, plan.chunk, plan.sizes["GATE"]
+    solve, scores = (torch.empty(plan.grid, H, C, C, dtype=plan.work, device=q.device) for _ in range(2))
+    rows = torch.empty(B, T, H, plan.sizes["R"], dtype=torch.float32, device=q.device)
+    decay, operands = None, (q, k, k)
+    if gate:
+        decay = torch.empty(plan.grid, H, K if gate == 2 else 1, dtype=torch.float32, device=q.device)
+    if gate == 2:
+        qd, kd, ku = (torch.empty(B, T, H, K, dtype=plan.work, device=q.device) for _ in range(3))
+        operands = qd, kd, ku
+    if plan.grid:
+        _prepare[(plan.grid * H,)](
+            q, k, g, beta, solve, scores, rows, decay, *operands, scale, *plan.span, H, Hk,
+            GROUP=plan.group, BK=min(64, _pow2(K)), BETA=beta is not None, NORM=plan.sizes["R"] == 5,
+            **plan.sizes, **plan.products, **plan.gates, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return _Prepared(solve, scores, rows, decay, operands, plan.group if gate < 2 else 1)
+
+
+def _carrying(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], dict]:
+    """Grid and options of the launches that go along the sequence."""
+    K = plan.sizes["K"]
+    BK, BV = _pow2(K), min(COLUMNS, _pow2(V))
+    half = plan.work == torch.bfloat16
+    options = {"GROUP": ready.group, "V": V, "BK": BK, "BV": BV, **plan.sizes, **plan.products}
+    options |= {"num_warps": 8 if BK > 128 else 4, "num_stages": 2 if half and BK <= 128 else 1}
+    return (plan.sequences * plan.heads * triton.cdiv(V, BV),), options
+
+
+def _sequence(plan: _Plan) -> tuple:
+    cu, _, first, T, per = plan.span
+    return cu, first, T, per, plan.heads
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o, as v, and the final state, float32 [N, H, K, V]. Shapes as in `icrl_kernels.gated_delta_rule`."""
+    q, k, v, g, beta, initial_state = _contiguous(q, k, v, g, beta, initial_state)
+    plan = _plan(q, v, g, cu_seqlens, qk_l2norm)
+    ready = _prepared(plan, q, k, g, beta, scale)
+    H, K, V = plan.heads, q.shape[3], v.shape[3]
+    o = torch.empty_like(v)
+    last = torch.empty(plan.sequences, H, K, V, dtype=torch.float32, device=q.device)
+    grid, options = _carrying(plan, ready, V)
+    if grid[0]:
+        _forward[grid](
+            *ready.operands, v, ready.solve, ready.scores, ready.rows, ready.decay, initial_state, last, o, None, None,
+            *_sequence(plan), ready.operands[0].shape[2], HAS_INIT=initial_state is not None, OUTPUTS=True, **options,
+        )  # fmt: skip
+    return o, last
+
+
+def backward(
+    do: Tensor, dfinal_state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, dg, dbeta, d initial_state, each in its input's dtype, None for those without an input."""
+    do, dfinal_state, q, k, v = _contiguous(do, dfinal_state, q, k, v)
+    g, beta, initial_state = _contiguous(g, beta, initial_state)
+    plan = _plan(q, v, g, cu_seqlens, qk_l2norm)
+    ready = _prepared(plan, q, k, g, beta, scale)
+    (B, T, Hk, K), H, V, gate = q.shape, plan.heads, v.shape[3], plan.sizes["GATE"]
+
+    states, dstates = (torch.empty(plan.grid, H, V, K, dtype=plan.work, device=q.device) for _ in range(2))
+    e, dr = (torch.empty(v.shape, dtype=plan.work, device=q.device) for _ in range(2))
+    dinitial = torch.empty(plan.sequences, H, K, V, dtype=torch.float32, device=q.device)
+    heads = ready.operands[0].shape[2]
+    grid, options = _carrying(plan, ready, V)
+    if grid[0]:
+        _forward[grid](
+            *ready.operands, v, ready.solve, ready.scores, ready.rows, ready.decay, initial_state, None, None, e, states,
+            *_sequence(plan), heads, HAS_INIT=initial_state is not None, OUTPUTS=False, **options,
+        )  # fmt: skip
+        _reverse[grid](
+            *ready.operands, do, ready.solve, ready.scores, ready.rows, ready.decay, dfinal_state, dinitial, dr, dstates,
+            *_sequence(plan), heads, **options,
+        )  # fmt: skip
+
+    BK, BV = min(64, _pow2(K)), min(64, _pow2(V))
+    parts = triton.cdiv(K, BK)
+    alone = plan.group == 1 and not qk_l2norm
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    to = (dq, dk) if alone else tuple(torch.empty(B, T, H, K, dtype=torch.float32, device=q.device) for _ in range(2))
+    dg = dbeta = None
+    if gate == 2:
+        dg = torch.empty_like(g)
+    elif gate == 1:
+        dg = torch.empty(B, T, H, parts, dtype=torch.float32, device=q.device)
+    if beta is not None:
+        dbeta = torch.empty(B, T, H, parts, dtype=torch.float32, device=q.device)
+    if plan.grid:
+        _gradients[(plan.grid * H * parts,)](
+            q, k, g, beta, do, e, dr, ready.rows, ready.decay, states, dstates, *to, dg, dbeta, scale,
+            *plan.span, H, Hk, GROUP=plan.group, V=V, BK=BK, BV=BV, BETA=beta is not None, NORM=qk_l2norm,
+            **plan.sizes, **plan.products, **plan.gates, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    if not alone and B * T:
+        BT = max(1, 2048 // _pow2(K))
+        for which, x, dx, out in ((3, q, to[0], dq), (4, k, to[1], dk)):
+            _gather_heads[(triton.cdiv(B * T, BT) * Hk,)](
+                x, dx, ready.rows, out, B * T, H, Hk,
+                GROUP=plan.group, K=K, BK=_pow2(K), R=plan.sizes["R"], WHICH=which, NORM=qk_l2norm, BT=BT, num_warps=4,
+            )  # fmt: skip
+    if gate == 1:
+        dg = dg.sum(-1).to(g.dtype)
+    if dbeta is not None:
+        dbeta = dbeta.sum(-1).to(beta.dtype)
+    return dq, dk, dr.to(v.dtype), dg, dbeta, None if initial_state is None else dinitial
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
+) -> Tensor:
+    """One token: q, k [B, Hk, K], v [B, H, V]; `state`, contiguous, is updated in place, o [B, H, V] returned."""
+    q, k, v, g, beta = _contiguous(q, k, v, g, beta)
+    B, H, V = v.shape
+    K = q.shape[2]
+    o = torch.empty_like(v)
+    BK = _pow2(K)
+    BV = min(_pow2(V), 4096 // BK)
+    if B:
+        _step[(B * H * triton.cdiv(V, BV),)](
+            q, k, v, g, beta, state, o, scale, H,
+            GROUP=H // q.shape[1], K=K, V=V, BK=BK, BV=BV, GATE=0 if g is None else g.dim() - 1,
+            BETA=beta is not None, NORM=qk_l2norm, num_warps=4,
+        )  # fmt: skip
+    return o

@@ -1,0 +1,523 @@
+"""Triton kernels of the gated delta rule: S' = diag(exp g_t) S, u_t = beta_t (v_t − S'ᵀ k_t), S = S' + k_t u_tᵀ, o_t = scale·Sᵀ q_t.
+
+In a chunk of C tokens that begins with state S, with P_i the product of exp g over its tokens up to i and e = u / beta,
+  N_ij = beta_j k_i·(P_i / P_j) k_j  (j < i),         e = (I + N)^-1 (v − (P k) S),
+  A_ij = scale beta_j q_i·(P_i / P_j) k_j  (j <= i),  o = scale (P q) S + A e,
+  S   <- P_C S + sum_j (P_C / P_j) beta_j k_j e_jᵀ.
+1. `_prepare`, all chunks at once: (I + N)^-1 and A, written as two [C, C] matrices, and the decays that the rest needs. For a
+   gate per channel the three decayed copies of q and k are written too.
+2. `_forward`, chunk after chunk for each (sequence, head, columns of V), with Sᵀ on chip: no state goes to memory. The
+   state is kept transposed, so that each product's result is the left operand of the next and stays in registers.
+The backward does 1, then 2 to save what the gradients read: e and each chunk's first state; `_reverse` the same from the
+end, for the state's gradient D and dr = d(v − (P k) S) = dv; and `_gradients`, all chunks at once, the rest from these.
+A key of column role occurs as beta_j k_j only, so that one gradient Y of it gives dk's part beta Y and dbeta = k·Y.
+
+Gates are treated as in common.py: sums local to a chunk, in log2, right for any gates, -inf included. All decays
+outside of N and A are those from the chunk's start or to its end, at most 1.
+
+A NaN or infinity in v, or a NaN in k, g or beta, may also reach the up to 63 rows before it in its chunk: 0·NaN is NaN.
+
+The inverse is by substitution in blocks of 16 and then by doubling them, in three TF32 products: powers of N would grow
+beyond all digits where keys repeat. No atomics: the same bits each run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from icrl_kernels._triton.common import (
+    _after,
+    _apply_any_gate,
+    _decay,
+    _gates,
+    _load,
+    _scalar_gates,
+    _scores_any_gate,
+    _span,
+    _store,
+)
+
+NORM_EPSILON = tl.constexpr(1e-6)  # as L2_EPSILON in gated_delta_rule.py
+BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def _join(X, N, B: tl.constexpr, C: tl.constexpr):
+    """Of the inverses of the diagonal blocks of B rows, [C/B, B, B], those of 2B: [[X, 0], [-Y L X, Y]]."""
+    H: tl.constexpr = C // (2 * B)
+    half = tl.arange(0, 2)
+    p = tl.arange(0, H)
+    mine = p[:, None, None, None] == p[None, None, :, None]
+    L = tl.sum(tl.where(mine, tl.reshape(N, [H, 2 * B, H, 2 * B]), 0.0), 2)
+    corner = (half[:, None, None, None] == 1) & (half[None, None, :, None] == 0)
+    L = tl.sum(tl.sum(tl.where(corner[None], tl.reshape(L, [H, 2, B, 2, B]), 0.0), 3), 1)
+    Z = tl.reshape(X, [H, 2, B, B])
+    upper = tl.sum(tl.where(half[None, :, None, None] == 0, Z, 0.0), 1)
+    lower = tl.sum(tl.where(half[None, :, None, None] == 1, Z, 0.0), 1)
+    Y = tl.dot(tl.dot(lower, L, input_precision="tf32x3"), upper, input_precision="tf32x3")
+    equal = (half[:, None, None, None] == half[None, None, :, None])[None]
+    below = tl.where(corner[None], -Y[:, None, :, None, :], 0.0)
+    return tl.reshape(tl.where(equal, Z[:, :, :, None, :], below), [H, 2 * B, 2 * B])
+
+
+@triton.jit
+def _inverse(N, C: tl.constexpr):
+    """(I + N)^-1 of a strictly lower triangular N [C, C]."""
+    B: tl.constexpr = C // BLOCK
+    p = tl.arange(0, B)
+    r = tl.arange(0, BLOCK)
+    mine = p[:, None, None, None] == p[None, None, :, None]
+    D = tl.sum(tl.where(mine, tl.reshape(N, [B, BLOCK, B, BLOCK]), 0.0), 2)
+    i, j = r[None, :, None], r[None, None, :]
+    X = tl.where((i == j) & (p[:, None, None] >= 0), 1.0, 0.0)
+    for at in range(BLOCK - 1):
+        column = tl.sum(tl.where(j == at, D, 0.0), 2)
+        row = tl.sum(tl.where(i == at, X, 0.0), 1)
+        X -= column[:, :, None] * row[:, None, :]
+    if C > 16:
+        X = _join(X, N, 16, C)
+    if C > 32:
+        X = _join(X, N, 32, C)
+    return tl.reshape(X, [C, C])
+
+
+@triton.jit
+def _weights(beta, t, hi, h, H, BETA: tl.constexpr):
+    if BETA:
+        return tl.load(beta + t * H + h, mask=t < hi, other=0.0).to(tl.float32)
+    return tl.where(t < hi, 1.0, 0.0)
+
+
+@triton.jit
+def _prepare(
+    q, k, g, beta, solve, scores, rows, decay, qd, kd, ku, scale, cu, owner, first, T, PER, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr,
+    LIMIT: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """(I + N)^-1, A, and for each token R factors: of (Pq)S, of (Pk)S, of k eᵀ, and with NORM 1/|q| and 1/|k|.
+
+    The decays are in the factors for a gate per head; for one per channel they are in qd, kd and ku.
+    """
+    MK: tl.constexpr = K % BK != 0
+    pid = tl.program_id(0)
+    h = pid % H
+    hk = h // GROUP
+    s = (pid // H).to(tl.int64)
+    n, lo, hi, end = _span(s, cu, owner, first, T, C, PER, VARLEN)
+    r = tl.arange(0, C)
+    t = lo + r
+    N = tl.zeros([C, C], tl.float32)
+    A = tl.zeros([C, C], tl.float32)
+    squares_q = tl.zeros([C], tl.float32)
+    squares_k = tl.zeros([C], tl.float32)
+    for i in range((K + BK - 1) // BK):
+        ok = i * BK + tl.arange(0, BK)
+        bq = _load(q, t, hi, hk, HK, ok, K, MK)
+        bk = _load(k, t, hi, hk, HK, ok, K, MK)
+        if NORM:
+            squares_q += tl.sum(bq.to(tl.float32) * bq.to(tl.float32), 1)
+            squares_k += tl.sum(bk.to(tl.float32) * bk.to(tl.float32), 1)
+        if GATE == 2:
+            b = _gates(g, t, hi, h, H, ok, K, MK)
+            G = tl.cumsum(b, 0)
+            total = tl.sum(b, 0)
+            qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT)
+            ka = (bk.to(tl.float32) * tl.exp2(G)).to(DT)
+            kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
+            _store(qd, qa, t, hi, h, H, ok, K, MK)
+            _store(kd, ka, t, hi, h, H, ok, K, MK)
+            after = _after(g, t, lo, 0, hi, h, H, ok, K, MK, C)
+            _store(ku, bk.to(tl.float32) * after, t, hi, h, H, ok, K, MK)
+            tl.store(decay + (s * H + h) * K + ok, tl.exp2(total), mask=ok < K)
+            pairs_k = tl.dot(ka, tl.trans(kw), input_precision=PREC)
+            pairs_q = tl.dot(qa, tl.trans(kw), input_precision=PREC)
+            if tl.min(total, 0) < -LIMIT:
+                late = (tl.min(G, 1) < -LIMIT)[:, None]
+                pairs_k = tl.where(late, _scores_any_gate(bk, bk, b, C, BK, LEVELS, DT, PREC), pairs_k)
+                pairs_q = tl.where(late, _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC), pairs_q)
+            N += pairs_k
+            A += pairs_q
+        else:
+            bk = bk.to(DT)
+            N = tl.dot(bk, tl.trans(bk), N, input_precision=PREC)
+            A = tl.dot(bq.to(DT), tl.trans(bk), A, input_precision=PREC)
+    p = rows + (t * H + h) * R
+    of_q = tl.full([C], 1.0, tl.float32)
+    of_k = tl.full([C], 1.0, tl.float32)
+    if NORM:
+        of_q = tl.rsqrt(squares_q + NORM_EPSILON)
+        of_k = tl.rsqrt(squares_k + NORM_EPSILON)
+        tl.store(p + 3, of_q, mask=t < hi)
+        tl.store(p + 4, of_k, mask=t < hi)
+    column = _weights(beta, t, hi, h, H, BETA) * of_k
+    lower = r[:, None] > r[None, :]
+    causal = r[:, None] >= r[None, :]
+    N *= of_k[:, None] * column[None, :]
+    A *= (of_q * scale)[:, None] * column[None, :]
+    if GATE == 1:
+        coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, H)
+        pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+        pair = tl.exp2(tl.where(causal, pair, 0.0))
+        N *= pair
+        A *= pair
+        since = _decay(coarse, fine)
+        of_q *= since
+        of_k *= since
+        column *= _decay(coarse_end - coarse, fine_end - fine)
+        tl.store(decay + s * H + h, _decay(coarse_end, fine_end))
+    tl.store(p, of_q * scale, mask=t < hi)
+    tl.store(p + 1, of_k, mask=t < hi)
+    tl.store(p + 2, column, mask=t < hi)
+    square = (s * H + h) * C * C + r[:, None] * C + r[None, :]
+    tl.store(scores + square, tl.where(causal, A, 0.0).to(scores.dtype.element_ty))
+    tl.store(solve + square, _inverse(tl.where(lower, N, 0.0), C).to(solve.dtype.element_ty))
+
+
+@triton.jit
+def _sequence(n, cu, first, T, PER, C: tl.constexpr, VARLEN: tl.constexpr):
+    """First token, end token, first chunk and number of chunks of sequence n."""
+    if VARLEN:
+        lo = tl.load(cu + n).to(tl.int64)
+        hi = tl.load(cu + n + 1).to(tl.int64)
+        s = tl.load(first + n)
+    else:
+        lo = n * T
+        hi = lo + T
+        s = n * PER
+    return lo, hi, s, tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+
+
+@triton.jit
+def _turned(x, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
+    """As _load, transposed."""
+    p = x + ((t * H + h) * D)[None, :] + o[:, None]
+    m = (t < hi)[None, :]
+    if MASK:
+        m = m & (o < D)[:, None]
+    return tl.load(p, mask=m, other=0.0)
+
+
+@triton.jit
+def _store_turned(x, y, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
+    p = x + ((t * H + h) * D)[None, :] + o[:, None]
+    m = (t < hi)[None, :]
+    if MASK:
+        m = m & (o < D)[:, None]
+    tl.store(p, y.to(x.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _shrink(decay, c, ok, K: tl.constexpr, GATE: tl.constexpr):
+    if GATE == 2:
+        return tl.load(decay + c * K + ok, mask=ok < K, other=0.0)[None, :]
+    if GATE == 1:
+        return tl.load(decay + c)
+    return 1.0
+
+
+@triton.jit
+def _forward(
+    q, kd, ku, v, solve, scores, rows, decay, init, last, o, e, states, cu, first, T, PER, H, HX,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, GATE: tl.constexpr, HAS_INIT: tl.constexpr, OUTPUTS: tl.constexpr, VARLEN: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """OUTPUTS: o and the last state; else e and the states that chunks begin with, [chunks, H, V, K]."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    MK: tl.constexpr = K != BK
+    MV: tl.constexpr = V % BV != 0
+    pid = tl.program_id(0)
+    ov = (pid % NV) * BV + tl.arange(0, BV)
+    h = (pid // NV) % H
+    hx = h // GROUP
+    n = (pid // NV // H).to(tl.int64)
+    lo, hi, s, chunks = _sequence(n, cu, first, T, PER, C, VARLEN)
+    ok = tl.arange(0, BK)
+    r = tl.arange(0, C)
+    inside = (ok < K)[None, :] & (ov < V)[:, None]
+    turned = (n * H + h) * K * V + ok[None, :] * V + ov[:, None]
+    S = tl.zeros([BV, BK], tl.float32)
+    if HAS_INIT:
+        S = tl.load(init + turned, mask=inside, other=0.0)
+    for i in range(chunks):
+        t = lo + i * C + r
+        c = (s + i) * H + h
+        square = c * C * C + r[:, None] * C + r[None, :]
+        bk = _load(kd, t, hi, hx, HX, ok, K, MK).to(DT)
+        X = tl.load(solve + square)
+        bv = _turned(v, t, hi, h, H, ov, V, MV)
+        p = rows + (t * H + h) * R
+        of_k = tl.load(p + 1, mask=t < hi, other=0.0)
+        of_e = tl.load(p + 2, mask=t < hi, other=0.0)
+        shrink = _shrink(decay, c, ok, K, GATE)
+        before = S.to(DT)
+        y = bv.to(tl.float32) - tl.dot(before, tl.trans(bk), input_precision=PREC) * of_k[None, :]
+        y = tl.dot(y.to(DT), tl.trans(X), input_precision=PREC)
+        if OUTPUTS:
+            bq = _load(q, t, hi, hx, HX, ok, K, MK).to(DT)
+            A = tl.load(scores + square)
+            of_q = tl.load(p, mask=t < hi, other=0.0)
+            bo = tl.dot(before, tl.trans(bq), input_precision=PREC) * of_q[None, :]
+            bo = tl.dot(y.to(DT), tl.trans(A), bo, input_precision=PREC)
+            _store_turned(o, bo, t, hi, h, H, ov, V, MV)
+        else:
+            tl.store(states + c * K * V + ov[:, None] * K + ok[None, :], before, mask=inside)
+            _store_turned(e, y, t, hi, h, H, ov, V, MV)
+        if GATE == 2:
+            bk = _load(ku, t, hi, hx, HX, ok, K, MK).to(DT)
+        S = tl.dot((y * of_e[None, :]).to(DT), bk, S * shrink, input_precision=PREC)
+    if OUTPUTS:
+        tl.store(last + turned, S, mask=inside)
+
+
+@triton.jit
+def _reverse(
+    q, kd, ku, do, solve, scores, rows, decay, dlast, dinit, dr, dstates, cu, first, T, PER, H, HX,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """From the last chunk to the first: D of the state that each chunk ends with, dr, and at last D of the first state."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    MK: tl.constexpr = K != BK
+    MV: tl.constexpr = V % BV != 0
+    pid = tl.program_id(0)
+    ov = (pid % NV) * BV + tl.arange(0, BV)
+    h = (pid // NV) % H
+    hx = h // GROUP
+    n = (pid // NV // H).to(tl.int64)
+    lo, hi, s, chunks = _sequence(n, cu, first, T, PER, C, VARLEN)
+    ok = tl.arange(0, BK)
+    r = tl.arange(0, C)
+    inside = (ok < K)[None, :] & (ov < V)[:, None]
+    turned = (n * H + h) * K * V + ok[None, :] * V + ov[:, None]
+    D = tl.load(dlast + turned, mask=inside, other=0.0)
+    for j in range(chunks):
+        i = chunks - 1 - j
+        t = lo + i * C + r
+        c = (s + i) * H + h
+        square = c * C * C + r[:, None] * C + r[None, :]
+        bw = _load(ku, t, hi, hx, HX, ok, K, MK).to(DT)
+        bo = _turned(do, t, hi, h, H, ov, V, MV).to(DT)
+        A = tl.load(scores + square)
+        X = tl.load(solve + square)
+        bq = _load(q, t, hi, hx, HX, ok, K, MK).to(DT)
+        p = rows + (t * H + h) * R
+        of_q = tl.load(p, mask=t < hi, other=0.0)
+        of_k = tl.load(p + 1, mask=t < hi, other=0.0)
+        of_e = tl.load(p + 2, mask=t < hi, other=0.0)
+        shrink = _shrink(decay, c, ok, K, GATE)
+        after = D.to(DT)
+        tl.store(dstates + c * K * V + ov[:, None] * K + ok[None, :], after, mask=inside)
+        y = tl.dot(after, tl.trans(bw), input_precision=PREC) * of_e[None, :]
+        y = tl.dot(bo, A, y, input_precision=PREC)
+        y = tl.dot(y.to(DT), X, input_precision=PREC)
+        _store_turned(dr, y, t, hi, h, H, ov, V, MV)
+        if GATE == 2:
+            bw = _load(kd, t, hi, hx, HX, ok, K, MK).to(DT)
+        D = tl.dot((bo.to(tl.float32) * of_q[None, :]).to(DT), bq, D * shrink, input_precision=PREC)
+        D = tl.dot((y * -of_k[None, :]).to(DT), bw, D, input_precision=PREC)
+    tl.store(dinit + turned, D, mask=inside)
+
+
+@triton.jit
+def _decayed(
+    W, y, b, G, strong, TO_UPPER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """out_r = sum_c W_rc 2^(gates between) y_c per channel; TO_UPPER: over c < r, else over c > r."""
+    if strong:
+        out = _apply_any_gate(W, y, b, TO_UPPER, C, BK, LEVELS, DT, PREC)
+    else:
+        r = tl.arange(0, C)
+        if TO_UPPER:
+            f = tl.exp2(G)
+            W = tl.where(r[:, None] > r[None, :], W, 0.0)
+        else:
+            f = tl.exp2(-G)
+            W = tl.where(r[:, None] < r[None, :], W, 0.0)
+        out = tl.dot(W.to(DT), (y / f).to(DT), input_precision=PREC) * f
+    return out
+
+
+@triton.jit
+def _gradients(
+    q, k, g, beta, do, e, dr, rows, decay, states, dstates, dq, dk, dg, dbeta, scale, cu, owner, first, T, PER, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr,
+    NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """One chunk and BK of the K channels: the gradients of (normalised) q and k, [B, T, H, K], and parts of dbeta and dg.
+
+    dg_t sums what decays over t: the rows from t on of what they read from the state and from earlier rows, and the
+    columns before t of what they write to the state, each as it is; pairs within the chunk as the difference of sums.
+    """
+    NK: tl.constexpr = (K + BK - 1) // BK
+    MK: tl.constexpr = K % BK != 0
+    MV: tl.constexpr = V % BV != 0
+    pid = tl.program_id(0)
+    ik = pid % NK
+    h = (pid // NK) % H
+    hk = h // GROUP
+    s = (pid // NK // H).to(tl.int64)
+    n, lo, hi, end = _span(s, cu, owner, first, T, C, PER, VARLEN)
+    r = tl.arange(0, C)
+    t = lo + r
+    ok = ik * BK + tl.arange(0, BK)
+    lower = r[:, None] > r[None, :]
+    upper = r[:, None] < r[None, :]
+    state = (s * H + h) * K * V + ok[None, :]
+
+    # As rows: q and k read the state, and the columns before them
+    W = tl.zeros([C, C], tl.float32)
+    M = tl.zeros([C, C], tl.float32)
+    xq = tl.zeros([C, BK], tl.float32)
+    xk = tl.zeros([C, BK], tl.float32)
+    for iv in range((V + BV - 1) // BV):
+        ov = iv * BV + tl.arange(0, BV)
+        bo = _load(do, t, hi, h, H, ov, V, MV).to(DT)
+        br = _load(dr, t, hi, h, H, ov, V, MV)
+        be = _load(e, t, hi, h, H, ov, V, MV)
+        S = tl.load(states + state + ov[:, None] * K, mask=(ok < K)[None, :] & (ov < V)[:, None], other=0.0)
+        W = tl.dot(bo, tl.trans(be), W, input_precision=PREC)
+        M = tl.dot(br, tl.trans(be), M, input_precision=PREC)
+        xq = tl.dot(bo, S, xq, input_precision=PREC)
+        xk = tl.dot(br, S, xk, input_precision=PREC)
+    bq = _load(q, t, hi, hk, HK, ok, K, MK).to(tl.float32)
+    bk = _load(k, t, hi, hk, HK, ok, K, MK).to(tl.float32)
+    if NORM:
+        bq *= tl.load(rows + (t * H + h) * R + 3, mask=t < hi, other=0.0)[:, None]
+        bk *= tl.load(rows + (t * H + h) * R + 4, mask=t < hi, other=0.0)[:, None]
+    weight = _weights(beta, t, hi, h, H, BETA)[:, None]
+    own = tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * scale
+    if GATE == 2:
+        b = _gates(g, t, hi, h, H, ok, K, MK)
+        G = tl.cumsum(b, 0)
+        strong = tl.min(tl.sum(b, 0), 0) < -LIMIT
+        since = tl.exp2(G)
+        xq = xq * since + _decayed(W, bk * weight, b, G, strong, True, C, BK, LEVELS, DT, PREC)
+        xk = xk * since + _decayed(M, bk * weight, b, G, strong, True, C, BK, LEVELS, DT, PREC)
+    else:
+        if GATE == 1:
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, H)
+            pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+            pair = tl.exp2(tl.where(lower, pair, 0.0))
+            W *= pair
+            M *= pair
+            xq *= _decay(coarse, fine)[:, None]
+            xk *= _decay(coarse, fine)[:, None]
+        kb = (bk * weight).to(DT)
+        xq = tl.dot(tl.where(lower, W, 0.0).to(DT), kb, xq, input_precision=PREC)
+        xk = tl.dot(tl.where(lower, M, 0.0).to(DT), kb, xk, input_precision=PREC)
+    xq *= scale
+    drift = bq * xq - bk * xk
+    if GATE == 1:
+        drift = tl.sum(drift, 1)
+    _store(dq, xq + own * weight * bk, t, hi, h, H, ok, K, MK)
+
+    # As columns: beta k writes to the state, and the rows after it read it
+    W = tl.zeros([C, C], tl.float32)
+    M = tl.zeros([C, C], tl.float32)
+    Y = tl.zeros([C, BK], tl.float32)
+    through = tl.zeros([BK], tl.float32)
+    for iv in range((V + BV - 1) // BV):
+        ov = iv * BV + tl.arange(0, BV)
+        bo = _load(do, t, hi, h, H, ov, V, MV).to(DT)
+        br = _load(dr, t, hi, h, H, ov, V, MV)
+        be = _load(e, t, hi, h, H, ov, V, MV)
+        inside = (ok < K)[None, :] & (ov < V)[:, None]
+        D = tl.load(dstates + state + ov[:, None] * K, mask=inside, other=0.0)
+        W = tl.dot(be, tl.trans(bo), W, input_precision=PREC)
+        M = tl.dot(be, tl.trans(br), M, input_precision=PREC)
+        Y = tl.dot(be, D, Y, input_precision=PREC)
+        if GATE > 0:
+            S = tl.load(states + state + ov[:, None] * K, mask=inside, other=0.0)
+            through += tl.sum(S.to(tl.float32) * D.to(tl.float32), 0)
+    if GATE == 2:
+        Y *= _after(g, t, lo, 0, hi, h, H, ok, K, MK, C)
+        inner = _decayed(W, bq * scale, b, G, strong, False, C, BK, LEVELS, DT, PREC)
+        inner -= _decayed(M, bk, b, G, strong, False, C, BK, LEVELS, DT, PREC)
+    else:
+        if GATE == 1:
+            Y *= _decay(coarse_end - coarse, fine_end - fine)[:, None]
+            pair = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+            pair = tl.exp2(tl.where(upper, pair, 0.0))
+            W *= pair
+            M *= pair
+        inner = tl.dot(tl.where(upper, W, 0.0).to(DT), (bq * scale).to(DT), input_precision=PREC)
+        inner -= tl.dot(tl.where(upper, M, 0.0).to(DT), bk.to(DT), input_precision=PREC)
+    if GATE == 2:
+        through *= tl.exp2(tl.sum(b, 0))
+        drift -= bk * weight * inner
+        written = tl.gather(bk * weight * Y, tl.broadcast_to(tl.maximum(r - 1, 0)[:, None], [C, BK]), 0)
+        written = tl.where(r[:, None] > 0, written, 0.0)
+        xg = tl.cumsum(drift, 0, reverse=True) + tl.cumsum(written, 0) + through[None, :]
+        # below -150 exp2 is 0, and so is the gradient
+        _store(dg, tl.where(b < -150.0, 0.0, xg), t, hi, h, H, ok, K, MK)
+    elif GATE == 1:
+        drift -= tl.sum(bk * weight * inner, 1)
+        written = tl.sum(bk * weight * Y, 1)
+        xg = tl.cumsum(drift, 0, reverse=True) + tl.sum(tl.where(lower, written[None, :], 0.0), 1)
+        xg += tl.sum(through, 0) * _decay(coarse_end, fine_end)
+        own_gate = tl.load(g + t * H + h, mask=t < hi, other=0.0).to(tl.float32)
+        tl.store(dg + (t * H + h) * NK + ik, tl.where(own_gate < -104.0, 0.0, xg), mask=t < hi)
+    Y += inner + own * bq
+    if BETA:
+        tl.store(dbeta + (t * H + h) * NK + ik, tl.sum(bk * Y, 1), mask=t < hi)
+    _store(dk, weight * Y - xk, t, hi, h, H, ok, K, MK)
+
+
+@triton.jit
+def _gather_heads(
+    x, dx, rows, out, tokens, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, WHICH: tl.constexpr, NORM: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q or k: those of the value heads that read it, summed in order, then through the norm."""
+    MK: tl.constexpr = K != BK
+    pid = tl.program_id(0)
+    hk = pid % HK
+    t = (pid // HK).to(tl.int64) * BT + tl.arange(0, BT)
+    ok = tl.arange(0, BK)
+    y = tl.zeros([BT, BK], tl.float32)
+    for j in range(GROUP):
+        y += _load(dx, t, tokens, hk * GROUP + j, H, ok, K, MK)
+    if NORM:
+        by = tl.load(rows + (t * H + hk * GROUP) * R + WHICH, mask=t < tokens, other=0.0)[:, None]
+        bx = _load(x, t, tokens, hk, HK, ok, K, MK).to(tl.float32) * by
+        y = (y - bx * tl.sum(bx * y, 1)[:, None]) * by
+    _store(out, y, t, tokens, hk, HK, ok, K, MK)
+
+
+@triton.jit
+def _step(
+    q, k, v, g, beta, state, o, scale, H,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    BETA: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    n = (pid // NV).to(tl.int64)  # batch row and value head
+    nk = n // GROUP
+    ok = tl.arange(0, BK)
+    ov = (pid % NV) * BV + tl.arange(0, BV)
+    m = (ok < K)[:, None] & (ov < V)[None, :]
+    p = state + n * K * V + ok[:, None] * V + ov[None, :]
+    S = tl.load(p, mask=m, other=0.0)
+    bq = tl.load(q + nk * K + ok, mask=ok < K, other=0.0).to(tl.float32)
+    bk = tl.load(k + nk * K + ok, mask=ok < K, other=0.0).to(tl.float32)
+    bv = tl.load(v + n * V + ov, mask=ov < V, other=0.0).to(tl.float32)
+    if NORM:
+        bq *= tl.rsqrt(tl.sum(bq * bq, 0) + NORM_EPSILON)
+        bk *= tl.rsqrt(tl.sum(bk * bk, 0) + NORM_EPSILON)
+    if GATE == 2:
+        S *= tl.exp(tl.load(g + n * K + ok, mask=ok < K, other=0.0).to(tl.float32))[:, None]
+    elif GATE == 1:
+        S *= tl.exp(tl.load(g + n).to(tl.float32))
+    e = bv - tl.sum(S * bk[:, None], 0)
+    if BETA:
+        e *= tl.load(beta + n).to(tl.float32)
+    S += bk[:, None] * e[None, :]
+    tl.store(p, S, mask=m)
+    tl.store(o + n * V + ov, (tl.sum(S * bq[:, None], 0) * scale).to(o.dtype.element_ty), mask=ov < V)
