@@ -30,7 +30,7 @@ TYPES = {
     torch.int64: "*i64",
 }
 SHARED_LIMIT = 232448  # bytes a block of compute capability 9.0 can have
-HIDDEN = {"K", "V", "C", "DT", "PREC"}  # constants that the label holds or that follow from it
+HIDDEN = {"K", "V", "M", "C", "DT", "PREC"}  # constants that the label holds or that follow from it
 
 
 def compiled(launch: Launch) -> dict:

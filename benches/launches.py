@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from icrl_kernels._triton import gla
+from icrl_kernels._triton import gla, gsa
 
 
 class Launch(NamedTuple):
@@ -100,4 +100,25 @@ def gla_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator
         yield Call("gla", "step", label, gla, gla.step, token, B, **more)
 
 
-OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Iterator[Call]]] = {"gla": gla_calls}
+def gsa_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    M = 64
+    for gate in ("none", "slot"):
+        label = {"dtype": str(dtype)[6:], "K": size, "V": size, "M": M, "gate": gate}
+        q, k, v, do = (meta(B, T, H, size, dtype=dtype) for _ in range(4))
+        s = meta(B, T, H, M, dtype=dtype)
+        g = None if gate == "none" else meta(B, T, H, M)
+        states = meta(B, H, size, M), meta(B, H, M, size)
+        token = (*(None if x is None else x[:, 0] for x in (q, k, v, s, g)), *states, 0.1)
+        more = {
+            "updated": frozenset(
+                [("_scan", "states1"), ("_scan", "states2"), ("_step", "keys"), ("_step", "values"), ("_grad_kv", "z")]
+            ),
+            "idle": lambda launch: launch.values.get("ANY", False),
+        }
+        inputs = (q, k, v, s, g, 0.1, *states, None)
+        yield Call("gsa", "forward", label, gsa, gsa.forward, inputs, B * T, **more)
+        yield Call("gsa", "backward", label, gsa, gsa.backward, (do, *states, *inputs), B * T, **more)
+        yield Call("gsa", "step", label, gsa, gsa.step, token, B, **more)
+
+
+OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Iterator[Call]]] = {"gla": gla_calls, "gsa": gsa_calls}

@@ -84,15 +84,16 @@ def gsa(
             taken as it is. Sums, the softmax and states are float32 (float64 there).
         g: natural logarithms of the slots' decays, ≤ 0: [B, T, Hk, M], float32 (best) or q's dtype, or None: no decay
             (flash-linear-attention's g=None is another thing: it makes g and s out of s's running logsumexp).
-            −inf empties a slot. A gate above `GATE_ALLOWANCE` is an error on the CPU backend. A NaN gate makes NaN of
-            what depends on it, as any NaN does.
+            −inf empties a slot. A gate above `GATE_ALLOWANCE` is an error on the CPU; a GPU does not look. A NaN gate makes
+            NaN of what depends on it, as any NaN does.
         scale: default K^-1/2.
         initial_state: the pair (K̃ᵀ [N, Hk, K, M], Ṽ [N, Hk, M, V]) float32, laid out as flash-linear-attention's,
             N = B or the number of packed sequences; default zeros.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
-            Sequences may be empty. The CPU backend checks its values.
-        backend: "auto", "cpu" or "reference". There is no GPU kernel yet: the reference serves CUDA tensors.
+            Sequences may be empty. Its values are checked on the CPU, and trusted on a GPU, where reading them would
+            make the host wait.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         o [B, T, H, V] in the inputs' dtype, and the final state, a pair as `initial_state`, or None.
@@ -106,7 +107,7 @@ def gsa(
     keys, values = _pair("initial_state", initial_state)
     _check(q, k, v, s, g, keys, values, cu_seqlens)
     scale = _attention.default_scale(scale, q)
-    if backend == "reference" or (backend == "auto" and (q.dtype == torch.float64 or q.device.type != "cpu")):
+    if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
             _attention.check_values(q, g, cu_seqlens)
         return gsa_reference(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens)
@@ -131,7 +132,7 @@ def gsa_step(
         g: None or [B, Hk, M], as for `gsa`.
         state: the pair ([B, Hk, K, M], [B, Hk, M, V]) float32, contiguous; changed in place.
         scale: default K^-1/2.
-        backend: "auto", "cpu" or "reference", which is what CUDA tensors get.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Raises:
         ValueError: as `gsa`, and where an input requires a gradient while gradients are on. When a gate is refused the
@@ -311,6 +312,32 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, ke
     raise AssertionError("gsa_step's two checks disagree")
 
 
+# Triton backend, imported when first called: torch without triton has all the rest.
+
+
+def _triton_forward(q: Tensor, *args):
+    _attention.native("gsa", q)
+    from icrl_kernels._triton import gsa as kernels
+
+    return kernels.forward(q, *args)
+
+
+def _triton_backward(do: Tensor, *args):
+    from icrl_kernels._triton import gsa as kernels
+
+    # where there is no input: an empty tensor, as the schema wants one
+    return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
+
+
+def _triton_step(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    from icrl_kernels._triton import gsa as kernels
+
+    _check_step(q, k, v, s, g, keys, values)
+    return kernels.step(q, k, v, s, g, keys, values, scale)
+
+
 # Reference backend of the step
 
 
@@ -356,19 +383,23 @@ _INPUTS = (
 
 _registry.define(
     f"gsa({_INPUTS}, str backend) -> (Tensor o, Tensor final_keys, Tensor final_values)",
-    {"cpu": (("cpu",), _cpu_forward)},
+    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward)},
     lambda q, k, v, s, g, scale, initial_keys, initial_values, cu_seqlens, backend: _outputs(q, k, v, s, cu_seqlens),
 )
 _registry.define(
     f"gsa_backward(Tensor do, Tensor dfinal_keys, Tensor dfinal_values, {_INPUTS}, str backend) -> (Tensor dq, "
     "Tensor dk, Tensor dv, Tensor ds, Tensor dg, Tensor dinitial_keys, Tensor dinitial_values)",
-    {"cpu": (("cpu",), _cpu_backward)},
+    {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
     lambda *args: _gradients(*args[:-1]),
 )
 _registry.define(
     "gsa_step(Tensor q, Tensor k, Tensor v, Tensor s, Tensor? g, Tensor(a!) keys, Tensor(b!) values, float scale, "
     "str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu_step), "reference": (("cpu", "cuda"), _reference_step)},
+    {
+        "cpu": (("cpu",), _cpu_step),
+        "triton": (("cuda",), _triton_step),
+        "reference": (("cpu", "cuda"), _reference_step),
+    },
     lambda q, k, v, s, g, keys, values, scale, backend: q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
 )
 

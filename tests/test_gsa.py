@@ -320,7 +320,7 @@ def broken():
     yield "s", {**good, "s": s.to("meta")}
     yield "g", {**good, "g": g + 1.0}
     yield "cu_seqlens", {**good, "cu_seqlens": bounds}
-    yield "backend", {**good, "backend": "triton"}
+    yield "backend", {**good, "backend": "cudnn"}
     one = {name: good[name][:1] for name in "qkvsg"}
     yield "cu_seqlens", {**one, "cu_seqlens": bounds.float()}
     for sequence_bounds in ([0, 5], [1, 6], [0, 7, 6], []):
@@ -415,7 +415,7 @@ def test_compile(dynamic):
 
 def test_backends_listed():
     assert _registry.resolve("gsa", "cpu")[0] == _registry.resolve("gsa_step", "cpu")[0] == "cpu"
-    assert _registry.resolve("gsa_step", "cuda")[0] == "reference"
+    assert _registry.resolve("gsa", "cuda")[0] == _registry.resolve("gsa_step", "cuda")[0] == "triton"
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])

@@ -1,0 +1,146 @@
+"""Launchers of the Triton kernels of gated slot attention (gsa_kernels.py): sizes, buffers, grids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from icrl_kernels._triton import gla
+from icrl_kernels._triton.gla import STATE_TILE, _contiguous, _Plan, _pow2, _warps
+from icrl_kernels._triton.gla_kernels import _outputs as _gla_outputs
+from icrl_kernels._triton.gsa_kernels import _grad_kv, _grad_logits, _local_states, _outputs, _scan, _step
+
+State = tuple[Tensor, Tensor]
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
+    widest = max(k, v, s, key=lambda x: x.shape[3])
+    plan = gla._plan(q, k, widest, g, cu_seqlens)
+    return replace(plan, sizes={**plan.sizes, "V": v.shape[3], "M": s.shape[3], "GATE": g is not None})
+
+
+def _segment_states(
+    plan: _Plan, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, g: Tensor | None, init: State | None, reverse: bool
+) -> tuple[State, State, Tensor | None]:
+    """Both states before each segment, [segments, Hk, M, K] and [segments, Hk, M, V], after the last as the op's pair,
+    and `strong`; reverse: the gradients', from the end."""
+    K, V, M, gate = (plan.sizes[name] for name in ("K", "V", "M", "GATE"))
+    BK, BV, BM = _pow2(K), _pow2(V), _pow2(M)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=y1.device)
+
+    states = empty(plan.grid, plan.heads, M, K), empty(plan.grid, plan.heads, M, V)
+    last = empty(plan.sequences, plan.heads, K, M), empty(plan.sequences, plan.heads, M, V)
+    decay = strong = None
+    if gate:
+        strong = empty(plan.grid, plan.heads, dtype=torch.int32)
+        decay = empty(plan.grid, plan.heads, M)
+    if plan.grid:
+        _local_states[(plan.grid * plan.heads,)](
+            x1, y1, x2, y2, g, *states, decay, strong, *plan.span, y1.shape[2], plan.heads,
+            GROUP=y1.shape[2] // plan.heads, BK=BK, BV=BV, BM=BM, C=plan.chunk, LIMIT=plan.gates["LIMIT"],
+            REVERSE=reverse, **plan.sizes, **plan.products,
+            num_warps=_warps(BM * (BK + BV)), num_stages=plan.stages,
+        )  # fmt: skip
+    BD = max(1, 2048 // BM)
+    _scan[(plan.sequences * plan.heads * triton.cdiv(K + V, BD),)](
+        *states, decay, *(init or (None, None)), *last, plan.span[2], plan.span[5], plan.heads,
+        BM=BM, BD=BD, HAS_INIT=init is not None, REVERSE=reverse, **plan.sizes, num_warps=4,
+    )  # fmt: skip
+    return states, last, strong
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, scale: float,
+    initial_keys: Tensor | None, initial_values: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o [B, T, H, V] in v's dtype and the final states, float32. Shapes as in `icrl_kernels.gsa`."""
+    q, k, v, s, g, keys, values = _contiguous(q, k, v, s, g, initial_keys, initial_values)
+    plan = _plan(q, k, v, s, g, cu_seqlens)
+    K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
+    o = torch.empty(*q.shape[:3], V, dtype=v.dtype, device=v.device)
+    init = None if keys is None else (keys, values)
+    states, last, strong = _segment_states(plan, s, k, s, v, g, init, False)
+    BK, BM = _pow2(K), _pow2(M)
+    BV = min(_pow2(V), max(16, STATE_TILE // 2 // BM))
+    for any_gate in plan.passes if plan.grid else ():
+        _outputs[(plan.grid * H * triton.cdiv(V, BV),)](
+            q, k, v, s, g, *states, strong, o, scale, *plan.span, H, plan.heads,
+            GROUP=plan.groups, BK=BK, BV=BV, BM=BM, C=plan.chunk,
+            **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
+            num_warps=_warps(BM * (BK + BV)), num_stages=plan.stages,
+        )  # fmt: skip
+    return o, *last
+
+
+def backward(
+    do: Tensor, dfinal_keys: Tensor, dfinal_values: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor,
+    g: Tensor | None, scale: float, initial_keys: Tensor | None, initial_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, ds, dg (None without gates), d of the initial states (None without), each in its input's dtype."""
+    do, q, k, v, s, g = _contiguous(do, q, k, v, s, g)
+    keys, values, dkeys, dvalues = _contiguous(initial_keys, initial_values, dfinal_keys, dfinal_values)
+    plan = _plan(q, k, v, s, g, cu_seqlens)
+    K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
+    dq, dk, dv, ds = (torch.empty_like(x) for x in (q, k, v, s))
+    dg = None if g is None else torch.empty_like(g)
+    init = None if keys is None else (keys, values)
+    states, last, strong = _segment_states(plan, s, k, s, v, g, init, False)
+    operands = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    p = torch.empty(*q.shape[:3], M, dtype=operands, device=q.device)
+    e = torch.empty_like(p)
+    z = dg if g is None or (g.dtype == torch.float32 and plan.groups == 1) else torch.empty_like(p, dtype=torch.float32)
+    own = None if g is None else torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
+    rows = q.shape[0] * q.shape[1] * H
+    share = {
+        "GROUP": plan.groups, "BK": _pow2(K), "BV": _pow2(V), "BM": _pow2(M), "C": plan.chunk,
+        **plan.sizes, **plan.products, **plan.gates, "num_warps": 8, "num_stages": plan.stages,
+    }  # fmt: skip
+    for any_gate in plan.passes if plan.grid else ():
+        _grad_logits[(plan.grid * H,)](
+            q, k, v, s, g, do, *states, strong, p, e, z, own, scale, *plan.span, H, plan.heads, rows,
+            ANY=any_gate, **share,
+        )  # fmt: skip
+    sizes = {**plan.sizes, "K": M, "V": K, "GATE": 0 if g is None else 2}
+    del sizes["M"]
+    BK = min(_pow2(K), STATE_TILE // _pow2(M))
+    for any_gate in plan.passes if plan.grid else ():  # dq_t = K̃_tᵀ e_t: gla with queries e, keys s and values k
+        _gla_outputs[(plan.grid * H * triton.cdiv(K, BK),)](
+            e, s, k, g, states[0], strong, dq, 1.0, *plan.span, H, plan.heads,
+            GROUP=plan.groups, BK=_pow2(M), BV=BK, C=plan.chunk, **sizes, **plan.products, **plan.gates, ANY=any_gate,
+            num_warps=_warps(_pow2(M) * BK), num_stages=plan.stages,
+        )  # fmt: skip
+    dstates, dinit, _ = _segment_states(plan, e, q, p, do, g, (dkeys, dvalues), True)
+    for any_gate in plan.passes if plan.grid else ():
+        _grad_kv[(plan.grid * plan.heads,)](
+            q, k, v, s, g, do, p, e, z, own, *states, *last, *dstates, strong, dk, dv, ds, dg,
+            *plan.span, H, plan.heads, rows, ANY=any_gate, **share,
+        )  # fmt: skip
+    return dq, dk, dv, ds, dg, *((None, None) if init is None else dinit)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    """One token: q [B, H, K], k [B, Hk, K], v [B, Hk, V], s, g [B, Hk, M]; both states are updated in place,
+    o [B, H, V] returned."""
+    q, k, v, s, g = _contiguous(q, k, v, s, g)
+    B, H, K = q.shape
+    heads, V = v.shape[1:]
+    M = s.shape[2]
+    o = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
+    BK, BV = _pow2(K), _pow2(V)
+    BM = min(_pow2(M), STATE_TILE // (BK + BV))
+    BM = 1 << (BM.bit_length() - 1)
+    if B:
+        _step[(B * heads,)](
+            q, k, v, s, g, keys, values, o, scale,
+            GROUP=H // heads, K=K, V=V, M=M, BK=BK, BV=BV, BM=BM, BG=triton.next_power_of_2(H // heads),
+            GATE=g is not None, num_warps=_warps(BM * (BK + BV)),
+        )  # fmt: skip
+    return o

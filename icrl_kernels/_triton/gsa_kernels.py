@@ -1,0 +1,484 @@
+"""Triton kernels of gated slot attention, forward and step. K̃_t = diag(exp g_t) K̃_{t-1} + s_t k_tᵀ and
+Ṽ_t = diag(exp g_t) Ṽ_{t-1} + s_t v_tᵀ are one gated linear attention with keys s and values [k | v]: the levels, the
+gates and the accuracy are those of gla_kernels.py, and the two states lie side by side, [M, K + V].
+
+`_outputs` holds both states on chip: logits, softmax and output of a chunk come from one launch, and no p is written.
+With G the sum of a slot's gates from the chunk's start and s' = s·2^-G, a chunk's logits are
+2^G ∘ (q K̃ᵀ + tril(q kᵀ) s'), its outputs (p ∘ 2^G) Ṽ + tril((p ∘ 2^G) s'ᵀ) v. Rows with G < -LIMIT are done again for
+any gates by a second launch, as in gla. There 2^-G stops at 2^LIMIT in the first launch, because s' is summed over with
+weights of 0 by the rows before it: a NaN or infinity in s or v may reach the up to 63 rows before it in its chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from icrl_kernels._triton.common import (
+    LOG2E,
+    _after,
+    _apply_any_gate,
+    _gates,
+    _load,
+    _scores_any_gate,
+    _span,
+    _store,
+)
+
+
+@triton.jit
+def _local_states(
+    x1, y1, x2, y2, g, out1, out2, decay, strong, cu, owner, first, T, L, PER, HX, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr,
+    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """out1[s, h] = sum over the segment of x1_t y1_tᵀ, decayed to the segment's end (REVERSE: to its start), and out2
+    likewise; the forward's x1 and x2 are both s. strong as in gla's kernel."""
+    MK: tl.constexpr = K != BK
+    MV: tl.constexpr = V != BV
+    MM: tl.constexpr = M != BM
+    pid = tl.program_id(0)
+    h = pid % HK
+    s = (pid // HK).to(tl.int64)
+    n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
+    r = tl.arange(0, C)
+    ok = tl.arange(0, BK)
+    ov = tl.arange(0, BV)
+    om = tl.arange(0, BM)
+    S1 = tl.zeros([BM, BK], tl.float32)
+    S2 = tl.zeros([BM, BV], tl.float32)
+    beyond = 0x7FFFFFFF
+    d = tl.full([BM], 1.0, tl.float32)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    for i in range(chunks):
+        c = chunks - 1 - i if REVERSE else i
+        t = lo + c * C + r
+        if GATE:
+            b = _gates(g, t, hi, h, HK, om, M, MM)
+            total = tl.sum(b, 0)
+            shrink = tl.exp2(total)
+            w = tl.exp2(tl.cumsum(b, 0)) if REVERSE else _after(g, t, lo, c, hi, h, HK, om, M, MM, C)
+            d *= shrink
+            S1 *= shrink[:, None]
+            S2 *= shrink[:, None]
+            weak = tl.min(tl.where(total >= -LIMIT, 1, 0), 0)  # 0 for a NaN too: rows before it may be strong
+            beyond = tl.where(weak == 0, tl.minimum(beyond, c), beyond)
+        for j in range(GROUP):
+            bx = _load(x1, t, hi, h * GROUP + j, HX, om, M, MM)
+            by = _load(y1, t, hi, h * GROUP + j, HX, ok, K, MK).to(DT)
+            if GATE:
+                bx = bx.to(tl.float32) * w
+            S1 = tl.dot(tl.trans(bx.to(DT)), by, S1, input_precision=PREC)
+            if REVERSE:
+                bx = _load(x2, t, hi, h * GROUP + j, HX, om, M, MM)
+                if GATE:
+                    bx = bx.to(tl.float32) * w
+            by = _load(y2, t, hi, h * GROUP + j, HX, ov, V, MV).to(DT)
+            S2 = tl.dot(tl.trans(bx.to(DT)), by, S2, input_precision=PREC)
+    p = (s * HK + h) * M + om[:, None]
+    tl.store(out1 + p * K + ok[None, :], S1, mask=(om < M)[:, None] & (ok < K)[None, :])
+    tl.store(out2 + p * V + ov[None, :], S2, mask=(om < M)[:, None] & (ov < V)[None, :])
+    if GATE:
+        tl.store(decay + (s * HK + h) * M + om, d, mask=om < M)
+        tl.store(strong + s * HK + h, beyond)
+
+
+@triton.jit
+def _scan(
+    states1, states2, decay, keys, values, last_keys, last_values, first, PER, HK,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    GATE: tl.constexpr, HAS_INIT: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """In place: the states that the segments add become those they start from (REVERSE: end with). The pairs
+    (keys [N, Hk, K, M], values [N, Hk, M, V]) are what comes before all and, last, after all. The columns of the two
+    states lie side by side, of the keys' first."""
+    ND: tl.constexpr = (K + V + BD - 1) // BD
+    pid = tl.program_id(0)
+    ok = (pid % ND) * BD + tl.arange(0, BD)[None, :]
+    ov = ok - K
+    om = tl.arange(0, BM)[:, None]
+    nh = (pid // ND).to(tl.int64)
+    n = nh // HK
+    h = nh % HK
+    mk = (om < M) & (ok < K)
+    mv = (om < M) & (ov >= 0) & (ov < V)
+    key = (nh * K + ok) * M + om
+    value = (nh * M + om) * V + ov
+    if VARLEN:
+        s0 = tl.load(first + n)
+        segments = (tl.load(first + n + 1) - s0).to(tl.int32)
+    else:
+        segments = PER
+        s0 = n * PER
+    S = tl.zeros([BM, BD], tl.float32)
+    if HAS_INIT:
+        S = tl.load(keys + key, mask=mk, other=0.0) + tl.load(values + value, mask=mv, other=0.0)
+    for i in range(segments):
+        row = ((s0 + (segments - 1 - i if REVERSE else i)) * HK + h) * M + om
+        add = tl.load(states1 + row * K + ok, mask=mk, other=0.0) + tl.load(states2 + row * V + ov, mask=mv, other=0.0)
+        tl.store(states1 + row * K + ok, S, mask=mk)
+        tl.store(states2 + row * V + ov, S, mask=mv)
+        if GATE:
+            S = S * tl.load(decay + row, mask=om < M, other=0.0) + add
+        else:
+            S += add
+    tl.store(last_keys + key, S, mask=mk)
+    tl.store(last_values + value, S, mask=mv)
+
+
+@triton.jit
+def _softmax(z, om, M: tl.constexpr, BM: tl.constexpr):
+    """Exponentials and what to multiply them by."""
+    z *= LOG2E
+    if M != BM:
+        z = tl.where((om < M)[None, :], z, float("-inf"))
+    e = tl.exp2(z - tl.max(z, 1)[:, None])
+    return e, (1.0 / tl.sum(e, 1))[:, None]
+
+
+@triton.jit
+def _outputs(
+    q, k, v, s, g, states1, states2, strong, o, scale, cu, owner, first, T, L, PER, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr,
+    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = (V + BV - 1) // BV
+    MK: tl.constexpr = K != BK
+    MV: tl.constexpr = V % BV != 0
+    MM: tl.constexpr = M != BM
+    pid = tl.program_id(0)
+    h = (pid // NV) % H
+    sg = (pid // NV // H).to(tl.int64)
+    hk = h // GROUP
+    n, lo, hi, end = _span(sg, cu, owner, first, T, L, PER, VARLEN)
+    r = tl.arange(0, C)
+    ok = tl.arange(0, BK)
+    ov = (pid % NV) * BV + tl.arange(0, BV)
+    om = tl.arange(0, BM)
+    causal = r[:, None] >= r[None, :]
+    p = (sg * HK + hk) * M + om
+    X = tl.load(states1 + p[None, :] * K + ok[:, None], mask=(ok < K)[:, None] & (om < M)[None, :], other=0.0)
+    Y = tl.load(states2 + p[:, None] * V + ov[None, :], mask=(om < M)[:, None] & (ov < V)[None, :], other=0.0)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    beyond = chunks
+    if ANY:
+        beyond = tl.load(strong + sg * HK + hk)
+        chunks = tl.where(beyond < chunks, chunks, 0)
+    for c in range(chunks):
+        t = lo + c * C + r
+        bq = _load(q, t, hi, h, H, ok, K, MK)
+        bk = _load(k, t, hi, hk, HK, ok, K, MK)
+        bv = _load(v, t, hi, hk, HK, ov, V, MV).to(DT)
+        bs = _load(s, t, hi, hk, HK, om, M, MM).to(tl.float32)
+        if GATE:
+            b = _gates(g, t, hi, hk, HK, om, M, MM)
+            G = tl.cumsum(b, 0)
+            f = tl.exp2(G)
+            shrink = tl.exp2(tl.sum(b, 0))
+        if ANY:
+            sw = (bs * _after(g, t, lo, c, hi, hk, HK, om, M, MM, C)).to(DT)
+        elif GATE:
+            sw = (bs * tl.exp2(tl.where(-G < LIMIT, -G, LIMIT))).to(DT)
+        else:
+            sw = bs.to(DT)
+        A = tl.dot(bq.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
+        z = tl.dot(bq.to(DT), X.to(DT), input_precision=PREC)
+        if ANY:
+            b = tl.where(b == b, b, 0.0)  # a NaN gate acts through f, on its own row and later ones only
+            own = tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
+            z = z * f + own[:, None] * bs
+            z += _apply_any_gate(tl.where(r[:, None] > r[None, :], A, 0.0), bs, b, True, C, BM, LEVELS, DT, PREC)
+            e, norm = _softmax(z * scale, om, M, BM)
+            A = _scores_any_gate(e, bs, b, C, BM, LEVELS, DT, PREC)
+            e = (e * f).to(DT)
+        else:
+            z += tl.dot(tl.where(causal, A, 0.0).to(DT), sw, input_precision=PREC)
+            if GATE:
+                z *= f
+            e, norm = _softmax(z * scale, om, M, BM)
+            if GATE:
+                e *= f
+            e = e.to(DT)
+            A = tl.dot(e, tl.trans(sw), input_precision=PREC)
+        bo = tl.dot(e, Y.to(DT), input_precision=PREC) * norm
+        bo += tl.dot(tl.where(causal, A, 0.0).to(DT), bv, input_precision=PREC) * norm
+        if ANY:
+            late = (c > beyond) | ((c == beyond) & (tl.min(G, 1) < -LIMIT))
+            _store(o, bo, tl.where(late, t, hi), hi, h, H, ov, V, MV)
+            X *= shrink[None, :]
+            Y *= shrink[:, None]
+        else:
+            _store(o, bo, t, hi, h, H, ov, V, MV)
+        X = tl.dot(tl.trans(bk.to(DT)), sw, X, input_precision=PREC)
+        Y = tl.dot(tl.trans(sw), bv, Y, input_precision=PREC)
+        if GATE and not ANY:  # sw holds the decay back to the chunk's start, so the shrinking comes last
+            X *= shrink[None, :]
+            Y *= shrink[:, None]
+
+
+@triton.jit
+def _grad_logits(
+    q, k, v, s, g, do, states1, states2, strong, p, e, z, own, scale, cu, owner, first, T, L, PER, H, HK, part,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr,
+    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+):  # fmt: skip
+    """p again, and e = dL/d(K̃ q) = scale·p (dp - p·dp) with dp = Ṽ do.
+
+    z: p dp + e (K̃ q) without the pair (t, t), for dg (which that pair does not move); own: q·k and do·v, for ds."""
+    MK: tl.constexpr = K != BK
+    MV: tl.constexpr = V != BV
+    MM: tl.constexpr = M != BM
+    pid = tl.program_id(0)
+    h = pid % H
+    sg = (pid // H).to(tl.int64)
+    hk = h // GROUP
+    n, lo, hi, end = _span(sg, cu, owner, first, T, L, PER, VARLEN)
+    r = tl.arange(0, C)
+    ok = tl.arange(0, BK)
+    ov = tl.arange(0, BV)
+    om = tl.arange(0, BM)
+    row = ((sg * HK + hk) * M + om)[None, :]
+    X = tl.load(states1 + row * K + ok[:, None], mask=(ok < K)[:, None] & (om < M)[None, :], other=0.0)
+    Y = tl.load(states2 + row * V + ov[:, None], mask=(ov < V)[:, None] & (om < M)[None, :], other=0.0)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    if GATE:
+        chunks = tl.where((tl.load(strong + sg * HK + hk) < chunks) == ANY, chunks, 0)
+    for c in range(chunks):
+        t = lo + c * C + r
+        bq = _load(q, t, hi, h, H, ok, K, MK).to(DT)
+        bk = _load(k, t, hi, hk, HK, ok, K, MK).to(DT)
+        bv = _load(v, t, hi, hk, HK, ov, V, MV).to(DT)
+        bo = _load(do, t, hi, h, H, ov, V, MV).to(DT)
+        bs = _load(s, t, hi, hk, HK, om, M, MM).to(tl.float32)
+        sw = bs.to(DT)
+        if GATE:
+            b = _gates(g, t, hi, hk, HK, om, M, MM)
+            G = tl.cumsum(b, 0)
+            f = tl.exp2(G)
+            shrink = tl.exp2(tl.sum(b, 0))[None, :]
+            w = _after(g, t, lo, c, hi, hk, HK, om, M, MM, C) if ANY else tl.exp2(-G)
+            sw = (bs * w).to(DT)
+            before = r[:, None] > r[None, :]
+            qk = tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
+            vo = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
+            tl.store(own + t * H + h, qk, mask=t < hi)
+            tl.store(own + part + t * H + h, vo, mask=t < hi)
+        else:
+            before = r[:, None] >= r[None, :]
+        # two products scaled apart and added: one that goes on from the other would be done twice by eight warps
+        A = tl.where(before, tl.dot(bq, tl.trans(bk), input_precision=PREC), 0.0)
+        y = tl.dot(bq, X.to(DT), input_precision=PREC)
+        if ANY:
+            y = y * f + _apply_any_gate(A, bs, b, True, C, BM, LEVELS, DT, PREC)
+        elif GATE:
+            y = y * f + tl.dot(A.to(DT), sw, input_precision=PREC) * f
+        else:
+            y = y * scale + tl.dot(A.to(DT), sw, input_precision=PREC) * scale
+        if GATE:
+            bp, norm = _softmax((y + qk[:, None] * bs) * scale, om, M, BM)
+        else:
+            bp, norm = _softmax(y, om, M, BM)
+        bp *= norm
+        A = tl.where(before, tl.dot(bo, tl.trans(bv), input_precision=PREC), 0.0)
+        x = tl.dot(bo, Y.to(DT), input_precision=PREC)
+        if ANY:
+            x = x * f + _apply_any_gate(A, bs, b, True, C, BM, LEVELS, DT, PREC)
+        elif GATE:
+            x = x * f + tl.dot(A.to(DT), sw, input_precision=PREC) * f
+        else:
+            x = x * scale + tl.dot(A.to(DT), sw, input_precision=PREC) * scale
+        be = bp * (x + vo[:, None] * bs) * scale if GATE else bp * x
+        be -= bp * tl.sum(be, 1)[:, None]
+        _store(p, bp, t, hi, h, H, om, M, MM)
+        _store(e, be, t, hi, h, H, om, M, MM)
+        if GATE:  # with p and e as the other kernels will have them: what they add cancels part of this
+            x = x * bp.to(DT).to(tl.float32) + y * be.to(DT).to(tl.float32)
+            _store(z, x, t, hi, h, H, om, M, MM)
+        if ANY:
+            X *= shrink
+            Y *= shrink
+        X = tl.dot(tl.trans(bk), sw, X, input_precision=PREC)
+        Y = tl.dot(tl.trans(bv), sw, Y, input_precision=PREC)
+        if GATE and not ANY:
+            X *= shrink
+            Y *= shrink
+
+
+@triton.jit
+def _grad_pass(
+    x, y, weight, D, xs, dx, bs, sw, b, f, t, hi, h, H, HK, o, om,
+    GROUP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, GATE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one pass: writes dx and returns D at the chunk's start and xs with the pass's part of ds, less the
+    pairs (t, t) where there are gates. x: the keys or values that it writes; y: the vectors, as wide, that meet its
+    state, [B, T, H, N]; weight: theirs of the slots, [B, T, H, M]."""
+    r = tl.arange(0, C)
+    out = tl.dot(D.to(DT), tl.trans(sw), input_precision=PREC)
+    if ANY:
+        D *= tl.exp2(tl.sum(b, 0))[None, :]
+    for j in range(GROUP):
+        by = _load(y, t, hi, h * GROUP + j, H, o, N, N != BN).to(DT)
+        bw = _load(weight, t, hi, h * GROUP + j, H, om, M, M != BM)
+        if GATE:
+            wf = (bw.to(tl.float32) * f).to(DT)
+            after = r[:, None] < r[None, :]
+        else:
+            wf = bw.to(DT)
+            after = r[:, None] <= r[None, :]
+        if ANY:
+            A = _scores_any_gate(bw, bs, b, C, BM, LEVELS, DT, PREC)
+        else:
+            A = tl.dot(wf, tl.trans(sw), input_precision=PREC)
+        out = tl.dot(tl.trans(by), tl.where(r[:, None] >= r[None, :], A, 0.0).to(DT), out, input_precision=PREC)
+        D = tl.dot(tl.trans(by), wf, D, input_precision=PREC)
+        A = tl.where(after, tl.dot(x, tl.trans(by), input_precision=PREC), 0.0)
+        if ANY:
+            xs += _apply_any_gate(A, bw, b, False, C, BM, LEVELS, DT, PREC)
+        else:
+            xs = tl.dot(A.to(DT), wf, xs, input_precision=PREC)
+    p = dx + ((t * HK + h) * N)[None, :] + o[:, None]
+    tl.store(p, out.to(dx.dtype.element_ty), mask=(t < hi)[None, :] & (o < N)[:, None])
+    return D, xs
+
+
+@triton.jit
+def _grad_kv(
+    q, k, v, s, g, do, p, e, z, own, states1, states2, last_keys, last_values, dstates1, dstates2, strong,
+    dk, dv, ds, dg, cu, owner, first, T, L, PER, H, HK, part,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr,
+    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+):  # fmt: skip
+    """From the last chunk to the first with both states' gradients on chip, [K, M] and [V, M]: dk and dv, made as
+    [K, C] and [V, C] so that no product's result has to be transposed for another, and ds and dg, which are sums over
+    the two passes. dg as in gla's kernel."""
+    MK: tl.constexpr = K != BK
+    MV: tl.constexpr = V != BV
+    MM: tl.constexpr = M != BM
+    pid = tl.program_id(0)
+    h = pid % HK
+    sg = (pid // HK).to(tl.int64)
+    n, lo, hi, end = _span(sg, cu, owner, first, T, L, PER, VARLEN)
+    r = tl.arange(0, C)
+    ok = tl.arange(0, BK)
+    ov = tl.arange(0, BV)
+    om = tl.arange(0, BM)
+    row = ((sg * HK + h) * M + om)[None, :]
+    tile_k = row * K + ok[:, None]
+    tile_v = row * V + ov[:, None]
+    inside_k = (ok < K)[:, None] & (om < M)[None, :]
+    inside_v = (ov < V)[:, None] & (om < M)[None, :]
+    D1 = tl.load(dstates1 + tile_k, mask=inside_k, other=0.0)
+    D2 = tl.load(dstates2 + tile_v, mask=inside_v, other=0.0)
+    if GATE:  # the states at the segment's end: the next segment's first or the sequence's last
+        more = (hi + 0 * om)[None, :] < end  # as a tensor: triton 3.9's interpreter makes a scalar's & an integer
+        S = tl.load(states1 + HK * M * K + tile_k, mask=inside_k & more, other=0.0)
+        nh = n.to(tl.int64) * HK + h
+        S += tl.load(last_keys + (nh * K + ok[:, None]) * M + om[None, :], mask=inside_k & ~more, other=0.0)
+        carry = tl.sum(S * D1, 0)
+        S = tl.load(states2 + HK * M * V + tile_v, mask=inside_v & more, other=0.0)
+        S += tl.load(last_values + (nh * M + om[None, :]) * V + ov[:, None], mask=inside_v & ~more, other=0.0)
+        carry += tl.sum(S * D2, 0)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    if GATE:
+        chunks = tl.where((tl.load(strong + sg * HK + h) < chunks) == ANY, chunks, 0)
+    for i in range(chunks):
+        c = chunks - 1 - i
+        t = lo + c * C + r
+        bk = _load(k, t, hi, h, HK, ok, K, MK).to(DT)
+        bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
+        bs = _load(s, t, hi, h, HK, om, M, MM).to(tl.float32)
+        sw = bs.to(DT)
+        b, f = 0.0, 0.0
+        if GATE:
+            b = _gates(g, t, hi, h, HK, om, M, MM)
+            G = tl.cumsum(b, 0)
+            f = tl.exp2(G)
+            if ANY:
+                w = _after(g, t, lo, c, hi, h, HK, om, M, MM, C)
+            else:  # both states' gradients shrink first; all decays run from the chunk's start
+                w = tl.exp2(-G)
+                shrink = tl.exp2(tl.sum(b, 0))[None, :]
+                D1 *= shrink
+                D2 *= shrink
+            sw = (bs * w).to(DT)
+        xs = tl.dot(bk, D1.to(DT), input_precision=PREC)
+        xs = tl.dot(bv, D2.to(DT), xs, input_precision=PREC)
+        if ANY:
+            xs *= w
+        D1, xs = _grad_pass(
+            bk, q, e, D1, xs, dk, bs, sw, b, f, t, hi, h, H, HK, ok, om,
+            GROUP, K, BK, M, BM, C, LEVELS, GATE, DT, PREC, ANY,
+        )  # fmt: skip
+        D2, xs = _grad_pass(
+            bv, do, p, D2, xs, dv, bs, sw, b, f, t, hi, h, H, HK, ov, om,
+            GROUP, V, BV, M, BM, C, LEVELS, GATE, DT, PREC, ANY,
+        )  # fmt: skip
+        if GATE:
+            if not ANY:
+                xs *= w
+            drift = -bs * xs
+            for j in range(GROUP):
+                hq = h * GROUP + j
+                drift += _load(z, t, hi, hq, H, om, M, MM)
+                qk = tl.load(own + t * H + hq, mask=t < hi, other=0.0)
+                vo = tl.load(own + part + t * H + hq, mask=t < hi, other=0.0)
+                xs += qk[:, None] * _load(e, t, hi, hq, H, om, M, MM)
+                xs += vo[:, None] * _load(p, t, hi, hq, H, om, M, MM)
+            xg = tl.cumsum(drift, 0, reverse=True) + carry[None, :]
+            if ANY:  # below -150 exp2 is 0, and so is the gradient
+                xg = tl.where(b < -150.0, 0.0, xg)
+            _store(dg, xg, t, hi, h, HK, om, M, MM)
+            carry += tl.sum(drift, 0)
+        _store(ds, xs, t, hi, h, HK, om, M, MM)
+
+
+@triton.jit
+def _step(
+    q, k, v, s, g, keys, values, o, scale,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BG: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """A program has one batch row and key head. It takes BM slots at a time, so the softmax is a running one."""
+    n = tl.program_id(0).to(tl.int64)
+    ok = tl.arange(0, BK)
+    ov = tl.arange(0, BV)
+    og = tl.arange(0, BG)
+    bk = tl.load(k + n * K + ok, mask=ok < K, other=0.0).to(tl.float32)
+    bv = tl.load(v + n * V + ov, mask=ov < V, other=0.0).to(tl.float32)
+    top = tl.full([BG], float("-inf"), tl.float32)
+    norm = tl.zeros([BG], tl.float32)
+    sums = tl.zeros([BG, BV], tl.float32)
+    for m in range(0, M, BM):
+        om = m + tl.arange(0, BM)
+        bs = tl.load(s + n * M + om, mask=om < M, other=0.0).to(tl.float32)
+        px = keys + n * K * M + ok[:, None] * M + om[None, :]
+        py = values + n * M * V + om[:, None] * V + ov[None, :]
+        mx = (ok < K)[:, None] & (om < M)[None, :]
+        my = (om < M)[:, None] & (ov < V)[None, :]
+        X = tl.load(px, mask=mx, other=0.0)
+        Y = tl.load(py, mask=my, other=0.0)
+        if GATE:
+            f = tl.exp(tl.load(g + n * M + om, mask=om < M, other=0.0).to(tl.float32))
+            X *= f[None, :]
+            Y *= f[:, None]
+        X += bk[:, None] * bs[None, :]
+        Y += bs[:, None] * bv[None, :]
+        tl.store(px, X, mask=mx)
+        tl.store(py, Y, mask=my)
+        for j in range(GROUP):
+            bq = tl.load(q + (n * GROUP + j) * K + ok, mask=ok < K, other=0.0).to(tl.float32) * scale
+            z = tl.where(om < M, tl.sum(X * bq[:, None], 0), float("-inf"))
+            mine = og == j
+            new = tl.where(mine, tl.maximum(top, tl.max(z, 0)), top)
+            e = tl.exp(z - tl.max(tl.where(mine, new, float("-inf")), 0))
+            old = tl.where(mine, tl.exp(top - new), 1.0)
+            norm = norm * old + tl.where(mine, tl.sum(e, 0), 0.0)
+            sums = sums * old[:, None] + tl.where(mine[:, None], tl.sum(e[:, None] * Y, 0)[None, :], 0.0)
+            top = new
+    p = o + (n * GROUP + og[:, None]) * V + ov[None, :]
+    tl.store(p, (sums / norm[:, None]).to(o.dtype.element_ty), mask=(og < GROUP)[:, None] & (ov < V)[None, :])
