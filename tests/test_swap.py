@@ -1,0 +1,247 @@
+"""Other people's models with our ops in them: the same logits, gradients and generated tokens as with their own torch code."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from icrl_kernels import swap
+from icrl_kernels.testing import assert_as_good_as_torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported:UserWarning")
+
+
+class Wide(TorchFunctionMode):
+    """Runs code that casts to float32 in float64 instead: the reference that has no roundings of its own to speak of."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def delta_inputs(B=2, T=70, Hk=2, H=4, K=16, V=24, channel=False, dtype=torch.float32):
+    torch.manual_seed(T + K)
+    q, k = (torch.randn(B, T, Hk, K).to(dtype) for _ in range(2))
+    v = torch.randn(B, T, H, V).to(dtype)
+    g = -torch.rand(B, T, H, K) if channel else -torch.rand(B, T, H)
+    return q, k, v, g, torch.rand(B, T, H).to(dtype), torch.randn(B, H, K, V)
+
+
+# transformers
+
+COMMON = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    layer_types=["linear_attention", "full_attention"],
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+ATTENTION = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+GATED_DELTA = dict(linear_key_head_dim=16, linear_value_head_dim=24, linear_num_key_heads=2, linear_num_value_heads=4)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+LATENT = dict(kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=2)
+KIMI_EXPERTS = dict(num_experts_per_tok=2, num_local_experts=4, moe_intermediate_size=16, n_group=1, topk_group=1)
+
+MODELS = {
+    "bailing_hybrid": ("BailingHybrid", dict(num_attention_heads=2, head_dim=16, **LATENT, **KIMI_EXPERTS)),
+    "kimi_linear": (
+        "KimiLinear",
+        dict(num_attention_heads=2, linear_num_heads=2, linear_head_dim=16, **LATENT, **KIMI_EXPERTS),
+    ),
+    "olmo_hybrid": ("OlmoHybrid", dict(num_attention_heads=2, **GATED_DELTA)),
+    "qwen3_5": ("Qwen3_5", dict(**ATTENTION, **GATED_DELTA)),
+    "qwen3_5_moe": ("Qwen3_5Moe", dict(**ATTENTION, **GATED_DELTA, **EXPERTS)),
+    "qwen3_next": ("Qwen3Next", dict(**ATTENTION, **GATED_DELTA, **EXPERTS)),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    swap.uninstall()
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """The package, its functions their plain torch code, which flash-linear-attention takes the place of when installed."""
+    package = pytest.importorskip("transformers", minversion="5.20")
+    for module, name, _ in swap._find_transformers():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    return package
+
+
+def build(transformers, model):
+    name, sizes = MODELS[model]
+    config = getattr(transformers, f"{name}{'Text' if name.startswith('Qwen3_5') else ''}Config")
+    torch.manual_seed(0)
+    config = config(**{**COMMON, **sizes})
+    config._experts_implementation = "eager"
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def logits_and_gradients(model, tokens):
+    model.zero_grad()
+    logits = model(tokens, use_cache=False).logits
+    logits.square().mean().backward()
+    return {"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_models_compute_the_same(transformers, model_type, monkeypatch):
+    names = ("gated_delta_rule", "gated_delta_rule_step")
+    ops = {name: mock.Mock(wraps=getattr(swap, name)) for name in names}
+    for name, op in ops.items():
+        monkeypatch.setattr(swap, name, op)
+    model = build(transformers, model_type)
+    tokens = torch.randint(1, 61, (2, 70))
+    prompt = tokens[:, :9]
+    theirs = logits_and_gradients(model, tokens)
+    written = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    with swap.install("transformers"):  # after the model was built
+        ours = logits_and_gradients(model, tokens)
+        ours_written = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        built_after = build(transformers, model_type)
+        again = built_after(tokens, use_cache=False).logits
+    assert [op.call_count for op in ops.values()] == [3, 7]  # one layer has it
+    with Wide():
+        exact = logits_and_gradients(model.double(), tokens)
+    assert any("A_log" in name for name in exact)
+    for name, reference in exact.items():
+        assert reference.dtype == torch.float64
+        assert_as_good_as_torch(ours[name], theirs[name], reference, name=name)
+    assert torch.equal(ours["logits"], again)
+    assert torch.equal(written, ours_written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 70])
+def test_functions_compute_the_same(transformers, T, dtype):
+    """Each function of each model, with a state and a gradient through all that has one."""
+    found = 0
+    for module, name, _ in swap._find_transformers():
+        theirs = getattr(module, name, None)
+        if theirs is None:
+            continue
+        found += 1
+        kimi = "kimi" in name
+        inputs = delta_inputs(T=T, Hk=4 if kimi else 2, channel=kimi, dtype=dtype)
+
+        def run(function, tensors):
+            tensors = [t.detach().clone().requires_grad_() for t in tensors]
+            *most, state = tensors
+            o, final = function(
+                *most,
+                initial_state=state,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+                output_attentions=False,
+            )
+            (o.sin().sum() + final.cos().sum()).backward()
+            return o.detach(), final.detach(), *(t.grad for t in tensors)
+
+        with swap.install("transformers") as installed:
+            assert f"{module.__name__}.{name}" in installed.names
+            ours = run(getattr(module, name), inputs)
+            with torch.no_grad():
+                *most, state = inputs
+                kept = state.clone()
+                decoded = getattr(module, name)(
+                    *most, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+                )
+                assert torch.equal(state, kept)
+                assert getattr(module, name)(*most, initial_state=state)[1] is None
+        plain = run(theirs, inputs)
+        with Wide():
+            exact = run(theirs, [t.double() for t in inputs])
+        for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+            assert a.dtype == b.dtype
+            assert a.is_contiguous()
+            assert_as_good_as_torch(a, b, c, name=f"{module.__name__}.{name} {i}")
+        for a, b, c in zip(decoded, plain[:2], exact[:2], strict=True):
+            assert a.dtype == b.dtype
+            assert_as_good_as_torch(a, b, c, name=f"{module.__name__}.{name} without gradients")
+    assert found == 16
+
+
+def test_every_model_is_served(transformers):
+    """A newer transformers may have more; this names them."""
+    models = Path(transformers.__file__).parent / "models"
+    functions = re.compile(r"^def (\w*(?:gated_delta_rule|kimi_delta_attention))\(", re.M)
+    have = {(p.parent.name, f) for p in models.glob("*/modeling_*.py") for f in functions.findall(p.read_text())}
+    served = {(m.__name__.split(".")[2], n) for m, n, _ in swap._find_transformers() if hasattr(m, n)}
+    assert have == served
+
+
+def test_uninstall_restores_exactly(transformers):
+    before = {(m, n): getattr(m, n, None) for m, n, _ in swap._find_transformers()}
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    first = swap.install("transformers")
+    assert len(first.names) == 16
+    ours = module.torch_chunk_gated_delta_rule
+    assert swap.install("transformers").names == []  # twice is once
+    assert module.torch_chunk_gated_delta_rule is ours
+    module.later = ours  # as of a module that imports it by name after the swap
+    try:
+        swap.uninstall("transformers")
+        assert module.later is before[module, "torch_chunk_gated_delta_rule"]
+    finally:
+        del module.later
+    assert before == {(m, n): getattr(m, n, None) for m, n, _ in swap._find_transformers()}
+    assert not swap._originals
+    swap.uninstall()  # nothing to undo is no error
+    with pytest.raises(RuntimeError, match="inside"), swap.install("transformers"):
+        raise RuntimeError("inside")
+    assert module.torch_chunk_gated_delta_rule is before[module, "torch_chunk_gated_delta_rule"]
+
+
+def test_packed_sequences(transformers):
+    """Their torch code refuses them; ours keeps them apart."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    q, k, v, g, beta, state = delta_inputs(B=1, T=30)
+    cu_seqlens = torch.tensor([0, 11, 30], dtype=torch.int32)
+    with swap.install("transformers"):
+        f = module.torch_chunk_gated_delta_rule
+        o, final = f(q, k, v, g=g, beta=beta, cu_seqlens=cu_seqlens, output_final_state=True)
+        for n, part in enumerate((slice(0, 11), slice(11, 30))):
+            alone, last = f(*(t[:, part] for t in (q, k, v)), g=g[:, part], beta=beta[:, part], output_final_state=True)
+            assert torch.equal(o[:, part], alone)
+            assert torch.equal(final[n : n + 1], last)
+
+
+def test_refusals(transformers):
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    with pytest.raises(ValueError, match="package: wanted one of transformers"):
+        swap.install("torchvision")
+    with pytest.raises(ValueError, match="package: wanted one of transformers"):
+        swap.uninstall("torchvision")
+    q, k, v, g, beta, state = delta_inputs()
+    with swap.install("transformers"):
+        f = module.torch_chunk_gated_delta_rule
+        for extra in (
+            dict(scale=1.0),
+            dict(use_gate_in_kernel=True),
+            dict(cp_context=object()),
+            dict(state_v_first=True),
+        ):
+            with pytest.raises(ValueError, match=f"{next(iter(extra))}: .*cannot honour"):
+                f(q, k, v, g, beta, **extra)
+        with pytest.raises(ValueError, match="seq_idx"):
+            f(q, k, v, g, beta, seq_idx=torch.zeros(2, 70))
+        with pytest.raises(ValueError, match="g: wanted natural logarithms"):
+            f(q, k, v, -g, beta)
+        with pytest.raises(ValueError, match="initial_state"):
+            f(q, k, v, g, beta, initial_state=state[:1])
+        f(q, k, v, g, beta, state_v_first=False, scale=None, position_ids=torch.arange(70))
