@@ -72,13 +72,21 @@ def check(q, k, v, g, state, cu, scale=0.25, roundings=4.0):
 
 
 @pytest.fixture
-def short_segments(monkeypatch):
-    """Two chunks a segment, so that small tests have several segments."""
+def segments(monkeypatch):
+    """Two chunks a segment, so that small tests have several, each a program."""
     monkeypatch.setattr(gla, "_segment_length", lambda tokens, heads: 128)
+    monkeypatch.setattr(gla, "_single", lambda *args: False)
+
+
+@pytest.fixture(params=["single", "segments"])
+def both_modes(monkeypatch, request, segments):
+    """As `segments`, or a program for the whole sequence, with a state saved after each 128 tokens."""
+    monkeypatch.setattr(gla, "ANCHOR", 128)
+    monkeypatch.setattr(gla, "_single", lambda *args: request.param == "single")
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
-def test_matches_float64(gate, short_segments):
+def test_matches_float64(gate, both_modes):
     check(*inputs(T=300, H=2, Hk=1, gate=gate))
 
 
@@ -93,7 +101,7 @@ def test_matches_float64(gate, short_segments):
     ],
     ids=str,
 )
-def test_shapes(sizes, gate, short_segments):
+def test_shapes(sizes, gate, both_modes):
     check(*inputs(**sizes, gate=gate))
 
 
@@ -104,12 +112,12 @@ def test_state_larger_than_a_tile(K, V, gate):
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
-def test_packed(gate, short_segments):
+def test_packed(gate, segments):
     check(*inputs(T=300, H=2, Hk=1, gate=gate, lengths=[0, 1, 130, 0, 0, 129, 40, 0]))
 
 
 @pytest.mark.parametrize("gate", [0, 2])
-def test_packed_equals_apart(gate, short_segments):
+def test_packed_equals_apart(gate, segments):
     q, k, v, g, state, cu = inputs(T=260, gate=gate, lengths=[131, 0, 129])
     o, final = gla.forward(q, k, v, g, 0.25, state, cu)
     for n, (lo, hi) in enumerate([(0, 131), (131, 131), (131, 260)]):
@@ -121,14 +129,14 @@ def test_packed_equals_apart(gate, short_segments):
 
 @pytest.mark.parametrize("gate", [1, 2])
 @pytest.mark.parametrize("strength", [1.0, 5.0, 30.0, 400.0, 1e6])
-def test_strong_gates(gate, strength, short_segments):
+def test_strong_gates(gate, strength, both_modes):
     # exp2(g·log2 e) errs by |g| roundings, which shows where all that is left of a tensor is e^-30 of it
     check(*inputs(T=150, H=1, Hk=1, gate=gate, strength=strength), roundings=32.0)
 
 
 @pytest.mark.parametrize("gate", [1, 2])
 @pytest.mark.parametrize("reset", [-float("inf"), -1e4, -60.0])
-def test_resets_among_mild_gates(gate, reset, short_segments):
+def test_resets_among_mild_gates(gate, reset, both_modes):
     q, k, v, g, state, _ = inputs(T=200, H=1, Hk=1, gate=gate, strength=0.02)
     g[:, [0, 5, 37, 63, 64, 140, 199]] = reset
     if gate == 2:
@@ -139,7 +147,7 @@ def test_resets_among_mild_gates(gate, reset, short_segments):
 @pytest.mark.parametrize("gate", [1, 2])
 @pytest.mark.parametrize("at", [70, 140])
 @pytest.mark.parametrize("later", [-float("inf"), -300.0, float("nan")])
-def test_a_later_token_changes_no_bit(gate, at, later, short_segments):
+def test_a_later_token_changes_no_bit(gate, at, later, both_modes):
     q, k, v, g, state, _ = inputs(T=300, gate=gate)
     before, _ = gla.forward(q, k, v, g, 0.25, state, None)
     for x in (q, k, g):
@@ -152,7 +160,7 @@ def test_a_later_token_changes_no_bit(gate, at, later, short_segments):
 
 @pytest.mark.parametrize("name", ["q", "k", "g"])
 @pytest.mark.parametrize("gate", [0, 1, 2])
-def test_nan_goes_where_it_touches(name, gate, short_segments):
+def test_nan_goes_where_it_touches(name, gate, both_modes):
     x = dict(zip("qkvg", inputs(T=200, gate=gate)[:4], strict=True))
     if x[name] is None:
         return
@@ -177,7 +185,7 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
-def test_same_bits_each_run(gate, short_segments):
+def test_same_bits_each_run(gate, both_modes):
     q, k, v, g, state, _ = inputs(T=200, H=2, Hk=1, gate=gate)
     do = torch.randn_like(q)
     first, second = (gla.backward(do, state, q, k, v, g, 0.25, state, None) for _ in range(2))
@@ -200,7 +208,37 @@ def test_step(H, Hk, K, V, gate):
     assert_as_good_as_torch(carried, runs[1][1], runs[0][1], name="state")
 
 
-def test_many_segments_by_the_shape_rule():
+def test_the_shape_rule():
     assert gla._segment_length(1, 1) == 64
     assert gla._segment_length(8 * 16384, 4) == 1024
-    check(*inputs(T=260, H=1, Hk=1))
+    assert [gla._single(B, T, H) for B, T, H in [(8, 16384, 32), (32, 2048, 4), (2, 60, 1)]] == [True] * 3
+    # too few programs, or a second round of them that leaves most of the chip idle
+    assert [gla._single(B, T, H) for B, T, H in [(8, 16384, 4), (1, 131072, 8), (35, 16384, 4)]] == [False] * 3
+
+
+class Counted:
+    """A kernel, and how often it was launched."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+def test_modes_agree(gate, monkeypatch):
+    q, k, v, g, state, _ = inputs(B=3, T=130, H=2, Hk=1, gate=gate)
+    do = torch.randn(*q.shape[:3], v.shape[-1], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results, scans = [], Counted(gla._scan)
+    monkeypatch.setattr(gla, "_scan", scans)
+    for single in (True, False):
+        assert scans.launches == 0
+        monkeypatch.setattr(gla, "_single", lambda *args, single=single: single)
+        results.append(
+            [*gla.forward(q, k, v, g, 0.25, state, None), *gla.backward(do, state, q, k, v, g, 0.25, state, None)]
+        )
+    assert scans.launches == 3
+    for a, b in zip(*results, strict=True):
+        assert a is b or torch.linalg.vector_norm(a - b) <= 1e-5 * torch.linalg.vector_norm(b)

@@ -1,18 +1,22 @@
 """Triton kernels of gated linear attention: S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ, o_t = scale·S_tᵀ q_t.
 
-Two levels (three launches forward). A sequence is cut into segments, a segment into chunks of 64 tokens:
-1. `_local_states`: the state each segment would end with if it started from zero, and its total decay;
-2. `_scan`: from these, the true state at each segment's start (the only sequential part);
-3. `_outputs`: each segment on its own, with the state on chip from chunk to chunk.
-The backward does 1 and 2 once more, then in reverse for the state's gradient (from q and do), then `_grad_q` (forwards)
-and `_grad_kv` (backwards). It needs nothing but the inputs, uses no atomics, and sums a head's queries in order.
+A sequence is worked off in chunks of 64 tokens with the state on chip. Where sequences and heads fill the chip, one
+program does a whole sequence (SINGLE) and every tensor is read once:
+  forward `_outputs`; backward `_grad_q` (forwards: dq, and the state now and then) and `_grad_kv` (backwards).
+Elsewhere a sequence is cut into segments, a program each, and their states are found first:
+  forward `_local_states` (what each segment adds to the state, and its total decay), `_scan` (from these the state at
+  each segment's start, the only sequential part), `_outputs`;
+  backward the same two, `_grad_q` (which also leaves what each segment adds to the state's gradient), `_scan` in
+  reverse, `_grad_kv`.
+The backward needs nothing but the inputs, uses no atomics, and sums a head's queries in order.
 
-Gates: common.py.
+Gates: common.py. Where a chunk's gates go beyond LIMIT a second launch (ANY) does what the first could not; both judge
+a row by its own past, so that a later token changes no bit of an earlier output.
 
 A NaN or infinity in v may also reach the up to 63 rows before it in its chunk: a masked weight is 0, and 0·NaN is NaN.
 
 Accuracy: bfloat16 inputs are multiplied as bfloat16 with float32 sums; float32 as three TF32 products (about 1e-7
-relative); float16 as TF32 (same mantissa, without its overflow). dg is a difference of sums over the chunk, good to a
+relative); float16 as TF32 (same mantissa, without its overflow). dg is a difference of sums over the segment, good to a
 few dozen roundings of its largest pair. States are float32 throughout.
 """
 
@@ -39,13 +43,11 @@ from icrl_kernels._triton.common import (
 
 @triton.jit
 def _local_states(
-    x, y, g, out, decay, strong, scale, cu, owner, first, T, L, PER, HX, HK,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
-    PREC: tl.constexpr,
+    k, v, g, out, decay, cu, owner, first, T, L, PER, HK,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """out[s, h] = scale · sum over the segment of x_t y_tᵀ, decayed to the segment's end (REVERSE: to its start), and
-    strong[s, h]: the first chunk whose gates reach beyond LIMIT (a large number if none does)."""
+    """out[s, h] = sum over the segment of k_t v_tᵀ, decayed to the segment's end; decay[s, h]: of the whole segment."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -58,38 +60,27 @@ def _local_states(
     ok = tl.arange(0, BK)
     ov = iv * BV + tl.arange(0, BV)
     S = tl.zeros([BK, BV], tl.float32)
-    beyond = 0x7FFFFFFF
     d = tl.full([BK], 1.0, tl.float32) if GATE == 2 else 1.0
-    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
-    for i in range(chunks):
-        c = chunks - 1 - i if REVERSE else i
+    for c in range(tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)):
         t = lo + c * C + r
+        bk = _load(k, t, hi, h, HK, ok, K, MK)
         if GATE == 2:
-            b = _gates(g, t, hi, h, HK, ok, K, MK)
-            total = tl.sum(b, 0)
-            shrink = tl.exp2(total)
-            w = tl.exp2(tl.cumsum(b, 0)) if REVERSE else _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
+            shrink = tl.exp2(tl.sum(_gates(g, t, hi, h, HK, ok, K, MK), 0))
+            bk = bk.to(tl.float32) * _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
             d *= shrink
             S *= shrink[:, None]
-            beyond = tl.where(tl.min(total, 0) < -LIMIT, tl.minimum(beyond, c), beyond)
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
-            w = _decay(coarse, fine)[:, None] if REVERSE else _decay(coarse_end - coarse, fine_end - fine)[:, None]
+            bk = bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]
             shrink = _decay(coarse_end, fine_end)
             d *= shrink
             S *= shrink
-        for j in range(GROUP):
-            bx = _load(x, t, hi, h * GROUP + j, HX, ok, K, MK)
-            by = _load(y, t, hi, h * GROUP + j, HX, ov, V, MV).to(DT)
-            if GATE > 0:
-                bx = bx.to(tl.float32) * w
-            S = tl.dot(tl.trans(bx.to(DT)), by, S, input_precision=PREC)
+        bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
+        S = tl.dot(tl.trans(bk.to(DT)), bv, S, input_precision=PREC)
     p = (s * HK + h) * K * V + ok[:, None] * V + ov[None, :]
-    tl.store(out + p, S * scale, mask=(ok < K)[:, None] & (ov < V)[None, :])
+    tl.store(out + p, S, mask=(ok < K)[:, None] & (ov < V)[None, :])
     if GATE == 2:
         tl.store(decay + (s * HK + h) * K + ok, d, mask=ok < tl.where(iv == 0, K, 0))
-        if iv == 0:
-            tl.store(strong + s * HK + h, beyond)
     elif GATE == 1:  # noqa: SIM102 (GATE is decided when compiling, iv is not)
         if iv == 0:
             tl.store(decay + s * HK + h, d)
@@ -99,7 +90,7 @@ def _local_states(
 def _scan(
     states, decay, init, last, first, PER, HK,
     K: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, HAS_INIT: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """In place: the states that the segments add become those they start from (REVERSE: end with). last: after all."""
     NR: tl.constexpr = (K + BR - 1) // BR
@@ -117,7 +108,7 @@ def _scan(
         segments = PER
         s0 = n * PER
     S = tl.zeros([BR, BV], tl.float32)
-    if HAS_INIT:
+    if init is not None:
         S = tl.load(init + (n * HK + h) * K * V + tile, mask=m, other=0.0)
     for i in range(segments):
         s = (s0 + (segments - 1 - i if REVERSE else i)) * HK + h
@@ -134,162 +125,239 @@ def _scan(
 
 @triton.jit
 def _outputs(
-    q, k, v, g, states, strong, o, scale, cu, owner, first, T, L, PER, H, HK,
+    q, k, v, g, states, last, strong, o, scale, cu, owner, first, T, L, PER, H, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
+    """states: what each segment starts from, None for zeros; last: where to put what it ends with, None for nowhere;
+    strong[s, h]: the first chunk whose gates go beyond LIMIT, found by the first launch, worked on by the second."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
     pid = tl.program_id(0)
     iv = pid % NV
-    h = (pid // NV) % H
-    s = (pid // NV // H).to(tl.int64)
-    hk = h // GROUP
+    h = (pid // NV) % HK
+    s = (pid // NV // HK).to(tl.int64)
     n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
     r = tl.arange(0, C)
     ok = tl.arange(0, BK)
     ov = iv * BV + tl.arange(0, BV)
     causal = r[:, None] >= r[None, :]
-    p = (s * HK + hk) * K * V + ok[:, None] * V + ov[None, :]
-    S = tl.load(states + p, mask=(ok < K)[:, None] & (ov < V)[None, :], other=0.0)
+    p = (s * HK + h) * K * V + ok[:, None] * V + ov[None, :]
+    inside = (ok < K)[:, None] & (ov < V)[None, :]
+    S = tl.zeros([BK, BV], tl.float32)
+    if states is not None:
+        S = tl.load(states + p, mask=inside, other=0.0)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
-    beyond = chunks
     if ANY:
-        beyond = tl.load(strong + s * HK + hk)
+        beyond = tl.load(strong + s * HK + h)
         chunks = tl.where(beyond < chunks, chunks, 0)
+    elif GATE == 2:
+        reach = tl.zeros([BK], tl.int32) + chunks  # the first chunk beyond LIMIT, for each channel
     for c in range(chunks):
         t = lo + c * C + r
-        bq = _load(q, t, hi, h, H, ok, K, MK)
-        bk = _load(k, t, hi, hk, HK, ok, K, MK)
-        bv = _load(v, t, hi, hk, HK, ov, V, MV).to(DT)
+        bk = _load(k, t, hi, h, HK, ok, K, MK)
+        bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
+        kw = bk.to(DT)
         if GATE == 2:
-            b = _gates(g, t, hi, hk, HK, ok, K, MK)
+            b = _gates(g, t, hi, h, HK, ok, K, MK)
             G = tl.cumsum(b, 0)
-            qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT)
+            total = tl.sum(b, 0)
+            kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
             if ANY:
-                A = _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC)
-                kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, hk, HK, ok, K, MK, C)).to(DT)
+                hard = tl.min(total, 0) < -LIMIT
+                late = tl.min(G, 1) < -LIMIT
             else:
-                kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
-                A = tl.dot(qa, tl.trans(kw), input_precision=PREC)
-            A = tl.where(causal, A, 0.0)
-            bo = tl.dot(qa, S.to(DT), input_precision=PREC)
-            shrink = tl.exp2(tl.sum(b, 0))[:, None]
+                reach = tl.where(total < -LIMIT, tl.minimum(reach, c), reach)
         elif GATE == 1:
-            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, hk, HK)
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-            A = tl.dot(bq.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
-            A = tl.where(causal, A * tl.exp2(pair), 0.0)
-            bo = tl.dot(bq.to(DT), S.to(DT), input_precision=PREC) * _decay(coarse, fine)[:, None]
-            kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
-            shrink = _decay(coarse_end, fine_end)
+        for j in range(GROUP):
+            hq = h * GROUP + j
+            bq = _load(q, t, hi, hq, H, ok, K, MK)
+            qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT) if GATE == 2 else bq.to(DT)
+            A = tl.dot(qa, tl.trans(kw), input_precision=PREC)
+            bo = tl.dot(qa, S.to(DT), input_precision=PREC)
+            if GATE == 1:
+                A *= tl.exp2(pair)
+                bo *= _decay(coarse, fine)[:, None]
+            if ANY:  # noqa: SIM102 (ANY is decided when compiling, hard is not)
+                if hard:
+                    A = tl.where(late[:, None], _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC), A)
+            A = tl.where(causal, A, 0.0)
+            bo = bo * scale + tl.dot(A.to(DT), bv, input_precision=PREC) * scale
+            rows = t
+            if ANY:
+                rows = tl.where((c > beyond) | ((c == beyond) & late), t, hi)
+            _store(o, bo, rows, hi, hq, H, ov, V, MV)
+        if GATE == 2:  # kw holds the decay back to the chunk's start, so the shrinking comes last
+            shrink = tl.exp2(total)[:, None]
+            if ANY:  # noqa: SIM102
+                if hard:
+                    S *= shrink
+                    shrink = tl.full([BK, 1], 1.0, tl.float32)
+                    kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)).to(DT)
+            S = tl.dot(tl.trans(kw), bv, S, input_precision=PREC)
+            S *= shrink
         else:
-            kw = bk.to(DT)
-            A = tl.where(causal, tl.dot(bq.to(DT), tl.trans(kw), input_precision=PREC), 0.0)
-            bo = tl.dot(bq.to(DT), S.to(DT), input_precision=PREC)
-        bo = bo * scale + tl.dot(A.to(DT), bv, input_precision=PREC) * scale
+            if GATE == 1:
+                kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
+                S *= _decay(coarse_end, fine_end)
+            S = tl.dot(tl.trans(kw), bv, S, input_precision=PREC)
+    if GATE == 2 and not ANY:  # noqa: SIM102 (iv is not known when compiling)
+        if iv == 0:
+            tl.store(strong + s * HK + h, tl.min(reach, 0))
+    if last is not None:
         if ANY:
-            late = (c > beyond) | ((c == beyond) & (tl.min(G, 1) < -LIMIT))
-            _store(o, bo, tl.where(late, t, hi), hi, h, H, ov, V, MV)
-        else:
-            _store(o, bo, t, hi, h, H, ov, V, MV)
-        if GATE == 1 or ANY:
-            S = S * shrink
-        S = tl.dot(tl.trans(kw), bv, S, input_precision=PREC)
-        if GATE == 2 and not ANY:  # kw holds the decay back to the chunk's start, so the shrinking comes last
-            S = S * shrink
+            inside = inside & (ok < tl.where(chunks > 0, K, 0))[:, None]
+        tl.store(last + p, S, mask=inside)
 
 
 @triton.jit
 def _grad_q(
-    q, k, v, g, do, states, strong, dq, z, scale, cu, owner, first, T, L, PER, H, HK, part,
+    q, k, v, g, do, states, init, add, strong, dq, z, scale, cu, owner, first, T, L, PER, H, HK, part,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
-    PREC: tl.constexpr, ANY: tl.constexpr,
+    PREC: tl.constexpr, SINGLE: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     """dq_t = scale·S_t do_t for BK of the K channels; the state is kept transposed, as the dot with do reads it.
 
-    z: dq without the pair (t, t), for dg (which that pair does not move); for a gate per head the sum of q·z.
+    z: dq / scale without the pair (t, t), for dg (which that pair does not move); for a gate per head the sum of q·z.
+    SINGLE: from `init` on, leaving what each segment ends with in `states` (None: not wanted).
+    Otherwise from `states`, leaving in `add` what the segment adds to the state's gradient at its start.
+    strong[part, s or n, h]: whether gates go beyond LIMIT, found by the first launch, which the second works on.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     MK: tl.constexpr = K % BK != 0
     MV: tl.constexpr = V != BV
     pid = tl.program_id(0)
-    h = (pid // NK) % H
-    s = (pid // NK // H).to(tl.int64)
-    hk = h // GROUP
-    n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
+    ik = pid % NK
+    h = (pid // NK) % HK
+    unit = (pid // NK // HK).to(tl.int64)
     r = tl.arange(0, C)
-    ok = (pid % NK) * BK + tl.arange(0, BK)
+    ok = ik * BK + tl.arange(0, BK)
     ov = tl.arange(0, BV)
-    p = (s * HK + hk) * K * V + ok[None, :] * V + ov[:, None]
-    S = tl.load(states + p, mask=(ok < K)[None, :] & (ov < V)[:, None], other=0.0)
-    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
-    if GATE == 2:
-        chunks = tl.where((tl.load(strong + s * HK + hk) < chunks) == ANY, chunks, 0)
-    for c in range(chunks):
-        t = lo + c * C + r
-        bk = _load(k, t, hi, hk, HK, ok, K, MK)
-        bv = _load(v, t, hi, hk, HK, ov, V, MV).to(DT)
-        bo = _load(do, t, hi, h, H, ov, V, MV).to(DT)
-        W = tl.dot(bo, tl.trans(bv), input_precision=PREC)
-        y = tl.dot(bo, S.to(DT), input_precision=PREC)
-        if GATE == 0:
+    tile = ok[None, :] * V + ov[:, None]
+    inside = (ok < K)[None, :] & (ov < V)[:, None]
+    flag = strong + (ik * (tl.num_programs(0) // NK) + unit * HK + h) if GATE == 2 else 0
+    deepest = tl.zeros([BK], tl.float32)
+    segments = PER if SINGLE else 1
+    if ANY:
+        mine = tl.load(flag) != 0
+        segments = tl.where(mine, segments, 0)
+    S = tl.zeros([BV, BK], tl.float32)
+    if SINGLE and init is not None:
+        S = tl.load(init + (unit * HK + h) * K * V + tile, mask=inside, other=0.0)
+    for i in range(segments):
+        s = unit * PER + i if SINGLE else unit
+        n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
+        if not SINGLE:
+            S = tl.load(states + (s * HK + h) * K * V + tile, mask=inside, other=0.0)
+            if not ANY:
+                D = tl.zeros([BV, BK], tl.float32)
+                since = tl.zeros([BK], tl.float32) if GATE == 2 else 0.0  # sum of gates from the segment's start
+                since_fine = 0.0
+        for c in range(tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)):
+            t = lo + c * C + r
+            bk = _load(k, t, hi, h, HK, ok, K, MK)
+            bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
             kw = bk.to(DT)
-            x = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, input_precision=PREC)
-            y = y * scale + x * scale
-        else:
-            own = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
-            W = tl.where(r[:, None] > r[None, :], W, 0.0)
-        if GATE == 2:
-            b = _gates(g, t, hi, hk, HK, ok, K, MK)
-            G = tl.cumsum(b, 0)
-            shrink = tl.exp2(tl.sum(b, 0))[None, :]
-            if ANY:
-                x = _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
-                y = y * (tl.exp2(G) * scale) + x * scale
-                kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, hk, HK, ok, K, MK, C)).to(DT)
-            else:
+            if GATE == 2:
+                b = _gates(g, t, hi, h, HK, ok, K, MK)
+                G = tl.cumsum(b, 0)
+                total = tl.sum(b, 0)
                 kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
-                x = tl.dot(W.to(DT), kw, input_precision=PREC)
-                e = tl.exp2(G) * scale
-                y = y * e + x * e
-            _store(z, y, t, hi, h, H, ok, K, MK)
-        elif GATE == 1:
-            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, hk, HK)
-            pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-            W = tl.where(r[:, None] > r[None, :], W * tl.exp2(pair), 0.0)
-            x = tl.dot(W.to(DT), bk.to(DT), input_precision=PREC)
-            y = y * (_decay(coarse, fine) * scale)[:, None] + x * scale
-            kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
-            shrink = _decay(coarse_end, fine_end)
-            line = tl.sum(_load(q, t, hi, h, H, ok, K, MK).to(tl.float32) * y, 1)
-            tl.store(z + (pid % NK) * part + t * H + h, line, mask=t < hi)
-        if GATE > 0:
-            y += (own * scale)[:, None] * bk.to(tl.float32)
-        _store(dq, y, t, hi, h, H, ok, K, MK)
-        if GATE == 1 or ANY:
-            S *= shrink
-        S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
-        if GATE == 2 and not ANY:
-            S *= shrink
+                e = tl.exp2(G)
+                if ANY:
+                    hard = tl.min(total, 0) < -LIMIT
+                else:
+                    deepest = tl.minimum(deepest, total)
+            elif GATE == 1:
+                coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
+                pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+            for j in range(GROUP):
+                hq = h * GROUP + j
+                bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
+                W = tl.dot(bo, tl.trans(bv), input_precision=PREC)
+                y = tl.dot(bo, S.to(DT), input_precision=PREC)
+                if GATE == 0:
+                    x = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, input_precision=PREC)
+                    y = y * scale + x * scale
+                else:
+                    own = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
+                    W = tl.where(r[:, None] > r[None, :], W, 0.0)
+                if GATE == 2:
+                    if ANY:
+                        if hard:
+                            x = _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
+                        else:
+                            x = tl.dot(W.to(DT), kw, input_precision=PREC) * e
+                    else:
+                        x = tl.dot(W.to(DT), kw, input_precision=PREC) * e
+                    y = y * e + x
+                    _store(z, y, t, hi, hq, H, ok, K, MK)
+                    y = y * scale + (own * scale)[:, None] * bk.to(tl.float32)
+                elif GATE == 1:
+                    W = tl.where(r[:, None] > r[None, :], W * tl.exp2(pair), 0.0)
+                    x = tl.dot(W.to(DT), kw, input_precision=PREC)
+                    qs = _load(q, t, hi, hq, H, ok, K, MK).to(tl.float32) * scale
+                    qa = (qs * _decay(coarse, fine)[:, None]).to(DT).to(tl.float32)
+                    tl.store(z + ik * part + t * H + hq, tl.sum(qa * y + qs * x, 1), mask=t < hi)
+                    y = y * (_decay(coarse, fine) * scale)[:, None] + x * scale
+                    y += (own * scale)[:, None] * bk.to(tl.float32)
+                _store(dq, y, t, hi, hq, H, ok, K, MK)
+                if not SINGLE and not ANY:
+                    qa = _load(q, t, hi, hq, H, ok, K, MK)
+                    if GATE == 2:
+                        qa = qa.to(tl.float32) * tl.exp2(since[None, :] + G)
+                    elif GATE == 1:
+                        qa = qa.to(tl.float32) * _decay(since + coarse, since_fine + fine)[:, None]
+                    D = tl.dot(tl.trans(bo), qa.to(DT), D, input_precision=PREC)
+            if GATE == 2:
+                shrink = tl.exp2(total)[None, :]
+                if ANY:  # noqa: SIM102 (ANY is decided when compiling, hard is not)
+                    if hard:
+                        S *= shrink
+                        shrink = tl.full([1, BK], 1.0, tl.float32)
+                        kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)).to(DT)
+                S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
+                S *= shrink
+            else:
+                if GATE == 1:
+                    kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
+                    S *= _decay(coarse_end, fine_end)
+                S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
+            if not SINGLE and not ANY:
+                if GATE == 2:
+                    since += total
+                elif GATE == 1:
+                    since += coarse_end
+                    since_fine += fine_end
+        if SINGLE and states is not None:
+            tl.store(states + (s * HK + h) * K * V + tile, S, mask=inside)
+        if not SINGLE and not ANY:
+            tl.store(add + (s * HK + h) * K * V + tile, D * scale, mask=inside)
+    if GATE == 2 and not ANY:
+        tl.store(flag, (tl.min(deepest, 0) < -LIMIT).to(tl.int32))
 
 
 @triton.jit
 def _grad_kv(
-    q, k, v, g, do, z, states, final, dstates, strong, dk, dv, dg, scale, cu, owner, first, T, L, PER, H, HK, part,
+    q, k, v, g, do, z, states, final, dstates, dinit, strong, dk, dv, dg, scale, cu, owner, first, T, L, PER, H, HK, part,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, LIMIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, GATE: tl.constexpr,
-    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+    LEVELS: tl.constexpr, LIMIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
+    GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, SINGLE: tl.constexpr,
+    ANY: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first with D = dL/dS_end (transposed, [V, K]) on chip:
     dk_j = D v_j 2^(gates after j) + sum_{i>=j} .. q_i, and dv_j likewise, kept as [V, C] so that no product's result
-    has to be transposed for another. dg_t = sum_{s>=t} (q_s dq_s - k_s dk_s) + sum_v S_end D within the chunk, where
-    the pairs (s, s), which cancel, are left out of both: under strong gates they would drown the rest.
+    has to be transposed for another. dg_t = sum_{s>=t} (q_s dq_s - k_s dk_s) + sum_v S_end D within the segment, where
+    the pairs (s, s), which cancel, are left out of both: under strong gates they would drown the rest. Of q and k it
+    takes what the products took, rounded with their decays: then the rest of what cancels does so to float32's digits.
 
-    DK needs all of V on chip, DV all of K; a large state is done in two launches.
+    DK needs all of V on chip, DV all of K; a large state is done in two launches. D starts from `dstates`: SINGLE's is
+    the gradient of the final state (None for zeros) and goes on to `dinit`, else there is one for each segment.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -299,118 +367,160 @@ def _grad_kv(
     ik = pid % NK
     iv = pid // NK % NV
     h = (pid // NK // NV) % HK
-    s = (pid // NK // NV // HK).to(tl.int64)
-    n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
+    unit = (pid // NK // NV // HK).to(tl.int64)
     r = tl.arange(0, C)
     ok = ik * BK + tl.arange(0, BK)
     ov = iv * BV + tl.arange(0, BV)
     tile = ok[None, :] * V + ov[:, None]
     inside = (ok < K)[None, :] & (ov < V)[:, None]
-    D = tl.load(dstates + (s * HK + h) * K * V + tile, mask=inside, other=0.0)
-    if DK and GATE > 0:  # the state at the segment's end: the next segment's first or the sequence's last
-        more = (hi + 0 * ok)[None, :] < end  # as a tensor: triton 3.9's interpreter makes a scalar's & an integer
-        S = tl.load(states + ((s + 1) * HK + h) * K * V + tile, mask=inside & more, other=0.0)
-        S += tl.load(final + (n * HK + h) * K * V + tile, mask=inside & ~more, other=0.0)
-        carry = tl.sum(S * D, 0)
-        if GATE == 1:
-            carry = tl.sum(carry, 0)
-    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    segments = PER if SINGLE else 1
     if GATE == 2:
-        chunks = tl.where((tl.load(strong + s * HK + h) < chunks) == ANY, chunks, 0)
-    for i in range(chunks):
-        c = chunks - 1 - i
-        t = lo + c * C + r
-        bk = _load(k, t, hi, h, HK, ok, K, MK)
-        kw = bk.to(DT)
-        if GATE == 2:
-            b = _gates(g, t, hi, h, HK, ok, K, MK)
-            G = tl.cumsum(b, 0)
-            shrink = tl.exp2(tl.sum(b, 0))[None, :]
-            if ANY:
-                w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
-            else:  # D shrinks first; all decays run from the chunk's start
+        units = tl.num_programs(0) // (NK * NV)
+        found = tl.load(strong + unit * HK + h)
+        for i in tl.static_range(1, PARTS):
+            found |= tl.load(strong + i * units + unit * HK + h)
+        mine = (found != 0) == ANY
+        segments = tl.where(mine, segments, 0)
+    D = tl.zeros([BV, BK], tl.float32)
+    if dstates is not None:
+        D = tl.load(dstates + (unit * HK + h) * K * V + tile, mask=inside, other=0.0)
+    for i in range(segments):
+        s = unit * PER + (segments - 1 - i) if SINGLE else unit
+        n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
+        if DK and GATE > 0:
+            if SINGLE:
+                S = tl.load(states + (s * HK + h) * K * V + tile, mask=inside, other=0.0)
+            else:  # what the segment ends with is the next one's start or the sequence's last
+                more = (hi + 0 * ok)[None, :] < end  # a tensor: triton 3.9's interpreter makes a scalar's & an integer
+                S = tl.load(states + ((s + 1) * HK + h) * K * V + tile, mask=inside & more, other=0.0)
+                S += tl.load(final + (n * HK + h) * K * V + tile, mask=inside & ~more, other=0.0)
+            carry = tl.sum(S * D, 0)
+            if GATE == 1:
+                carry = tl.sum(carry, 0)
+        chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+        for ci in range(chunks):
+            c = chunks - 1 - ci
+            t = lo + c * C + r
+            bk = _load(k, t, hi, h, HK, ok, K, MK)
+            kw = bk.to(DT)
+            if GATE == 2:
+                b = _gates(g, t, hi, h, HK, ok, K, MK)
+                G = tl.cumsum(b, 0)
+                total = tl.sum(b, 0)
+                shrink = tl.exp2(total)[None, :]
                 w = tl.exp2(-G)
-                D *= shrink
-            kw = (bk.to(tl.float32) * w).to(DT)
-        elif GATE == 1:
-            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
-            pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-            w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
-            kw = (bk.to(tl.float32) * w).to(DT)
-            shrink = _decay(coarse_end, fine_end)
-        if DK:
-            bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
-            xk = tl.dot(bv, D.to(DT), input_precision=PREC)
-            if GATE > 0:
-                xk *= w
-            if GATE == 2:
-                drift = tl.zeros([C, BK], tl.float32)
+                if ANY:
+                    hard = tl.min(total, 0) < -LIMIT
+                    later = tl.full([1, BK], 1.0, tl.float32)
+                    if hard:
+                        w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
+                        later = shrink
+                    else:
+                        D *= shrink
+                else:  # D shrinks first; all decays run from the chunk's start
+                    D *= shrink
+                kw = (bk.to(tl.float32) * w).to(DT)
             elif GATE == 1:
-                drift = tl.zeros([C], tl.float32)
-            own = tl.zeros([C, BK], tl.float32)
-        if DV:
-            xv = tl.dot(D.to(DT), tl.trans(kw), input_precision=PREC)
-        if GATE == 1 or ANY:
-            D *= shrink
-        for j in range(GROUP):
-            hq = h * GROUP + j
-            bq = _load(q, t, hi, hq, H, ok, K, MK)
-            bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
-            qs = bq.to(tl.float32) * scale
-            if GATE == 2:
-                qa = (qs * tl.exp2(G)).to(DT)
-            elif GATE == 1:
-                qa = (qs * _decay(coarse, fine)[:, None]).to(DT)
-            else:
-                qa = qs.to(DT)
+                coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
+                pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+                w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
+                kw = (bk.to(tl.float32) * w).to(DT)
+                shrink = _decay(coarse_end, fine_end)
             if DV:
-                if GATE == 2:
-                    if ANY:
-                        A = _scores_any_gate(qs, bk, b, C, BK, LEVELS, DT, PREC)
+                xv = tl.dot(D.to(DT), tl.trans(kw), input_precision=PREC)
+                for j in range(GROUP):
+                    hq = h * GROUP + j
+                    qs = _load(q, t, hi, hq, H, ok, K, MK).to(tl.float32) * scale
+                    bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
+                    if GATE == 2:
+                        if ANY:
+                            if hard:
+                                A = _scores_any_gate(qs, bk, b, C, BK, LEVELS, DT, PREC)
+                            else:
+                                A = tl.dot((qs * tl.exp2(G)).to(DT), tl.trans(kw), input_precision=PREC)
+                        else:
+                            A = tl.dot((qs * tl.exp2(G)).to(DT), tl.trans(kw), input_precision=PREC)
                     else:
-                        A = tl.dot(qa, tl.trans(kw), input_precision=PREC)
-                else:
-                    A = tl.dot(qs.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
-                    if GATE == 1:
-                        A *= tl.exp2(pair)
-                A = tl.where(r[:, None] >= r[None, :], A, 0.0)
-                xv = tl.dot(tl.trans(bo), A.to(DT), xv, input_precision=PREC)
-            D = tl.dot(tl.trans(bo), qa, D, input_precision=PREC)
+                        A = tl.dot(qs.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
+                        if GATE == 1:
+                            A *= tl.exp2(pair)
+                    A = tl.where(r[:, None] >= r[None, :], A, 0.0)
+                    xv = tl.dot(tl.trans(bo), A.to(DT), xv, input_precision=PREC)
+                p = dv + ((t * HK + h) * V)[None, :] + ov[:, None]
+                tl.store(p, xv.to(dv.dtype.element_ty), mask=(t < hi)[None, :] & (ov < V)[:, None])
             if DK:
-                W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
-                if GATE == 0:
-                    W = tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT)
-                    xk += tl.dot(W, bq.to(DT), input_precision=PREC) * scale
-                else:
-                    own += tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)[:, None] * qs
-                    W = tl.where(r[:, None] < r[None, :], W, 0.0)
+                bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
+                xk = tl.dot(bv, D.to(DT), input_precision=PREC)
                 if GATE == 2:
-                    drift += bq.to(tl.float32) * _load(z, t, hi, hq, H, ok, K, MK)
-                    if ANY:
-                        xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
-                    else:
-                        xk += tl.dot(W.to(DT), qa, input_precision=PREC) * w
+                    drift = tl.zeros([C, BK], tl.float32)
                 elif GATE == 1:
-                    drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
-                    W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
-                    xk += tl.dot(W.to(DT), bq.to(DT), input_precision=PREC) * scale
-        if DK:
-            if GATE == 2:
-                drift -= bk.to(tl.float32) * xk
-                # below -150 exp2 is 0, and so is the gradient
-                xg = tl.where(b < -150.0, 0.0, tl.cumsum(drift, 0, reverse=True) + carry[None, :])
-                _store(dg, xg, t, hi, h, HK, ok, K, MK)
-                carry += tl.sum(drift, 0)
-            elif GATE == 1:
-                drift -= tl.sum(bk.to(tl.float32) * xk, 1)
-                xg = tl.cumsum(drift, 0, reverse=True) + carry
-                own_gate = tl.load(g + t * HK + h, mask=t < hi, other=0.0).to(tl.float32) * LOG2E
-                tl.store(dg + ik * part + t * HK + h, tl.where(own_gate < -150.0, 0.0, xg), mask=t < hi)
-                carry += tl.sum(drift, 0)
-            _store(dk, xk + own, t, hi, h, HK, ok, K, MK)
-        if DV:
-            p = dv + ((t * HK + h) * V)[None, :] + ov[:, None]
-            tl.store(p, xv.to(dv.dtype.element_ty), mask=(t < hi)[None, :] & (ov < V)[:, None])
+                    drift = -tl.sum(kw.to(tl.float32) * xk, 1)
+                if GATE > 0:
+                    xk *= w
+                own = tl.zeros([C, BK], tl.float32)
+            if GATE == 1:
+                D *= shrink
+            elif ANY:
+                D *= later
+            for j in range(GROUP):
+                hq = h * GROUP + j
+                bq = _load(q, t, hi, hq, H, ok, K, MK)
+                bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
+                qs = bq.to(tl.float32) * scale
+                if GATE == 2:
+                    qa = (qs * tl.exp2(G)).to(DT)
+                elif GATE == 1:
+                    qa = (qs * _decay(coarse, fine)[:, None]).to(DT)
+                else:
+                    qa = qs.to(DT)
+                D = tl.dot(tl.trans(bo), qa, D, input_precision=PREC)
+                if DK:
+                    W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
+                    if GATE == 0:
+                        W = tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT)
+                        xk += tl.dot(W, bq.to(DT), input_precision=PREC) * scale
+                    else:
+                        own += tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)[:, None] * qs
+                        W = tl.where(r[:, None] < r[None, :], W, 0.0)
+                    if GATE == 2:
+                        qh = qa.to(tl.float32) * w
+                        if ANY:
+                            qh = tl.where(hard, qs, qh)
+                        drift += qh * _load(z, t, hi, hq, H, ok, K, MK)
+                        if ANY:
+                            if hard:
+                                xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
+                            else:
+                                xk += tl.dot(W.to(DT), qa, input_precision=PREC) * w
+                        else:
+                            xk += tl.dot(W.to(DT), qa, input_precision=PREC) * w
+                    elif GATE == 1:
+                        drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
+                        W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
+                        x = tl.dot(W.to(DT), bq.to(DT), input_precision=PREC) * scale
+                        drift -= tl.sum(bk.to(tl.float32) * x, 1)
+                        xk += x
+            if DK:
+                if GATE == 2:
+                    kh = kw.to(tl.float32) * tl.exp2(G)
+                    if ANY:
+                        kh = tl.where(hard, bk.to(tl.float32), kh)
+                    drift -= kh * xk
+                    xg = tl.cumsum(drift, 0, reverse=True) + carry[None, :]
+                    if ANY:  # below -150 exp2 is 0, and so is the gradient
+                        xg = tl.where(b < -150.0, 0.0, xg)
+                    _store(dg, xg, t, hi, h, HK, ok, K, MK)
+                    carry += tl.sum(drift, 0)
+                elif GATE == 1:
+                    xg = tl.cumsum(drift, 0, reverse=True) + carry
+                    own_gate = tl.load(g + t * HK + h, mask=t < hi, other=0.0).to(tl.float32) * LOG2E
+                    tl.store(dg + ik * part + t * HK + h, tl.where(own_gate < -150.0, 0.0, xg), mask=t < hi)
+                    carry += tl.sum(drift, 0)
+                _store(dk, xk + own, t, hi, h, HK, ok, K, MK)
+    if dinit is not None:
+        if GATE == 2:
+            inside = inside & (ok < tl.where(mine, K, 0))[None, :]
+        tl.store(dinit + (unit * HK + h) * K * V + tile, D, mask=inside)
 
 
 @triton.jit
