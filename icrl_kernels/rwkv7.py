@@ -1,7 +1,7 @@
 """RWKV-7's generalized delta rule: S_t = diag(exp w_t) S_{t-1} + b_t (a_tᵀ S_{t-1}) + k_t v_tᵀ, o_t = scale · S_tᵀ r_t.
 
 RWKV-7 "Goose" (Peng et al. 2025, arXiv 2503.14456, section 4: its state is the transpose of this one, its a is -κ̂, its b
-κ̂ times the in-context learning rate). With a = -beta k, b = k after the decay it would be the delta rule.
+κ̂ times the in-context learning rate). `gated_delta_rule` is the case a = -exp(w) k, b = beta k, with beta k for k.
 """
 
 from __future__ import annotations

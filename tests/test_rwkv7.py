@@ -112,30 +112,37 @@ def test_without_a_or_b_it_is_gated_linear_attention():
         torch.testing.assert_close(run(rwkv7, tensors)[0], expected)
 
 
-def test_it_holds_the_delta_rule():
-    """Without decay, a = -k, b = beta k and keys beta k is the delta rule."""
-    r, _, k, v, _, _, state = inputs(1, 50, 2, 16, 20)
+@pytest.mark.parametrize("strength", [0.0, 0.6, 20.0])
+def test_it_holds_the_gated_delta_rule(strength):
+    r, w, k, v, _, _, state = to(inputs(1, 50, 2, 16, 20, strength), torch.float64)
     k = k / k.norm(dim=-1, keepdim=True)
-    beta = 2 * torch.rand(1, 50, 2)
-    strong = beta[..., None] * k
-    tensors = [r, torch.zeros_like(k), strong, v, -k, strong, state]
-    exact = gated_delta_rule(*to([r, k, v], torch.float64), None, beta.double(), 1.0, state.double(), True)
-    plain = run(rwkv7_reference, tensors)
-    for a, s, e in zip(run(rwkv7, tensors), plain, exact, strict=True):
+    beta = 2 * torch.rand(1, 50, 2, dtype=torch.float64)
+    written = beta[..., None] * k
+    wide = [r, w, written, v, -w.exp() * k, written, state]
+    tensors = to(wide, torch.float32)
+    exact = gated_delta_rule(r, k, v, w, beta, 1.0, state, True)  # float64: the other op's reference
+    torch.testing.assert_close(run(rwkv7_reference, wide), list(exact))
+    rounded = run(rwkv7_reference, to(tensors, torch.float64))
+    for a, s, e in zip(run(rwkv7, tensors), run(rwkv7_reference, tensors), rounded, strict=True):
         assert_as_good_as_torch(a, s, e)
 
 
 def test_flash_linear_attention_agrees():
-    """Its own plain recurrence, which has the heads before the tokens and a fixed scale."""
+    """Its own plain recurrence, which has the heads before the tokens and a fixed scale; values and gradients."""
     naive = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive")
+
+    def theirs(r, w, k, v, a, b, initial_state, output_final_state):
+        r, w, k, v, a, b = (t.transpose(1, 2) for t in (r, w, k, v, a, b))
+        o, final = naive.dplr_recurrence(r, k, v, a, b, w, initial_state)
+        return o.transpose(1, 2), final
+
     tensors = inputs(2, 40, 2, 16, 24)
-    r, w, k, v, a, b = (t.transpose(1, 2) for t in tensors[:6])
-    o, final = naive.dplr_recurrence(r, k, v, a, b, w, tensors[6])
-    exact = run(rwkv7_reference, to(tensors, torch.float64), scale=None)
-    mine = run(rwkv7, tensors, scale=None)
-    for actual, theirs, e in zip(mine, (o.transpose(1, 2), final), exact, strict=True):
-        assert_as_good_as_torch(actual, theirs, e)
-        assert_as_good_as_torch(theirs, actual, e)
+    weights = torch.randn(2, 40, 2, 24), torch.randn(2, 2, 16, 24)
+    exact = run(rwkv7_reference, to(tensors, torch.float64), weights, scale=None)
+    mine, other = run(rwkv7, tensors, weights, scale=None), run(theirs, tensors, weights)
+    for name, m, o, e in zip(NAMES, mine, other, exact, strict=True):
+        assert_as_good_as_torch(m, o, e, name=name)
+        assert_as_good_as_torch(o, m, e, name=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
