@@ -35,6 +35,7 @@ class _Plan:
     sizes: dict
     products: dict
     gates: dict
+    passes: tuple  # values of ANY: gates per channel take a second launch, which works only where they are strong
     work: torch.dtype  # of what one launch leaves to the next
 
 
@@ -43,7 +44,9 @@ class _Prepared:
     solve: Tensor
     scores: Tensor
     rows: Tensor
+    norms: Tensor | None
     decay: Tensor | None
+    strong: Tensor | None
     operands: tuple[Tensor, Tensor, Tensor]  # q and k as the state's reads and writes take them
     group: int  # value heads that share a head of these
 
@@ -56,7 +59,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
-def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, norm: bool) -> _Plan:
+def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
     B, T, Hk, K = q.shape
     H, V = v.shape[2:]
     half, widest = q.dtype == torch.bfloat16, max(K, V)
@@ -81,34 +84,39 @@ def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, nor
         sizes={
             "K": K,
             "C": C,
-            "R": 5 if norm else 3,
             "VARLEN": cu_seqlens is not None,
             "GATE": 0 if g is None else g.dim() - 2,
         },
         products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
         gates={"LEVELS": C.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
+        passes=(False, True) if g is not None and g.dim() == 4 else (False,),
         work=torch.bfloat16 if half else torch.float32,
     )
 
 
-def _prepared(plan: _Plan, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, scale: float) -> _Prepared:
+def _prepared(
+    plan: _Plan, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, scale: float, norm: bool
+) -> _Prepared:
     B, T, Hk, K = q.shape
     H, C, gate = plan.heads, plan.chunk, plan.sizes["GATE"]
     solve, scores = (torch.empty(plan.grid, H, C, C, dtype=plan.work, device=q.device) for _ in range(2))
-    rows = torch.empty(B, T, H, plan.sizes["R"], dtype=torch.float32, device=q.device)
-    decay, operands = None, (q, k, k)
+    rows = torch.empty(plan.grid, H, 3, C, dtype=torch.float32, device=q.device)
+    norms = torch.empty(B, T, H, 2, dtype=torch.float32, device=q.device) if norm else None
+    decay = strong = None
+    operands = q, k, k
     if gate:
         decay = torch.empty(plan.grid, H, K if gate == 2 else 1, dtype=torch.float32, device=q.device)
     if gate == 2:
+        strong = torch.empty(plan.grid, H, dtype=torch.int32, device=q.device)
         qd, kd, ku = (torch.empty(B, T, H, K, dtype=plan.work, device=q.device) for _ in range(3))
         operands = qd, kd, ku
-    if plan.grid:
+    for any_gate in plan.passes if plan.grid else ():
         _prepare[(plan.grid * H,)](
-            q, k, g, beta, solve, scores, rows, decay, *operands, scale, *plan.span, H, Hk,
-            GROUP=plan.group, BK=min(64, _pow2(K)), BETA=beta is not None, NORM=plan.sizes["R"] == 5,
-            **plan.sizes, **plan.products, **plan.gates, num_warps=4, num_stages=1,
+            q, k, g, beta, solve, scores, rows, norms, decay, strong, *operands, scale, *plan.span, H, Hk,
+            GROUP=plan.group, BK=min(64, _pow2(K)), BETA=beta is not None, NORM=norm, ANY=any_gate,
+            **plan.sizes, **plan.products, **plan.gates, num_warps=8 if gate == 2 else 4, num_stages=1,
         )  # fmt: skip
-    return _Prepared(solve, scores, rows, decay, operands, plan.group if gate < 2 else 1)
+    return _Prepared(solve, scores, rows, norms, decay, strong, operands, plan.group if gate < 2 else 1)
 
 
 def _carrying(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], dict]:
@@ -132,8 +140,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o, as v, and the final state, float32 [N, H, K, V]. Shapes as in `icrl_kernels.gated_delta_rule`."""
     q, k, v, g, beta, initial_state = _contiguous(q, k, v, g, beta, initial_state)
-    plan = _plan(q, v, g, cu_seqlens, qk_l2norm)
-    ready = _prepared(plan, q, k, g, beta, scale)
+    plan = _plan(q, v, g, cu_seqlens)
+    ready = _prepared(plan, q, k, g, beta, scale, qk_l2norm)
     H, K, V = plan.heads, q.shape[3], v.shape[3]
     o = torch.empty_like(v)
     last = torch.empty(plan.sequences, H, K, V, dtype=torch.float32, device=q.device)
@@ -153,8 +161,8 @@ def backward(
     """dq, dk, dv, dg, dbeta, d initial_state, each in its input's dtype, None for those without an input."""
     do, dfinal_state, q, k, v = _contiguous(do, dfinal_state, q, k, v)
     g, beta, initial_state = _contiguous(g, beta, initial_state)
-    plan = _plan(q, v, g, cu_seqlens, qk_l2norm)
-    ready = _prepared(plan, q, k, g, beta, scale)
+    plan = _plan(q, v, g, cu_seqlens)
+    ready = _prepared(plan, q, k, g, beta, scale, qk_l2norm)
     (B, T, Hk, K), H, V, gate = q.shape, plan.heads, v.shape[3], plan.sizes["GATE"]
 
     states, dstates = (torch.empty(plan.grid, H, V, K, dtype=plan.work, device=q.device) for _ in range(2))
@@ -184,18 +192,18 @@ def backward(
         dg = torch.empty(B, T, H, parts, dtype=torch.float32, device=q.device)
     if beta is not None:
         dbeta = torch.empty(B, T, H, parts, dtype=torch.float32, device=q.device)
-    if plan.grid:
+    for any_gate in plan.passes if plan.grid else ():
         _gradients[(plan.grid * H * parts,)](
-            q, k, g, beta, do, e, dr, ready.rows, ready.decay, states, dstates, *to, dg, dbeta, scale,
-            *plan.span, H, Hk, GROUP=plan.group, V=V, BK=BK, BV=BV, BETA=beta is not None, NORM=qk_l2norm,
-            **plan.sizes, **plan.products, **plan.gates, num_warps=4, num_stages=1,
+            q, k, g, beta, do, e, dr, ready.norms, ready.strong, states, dstates, *to, dg, dbeta, scale,
+            *plan.span, H, Hk, GROUP=plan.group, V=V, BK=BK, BV=BV, BETA=beta is not None, NORM=qk_l2norm, ANY=any_gate,
+            LEVELS=plan.gates["LEVELS"], **plan.sizes, **plan.products, num_warps=8, num_stages=1,
         )  # fmt: skip
     if not alone and B * T:
         BT = max(1, 2048 // _pow2(K))
-        for which, x, dx, out in ((3, q, to[0], dq), (4, k, to[1], dk)):
+        for which, (x, dx, out) in enumerate(((q, to[0], dq), (k, to[1], dk))):
             _gather_heads[(triton.cdiv(B * T, BT) * Hk,)](
-                x, dx, ready.rows, out, B * T, H, Hk,
-                GROUP=plan.group, K=K, BK=_pow2(K), R=plan.sizes["R"], WHICH=which, NORM=qk_l2norm, BT=BT, num_warps=4,
+                x, dx, ready.norms, out, B * T, H, Hk,
+                GROUP=plan.group, K=K, BK=_pow2(K), WHICH=which, NORM=qk_l2norm, BT=BT, num_warps=4,
             )  # fmt: skip
     if gate == 1:
         dg = dg.sum(-1).to(g.dtype)

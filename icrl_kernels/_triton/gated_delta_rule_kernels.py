@@ -91,23 +91,28 @@ def _weights(beta, t, hi, h, H, BETA: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    q, k, g, beta, solve, scores, rows, decay, qd, kd, ku, scale, cu, owner, first, T, PER, H, HK,
-    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr,
+    q, k, g, beta, solve, scores, rows, norms, decay, strong, qd, kd, ku, scale, cu, owner, first, T, PER, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     LIMIT: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """(I + N)^-1, A, and for each token R factors: of (Pq)S, of (Pk)S, of k eᵀ, and with NORM 1/|q| and 1/|k|.
+    """(I + N)^-1, A, with NORM 1/|q| and 1/|k|, and each row's factors of its (Pq)S, (Pk)S and k eᵀ, [3, C] a chunk.
 
-    The decays are in the factors for a gate per head; for one per channel they are in qd, kd and ku.
+    The decays are in the factors for a gate per head; for one per channel they are in qd, kd and ku. There the rows of
+    the two matrices whose gates reach beyond LIMIT are left to a second launch, ANY, of the chunks marked as strong.
     """
     MK: tl.constexpr = K % BK != 0
     pid = tl.program_id(0)
     h = pid % H
     hk = h // GROUP
     s = (pid // H).to(tl.int64)
+    if ANY:  # noqa: SIM102 (ANY is decided when compiling)
+        if tl.load(strong + s * H + h) == 0:
+            return
     n, lo, hi, end = _span(s, cu, owner, first, T, C, PER, VARLEN)
     r = tl.arange(0, C)
     t = lo + r
+    late = r < 0
     N = tl.zeros([C, C], tl.float32)
     A = tl.zeros([C, C], tl.float32)
     squares_q = tl.zeros([C], tl.float32)
@@ -122,37 +127,34 @@ def _prepare(
         if GATE == 2:
             b = _gates(g, t, hi, h, H, ok, K, MK)
             G = tl.cumsum(b, 0)
-            total = tl.sum(b, 0)
-            qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT)
-            ka = (bk.to(tl.float32) * tl.exp2(G)).to(DT)
-            kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
-            _store(qd, qa, t, hi, h, H, ok, K, MK)
-            _store(kd, ka, t, hi, h, H, ok, K, MK)
-            after = _after(g, t, lo, 0, hi, h, H, ok, K, MK, C)
-            _store(ku, bk.to(tl.float32) * after, t, hi, h, H, ok, K, MK)
-            tl.store(decay + (s * H + h) * K + ok, tl.exp2(total), mask=ok < K)
-            pairs_k = tl.dot(ka, tl.trans(kw), input_precision=PREC)
-            pairs_q = tl.dot(qa, tl.trans(kw), input_precision=PREC)
-            if tl.min(total, 0) < -LIMIT:
-                late = (tl.min(G, 1) < -LIMIT)[:, None]
-                pairs_k = tl.where(late, _scores_any_gate(bk, bk, b, C, BK, LEVELS, DT, PREC), pairs_k)
-                pairs_q = tl.where(late, _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC), pairs_q)
-            N += pairs_k
-            A += pairs_q
+            late = late | (tl.min(G, 1) < -LIMIT)
+            if ANY:
+                N += _scores_any_gate(bk, bk, b, C, BK, LEVELS, DT, PREC)
+                A += _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC)
+            else:
+                kw = tl.trans((bk.to(tl.float32) * tl.exp2(-G)).to(DT))
+                x = (bk.to(tl.float32) * tl.exp2(G)).to(DT)
+                _store(kd, x, t, hi, h, H, ok, K, MK)
+                N = tl.dot(x, kw, N, input_precision=PREC)
+                x = (bq.to(tl.float32) * tl.exp2(G)).to(DT)
+                _store(qd, x, t, hi, h, H, ok, K, MK)
+                A = tl.dot(x, kw, A, input_precision=PREC)
+                after = _after(g, t, lo, 0, hi, h, H, ok, K, MK, C)
+                _store(ku, bk.to(tl.float32) * after, t, hi, h, H, ok, K, MK)
+                tl.store(decay + (s * H + h) * K + ok, tl.exp2(tl.sum(b, 0)), mask=ok < K)
         else:
             bk = bk.to(DT)
             N = tl.dot(bk, tl.trans(bk), N, input_precision=PREC)
             A = tl.dot(bq.to(DT), tl.trans(bk), A, input_precision=PREC)
-    p = rows + (t * H + h) * R
     of_q = tl.full([C], 1.0, tl.float32)
     of_k = tl.full([C], 1.0, tl.float32)
     if NORM:
         of_q = tl.rsqrt(squares_q + NORM_EPSILON)
         of_k = tl.rsqrt(squares_k + NORM_EPSILON)
-        tl.store(p + 3, of_q, mask=t < hi)
-        tl.store(p + 4, of_k, mask=t < hi)
+        if not ANY:
+            tl.store(norms + (t * H + h) * 2, of_q, mask=t < hi)
+            tl.store(norms + (t * H + h) * 2 + 1, of_k, mask=t < hi)
     column = _weights(beta, t, hi, h, H, BETA) * of_k
-    lower = r[:, None] > r[None, :]
     causal = r[:, None] >= r[None, :]
     N *= of_k[:, None] * column[None, :]
     A *= (of_q * scale)[:, None] * column[None, :]
@@ -167,12 +169,19 @@ def _prepare(
         of_k *= since
         column *= _decay(coarse_end - coarse, fine_end - fine)
         tl.store(decay + s * H + h, _decay(coarse_end, fine_end))
-    tl.store(p, of_q * scale, mask=t < hi)
-    tl.store(p + 1, of_k, mask=t < hi)
-    tl.store(p + 2, column, mask=t < hi)
+    if not ANY:
+        p = rows + (s * H + h) * 3 * C + r
+        tl.store(p, of_q * scale)
+        tl.store(p + C, of_k)
+        tl.store(p + 2 * C, column)
+    mine = late if ANY else ~late
+    if GATE == 2 and not ANY:
+        tl.store(strong + s * H + h, tl.max(late.to(tl.int32), 0))
+        causal = causal & mine[:, None]  # the other rows are NaN where 0 meets infinity
     square = (s * H + h) * C * C + r[:, None] * C + r[None, :]
-    tl.store(scores + square, tl.where(causal, A, 0.0).to(scores.dtype.element_ty))
-    tl.store(solve + square, _inverse(tl.where(lower, N, 0.0), C).to(solve.dtype.element_ty))
+    tl.store(scores + square, tl.where(causal, A, 0.0).to(scores.dtype.element_ty), mask=mine[:, None])
+    X = _inverse(tl.where(causal & (r[:, None] != r[None, :]), N, 0.0), C)
+    tl.store(solve + square, X.to(solve.dtype.element_ty), mask=mine[:, None])
 
 
 @triton.jit
@@ -190,38 +199,40 @@ def _sequence(n, cu, first, T, PER, C: tl.constexpr, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _turned(x, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
-    """As _load, transposed."""
-    p = x + ((t * H + h) * D)[None, :] + o[:, None]
-    m = (t < hi)[None, :]
+def _tile(x, t, left, h, H, r, o, D: tl.constexpr, MASK: tl.constexpr):
+    """As _load, of the tokens t + r, r < left: one 64-bit address and 32-bit offsets to it, which stay in few registers."""
+    m = (r < left)[:, None]
     if MASK:
-        m = m & (o < D)[:, None]
-    return tl.load(p, mask=m, other=0.0)
+        m = m & (o < D)[None, :]
+    return tl.load(x + (t * H + h) * D + (r * (H * D))[:, None] + o[None, :], mask=m, other=0.0)
 
 
 @triton.jit
-def _store_turned(x, y, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
-    p = x + ((t * H + h) * D)[None, :] + o[:, None]
-    m = (t < hi)[None, :]
+def _turned(x, t, left, h, H, r, o, D: tl.constexpr, MASK: tl.constexpr):
+    """_tile transposed: where, and which are there."""
+    m = (r < left)[None, :]
     if MASK:
         m = m & (o < D)[:, None]
-    tl.store(p, y.to(x.dtype.element_ty), mask=m)
+    return x + (t * H + h) * D + (r * (H * D))[None, :] + o[:, None], m
 
 
 @triton.jit
 def _shrink(decay, c, ok, K: tl.constexpr, GATE: tl.constexpr):
+    """What a chunk's gates do to the transposed state."""
     if GATE == 2:
-        return tl.load(decay + c * K + ok, mask=ok < K, other=0.0)[None, :]
-    if GATE == 1:
-        return tl.load(decay + c)
-    return 1.0
+        shrink = tl.load(decay + c * K + ok, mask=ok < K, other=0.0)[None, :]
+    elif GATE == 1:
+        shrink = tl.load(decay + c)
+    else:
+        shrink = 1.0
+    return shrink
 
 
 @triton.jit
 def _forward(
     q, kd, ku, v, solve, scores, rows, decay, init, last, o, e, states, cu, first, T, PER, H, HX,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, GATE: tl.constexpr, HAS_INIT: tl.constexpr, OUTPUTS: tl.constexpr, VARLEN: tl.constexpr,
+    GATE: tl.constexpr, HAS_INIT: tl.constexpr, OUTPUTS: tl.constexpr, VARLEN: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS: o and the last state; else e and the states that chunks begin with, [chunks, H, V, K]."""
@@ -236,38 +247,37 @@ def _forward(
     lo, hi, s, chunks = _sequence(n, cu, first, T, PER, C, VARLEN)
     ok = tl.arange(0, BK)
     r = tl.arange(0, C)
+    square = r[:, None] * C + r[None, :]
     inside = (ok < K)[None, :] & (ov < V)[:, None]
     turned = (n * H + h) * K * V + ok[None, :] * V + ov[:, None]
     S = tl.zeros([BV, BK], tl.float32)
     if HAS_INIT:
         S = tl.load(init + turned, mask=inside, other=0.0)
     for i in range(chunks):
-        t = lo + i * C + r
+        t = lo + i * C
+        left = tl.minimum(hi - t, C).to(tl.int32)
         c = (s + i) * H + h
-        square = c * C * C + r[:, None] * C + r[None, :]
-        bk = _load(kd, t, hi, hx, HX, ok, K, MK).to(DT)
-        X = tl.load(solve + square)
-        bv = _turned(v, t, hi, h, H, ov, V, MV)
-        p = rows + (t * H + h) * R
-        of_k = tl.load(p + 1, mask=t < hi, other=0.0)
-        of_e = tl.load(p + 2, mask=t < hi, other=0.0)
-        shrink = _shrink(decay, c, ok, K, GATE)
+        p = rows + c * 3 * C + r
         before = S.to(DT)
-        y = bv.to(tl.float32) - tl.dot(before, tl.trans(bk), input_precision=PREC) * of_k[None, :]
-        y = tl.dot(y.to(DT), tl.trans(X), input_precision=PREC)
+        bk = _tile(kd, t, left, hx, HX, r, ok, K, MK).to(DT)
+        y = tl.dot(before, tl.trans(bk), input_precision=PREC)
+        at, mv = _turned(v, t, left, h, H, r, ov, V, MV)
+        y = tl.load(at, mask=mv, other=0.0).to(tl.float32) - y * tl.load(p + C)[None, :]
+        y = tl.dot(y.to(DT), tl.trans(tl.load(solve + c * C * C + square)), input_precision=PREC).to(DT)
         if OUTPUTS:
-            bq = _load(q, t, hi, hx, HX, ok, K, MK).to(DT)
-            A = tl.load(scores + square)
-            of_q = tl.load(p, mask=t < hi, other=0.0)
-            bo = tl.dot(before, tl.trans(bq), input_precision=PREC) * of_q[None, :]
-            bo = tl.dot(y.to(DT), tl.trans(A), bo, input_precision=PREC)
-            _store_turned(o, bo, t, hi, h, H, ov, V, MV)
+            bq = _tile(q, t, left, hx, HX, r, ok, K, MK).to(DT)
+            bo = tl.dot(before, tl.trans(bq), input_precision=PREC) * tl.load(p)[None, :]
+            bo = tl.dot(y, tl.trans(tl.load(scores + c * C * C + square)), bo, input_precision=PREC)
+            at, mv = _turned(o, t, left, h, H, r, ov, V, MV)
+            tl.store(at, bo.to(o.dtype.element_ty), mask=mv)
         else:
-            tl.store(states + c * K * V + ov[:, None] * K + ok[None, :], before, mask=inside)
-            _store_turned(e, y, t, hi, h, H, ov, V, MV)
+            tl.store(states + c * K * V + (ov[:, None] * K + ok[None, :]), before, mask=inside)
+            at, mv = _turned(e, t, left, h, H, r, ov, V, MV)
+            tl.store(at, y.to(e.dtype.element_ty), mask=mv)
         if GATE == 2:
-            bk = _load(ku, t, hi, hx, HX, ok, K, MK).to(DT)
-        S = tl.dot((y * of_e[None, :]).to(DT), bk, S * shrink, input_precision=PREC)
+            bk = _tile(ku, t, left, hx, HX, r, ok, K, MK).to(DT)
+        S *= _shrink(decay, c, ok, K, GATE)
+        S = tl.dot((y.to(tl.float32) * tl.load(p + 2 * C)[None, :]).to(DT), bk, S, input_precision=PREC)
     if OUTPUTS:
         tl.store(last + turned, S, mask=inside)
 
@@ -276,7 +286,7 @@ def _forward(
 def _reverse(
     q, kd, ku, do, solve, scores, rows, decay, dlast, dinit, dr, dstates, cu, first, T, PER, H, HX,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first: D of the state that each chunk ends with, dr, and at last D of the first state."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -290,44 +300,42 @@ def _reverse(
     lo, hi, s, chunks = _sequence(n, cu, first, T, PER, C, VARLEN)
     ok = tl.arange(0, BK)
     r = tl.arange(0, C)
+    square = r[:, None] * C + r[None, :]
     inside = (ok < K)[None, :] & (ov < V)[:, None]
     turned = (n * H + h) * K * V + ok[None, :] * V + ov[:, None]
     D = tl.load(dlast + turned, mask=inside, other=0.0)
     for j in range(chunks):
         i = chunks - 1 - j
-        t = lo + i * C + r
+        t = lo + i * C
+        left = tl.minimum(hi - t, C).to(tl.int32)
         c = (s + i) * H + h
-        square = c * C * C + r[:, None] * C + r[None, :]
-        bw = _load(ku, t, hi, hx, HX, ok, K, MK).to(DT)
-        bo = _turned(do, t, hi, h, H, ov, V, MV).to(DT)
-        A = tl.load(scores + square)
-        X = tl.load(solve + square)
-        bq = _load(q, t, hi, hx, HX, ok, K, MK).to(DT)
-        p = rows + (t * H + h) * R
-        of_q = tl.load(p, mask=t < hi, other=0.0)
-        of_k = tl.load(p + 1, mask=t < hi, other=0.0)
-        of_e = tl.load(p + 2, mask=t < hi, other=0.0)
-        shrink = _shrink(decay, c, ok, K, GATE)
+        p = rows + c * 3 * C + r
         after = D.to(DT)
-        tl.store(dstates + c * K * V + ov[:, None] * K + ok[None, :], after, mask=inside)
-        y = tl.dot(after, tl.trans(bw), input_precision=PREC) * of_e[None, :]
-        y = tl.dot(bo, A, y, input_precision=PREC)
-        y = tl.dot(y.to(DT), X, input_precision=PREC)
-        _store_turned(dr, y, t, hi, h, H, ov, V, MV)
+        tl.store(dstates + c * K * V + (ov[:, None] * K + ok[None, :]), after, mask=inside)
+        bk = _tile(ku, t, left, hx, HX, r, ok, K, MK).to(DT)
+        y = tl.dot(after, tl.trans(bk), input_precision=PREC) * tl.load(p + 2 * C)[None, :]
+        at, mv = _turned(do, t, left, h, H, r, ov, V, MV)
+        bo = tl.load(at, mask=mv, other=0.0).to(DT)
+        y = tl.dot(bo, tl.load(scores + c * C * C + square), y, input_precision=PREC)
+        D *= _shrink(decay, c, ok, K, GATE)
+        bq = _tile(q, t, left, hx, HX, r, ok, K, MK).to(DT)
+        D = tl.dot((bo.to(tl.float32) * tl.load(p)[None, :]).to(DT), bq, D, input_precision=PREC)
+        y = tl.dot(y.to(DT), tl.load(solve + c * C * C + square), input_precision=PREC)
+        at, mv = _turned(dr, t, left, h, H, r, ov, V, MV)
+        tl.store(at, y.to(dr.dtype.element_ty), mask=mv)
         if GATE == 2:
-            bw = _load(kd, t, hi, hx, HX, ok, K, MK).to(DT)
-        D = tl.dot((bo.to(tl.float32) * of_q[None, :]).to(DT), bq, D * shrink, input_precision=PREC)
-        D = tl.dot((y * -of_k[None, :]).to(DT), bw, D, input_precision=PREC)
+            bk = _tile(kd, t, left, hx, HX, r, ok, K, MK).to(DT)
+        D = tl.dot((y * -tl.load(p + C)[None, :]).to(DT), bk, D, input_precision=PREC)
     tl.store(dinit + turned, D, mask=inside)
 
 
 @triton.jit
 def _decayed(
-    W, y, b, G, strong, TO_UPPER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr,
+    W, y, b, G, TO_UPPER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
+    PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     """out_r = sum_c W_rc 2^(gates between) y_c per channel; TO_UPPER: over c < r, else over c > r."""
-    if strong:
+    if ANY:
         out = _apply_any_gate(W, y, b, TO_UPPER, C, BK, LEVELS, DT, PREC)
     else:
         r = tl.arange(0, C)
@@ -343,10 +351,10 @@ def _decayed(
 
 @triton.jit
 def _gradients(
-    q, k, g, beta, do, e, dr, rows, decay, states, dstates, dq, dk, dg, dbeta, scale, cu, owner, first, T, PER, H, HK,
+    q, k, g, beta, do, e, dr, norms, strong, states, dstates, dq, dk, dg, dbeta, scale, cu, owner, first, T, PER, H, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr,
-    NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    LEVELS: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr,
+    NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     """One chunk and BK of the K channels: the gradients of (normalised) q and k, [B, T, H, K], and parts of dbeta and dg.
 
@@ -361,6 +369,9 @@ def _gradients(
     h = (pid // NK) % H
     hk = h // GROUP
     s = (pid // NK // H).to(tl.int64)
+    if GATE == 2:  # noqa: SIM102
+        if (tl.load(strong + s * H + h) > 0) != ANY:
+            return
     n, lo, hi, end = _span(s, cu, owner, first, T, C, PER, VARLEN)
     r = tl.arange(0, C)
     t = lo + r
@@ -387,17 +398,16 @@ def _gradients(
     bq = _load(q, t, hi, hk, HK, ok, K, MK).to(tl.float32)
     bk = _load(k, t, hi, hk, HK, ok, K, MK).to(tl.float32)
     if NORM:
-        bq *= tl.load(rows + (t * H + h) * R + 3, mask=t < hi, other=0.0)[:, None]
-        bk *= tl.load(rows + (t * H + h) * R + 4, mask=t < hi, other=0.0)[:, None]
+        bq *= tl.load(norms + (t * H + h) * 2, mask=t < hi, other=0.0)[:, None]
+        bk *= tl.load(norms + (t * H + h) * 2 + 1, mask=t < hi, other=0.0)[:, None]
     weight = _weights(beta, t, hi, h, H, BETA)[:, None]
     own = tl.sum(tl.where(r[:, None] == r[None, :], W, 0.0), 1)[:, None] * scale
     if GATE == 2:
         b = _gates(g, t, hi, h, H, ok, K, MK)
         G = tl.cumsum(b, 0)
-        strong = tl.min(tl.sum(b, 0), 0) < -LIMIT
         since = tl.exp2(G)
-        xq = xq * since + _decayed(W, bk * weight, b, G, strong, True, C, BK, LEVELS, DT, PREC)
-        xk = xk * since + _decayed(M, bk * weight, b, G, strong, True, C, BK, LEVELS, DT, PREC)
+        xq = xq * since + _decayed(W, bk * weight, b, G, True, C, BK, LEVELS, DT, PREC, ANY)
+        xk = xk * since + _decayed(M, bk * weight, b, G, True, C, BK, LEVELS, DT, PREC, ANY)
     else:
         if GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, H)
@@ -434,12 +444,15 @@ def _gradients(
         if GATE > 0:
             S = tl.load(states + state + ov[:, None] * K, mask=inside, other=0.0)
             through += tl.sum(S.to(tl.float32) * D.to(tl.float32), 0)
-    if GATE == 2:
+    if GATE == 2:  # read once more: in registers all the while it would drive others out
+        b = _gates(g, t, hi, h, H, ok, K, MK)
+        G = tl.cumsum(b, 0)
         Y *= _after(g, t, lo, 0, hi, h, H, ok, K, MK, C)
-        inner = _decayed(W, bq * scale, b, G, strong, False, C, BK, LEVELS, DT, PREC)
-        inner -= _decayed(M, bk, b, G, strong, False, C, BK, LEVELS, DT, PREC)
+        inner = _decayed(W, bq * scale, b, G, False, C, BK, LEVELS, DT, PREC, ANY)
+        inner -= _decayed(M, bk, b, G, False, C, BK, LEVELS, DT, PREC, ANY)
     else:
         if GATE == 1:
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, H)
             Y *= _decay(coarse_end - coarse, fine_end - fine)[:, None]
             pair = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
             pair = tl.exp2(tl.where(upper, pair, 0.0))
@@ -470,8 +483,8 @@ def _gradients(
 
 @triton.jit
 def _gather_heads(
-    x, dx, rows, out, tokens, H, HK,
-    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, WHICH: tl.constexpr, NORM: tl.constexpr,
+    x, dx, norms, out, tokens, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, WHICH: tl.constexpr, NORM: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q or k: those of the value heads that read it, summed in order, then through the norm."""
@@ -484,7 +497,7 @@ def _gather_heads(
     for j in range(GROUP):
         y += _load(dx, t, tokens, hk * GROUP + j, H, ok, K, MK)
     if NORM:
-        by = tl.load(rows + (t * H + hk * GROUP) * R + WHICH, mask=t < tokens, other=0.0)[:, None]
+        by = tl.load(norms + (t * H + hk * GROUP) * 2 + WHICH, mask=t < tokens, other=0.0)[:, None]
         bx = _load(x, t, tokens, hk, HK, ok, K, MK).to(tl.float32) * by
         y = (y - bx * tl.sum(bx * y, 1)[:, None]) * by
     _store(out, y, t, tokens, hk, HK, ok, K, MK)
