@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from icrl_kernels._triton import gla, gsa
+from icrl_kernels._triton import gated_delta_rule, gla, gsa
 
 
 class Launch(NamedTuple):
@@ -121,4 +121,26 @@ def gsa_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator
         yield Call("gsa", "step", label, gsa, gsa.step, token, B, **more)
 
 
-OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Iterator[Call]]] = {"gla": gla_calls, "gsa": gsa_calls}
+def gated_delta_rule_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    for gate, name in enumerate(("none", "head", "channel")):
+        label = {"dtype": str(dtype)[6:], "K": size, "V": size, "gate": name}
+        q, k, v, do = (meta(B, T, H, size, dtype=dtype) for _ in range(4))
+        g = None if gate == 0 else meta(*(B, T, H, size)[: gate + 2])
+        beta, state = meta(B, T, H), meta(B, H, size, size)
+        token = (*(None if x is None else x[:, 0] for x in (q, k, v, g, beta)), state, 0.1, False)
+        more = {
+            "updated": frozenset({("_step", "state")}),
+            "idle": lambda launch: launch.values.get("ANY", False),
+        }
+        inputs = (q, k, v, g, beta, 0.1, state, None, False)
+        module = gated_delta_rule
+        yield Call("gated_delta_rule", "forward", label, module, module.forward, inputs, B * T, **more)
+        yield Call("gated_delta_rule", "backward", label, module, module.backward, (do, state, *inputs), B * T, **more)
+        yield Call("gated_delta_rule", "step", label, module, module.step, token, B, **more)
+
+
+OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Iterator[Call]]] = {
+    "gla": gla_calls,
+    "gsa": gsa_calls,
+    "gated_delta_rule": gated_delta_rule_calls,
+}
