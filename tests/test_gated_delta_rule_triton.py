@@ -178,6 +178,19 @@ def test_segments_with_carried_state():
     assert torch.equal(state, last)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("T", "parts"), [(130, 2), (200, 3)])
+def test_sequences_in_parts(T, parts, gate, monkeypatch):
+    monkeypatch.setattr(kernels, "_parts", lambda programs, tokens: parts)
+    *tensors, state = inputs(T=T, B=parts - 1, V=20, gate=gate)
+    compare([*tensors, state if parts == 2 else None])
+
+
+def test_parts_by_the_shape_rule():
+    assert [kernels._parts(8, T) for T in (1000, 4096, 10**6)] == [1, 4, 16]
+    assert [kernels._parts(n, 10**6) for n in (33, 34, 1000)] == [4, 1, 1]
+
+
 def test_no_tokens():
     tensors = inputs(B=2, T=0, H=2)
     o, final, *gradients = run(triton, tensors, [*draw(tensors)[:1], tensors[5]])
@@ -185,6 +198,15 @@ def test_no_tokens():
     assert torch.equal(final, tensors[5])
     assert [d.shape for d in gradients] == [x.shape for x in tensors]
     assert torch.equal(gradients[-1], tensors[5])
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, gate):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter's bfloat16 is wrong")
+    q, k, v, g, beta, state = inputs(T=70, H=2, K=20, gate=gate)
+    compare([*(t.to(dtype) for t in (q, k, v)), None if g is None else g.to(dtype), beta, state], qk_l2norm=True)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -257,8 +279,8 @@ def test_offsets_beyond_32_bits(gate, tmp_path):
         x[-y.numel() :] = y
     operands = decayed if gate == 2 else (get("q"), get("k"), get("k"))
     kernels._forward[(1,)](
-        *operands, get("v"), *late, state, final, o, None, None, cu, first, T, 0, 1, 1,
-        GROUP=1, V=V, BK=16, BV=16, HAS_INIT=True, OUTPUTS=True, **plan.sizes, **plan.products,
+        *operands, get("v"), *late, state, final, o, None, None, cu, first, T, 0, T, 1, 1, 1,
+        GROUP=1, V=V, BK=16, BV=16, HAS_INIT=True, TRANSFER=False, **plan.sizes, **plan.products,
     )  # fmt: skip
     assert min(x.numel() for x in (tokens["q"], tokens["v"], late[0])) > 2**31
     torch.testing.assert_close(o[-70 * V :].view(wanted.shape), wanted)

@@ -137,7 +137,9 @@ def test_models_compute_the_same(transformers, model_type, monkeypatch):
         exact = logits_and_gradients(model.double(), tokens)
     assert any("A_log" in name for name in exact)
     for name, reference in exact.items():
-        if "_hc." in name:  # a few numbers near 0, what large ones leave: theirs in float32 are right by luck or are not
+        if (
+            "_hc." in name
+        ):  # a few numbers near 0, what large ones leave: theirs in float32 are right by luck or are not
             continue
         assert reference.dtype == torch.float64
         assert_as_good_as_torch(ours[name], theirs[name], reference, name=name)

@@ -19,6 +19,7 @@ from icrl_kernels._triton.gated_delta_rule_kernels import (
 )
 
 CHUNK = 64
+SMS = 132
 COLUMNS = 64  # of the state, that one program carries along the sequence: the rows of its products
 
 
@@ -36,6 +37,7 @@ class _Plan:
     products: dict
     gates: dict
     passes: tuple  # values of ANY: gates per channel take a second launch, which works only where they are strong
+    parts: int  # of each sequence
     work: torch.dtype  # of what one launch leaves to the next
 
 
@@ -57,6 +59,12 @@ def _pow2(n: int) -> int:
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _parts(programs: int, tokens: int) -> int:
+    """Into how many parts sequences are cut. It costs two more launches along them, so less than four would not pay."""
+    parts = min(SMS // max(programs, 1), tokens // 1024)
+    return parts if parts >= 4 else 1
 
 
 def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
@@ -90,6 +98,7 @@ def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> 
         products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
         gates={"LEVELS": C.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
         passes=(False, True) if g is not None and g.dim() == 4 else (False,),
+        parts=1 if cu_seqlens is not None else _parts(B * H * triton.cdiv(V, COLUMNS), T),
         work=torch.bfloat16 if half else torch.float32,
     )
 
@@ -119,19 +128,60 @@ def _prepared(
     return _Prepared(solve, scores, rows, norms, decay, strong, operands, plan.group if gate < 2 else 1)
 
 
-def _carrying(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], dict]:
-    """Grid and options of the launches that go along the sequence."""
+def _carry(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], tuple, dict]:
+    """Grid, last arguments and options of the launches that go along the sequences, or along their parts."""
     K = plan.sizes["K"]
     BK, BV = _pow2(K), min(COLUMNS, _pow2(V))
     half = plan.work == torch.bfloat16
     options = {"GROUP": ready.group, "V": V, "BK": BK, "BV": BV, **plan.sizes, **plan.products}
     options |= {"num_warps": 8 if BK > 128 else 4, "num_stages": 2 if half and BK <= 128 else 1}
-    return (plan.sequences * plan.heads * triton.cdiv(V, BV),), options
-
-
-def _sequence(plan: _Plan) -> tuple:
     cu, _, first, T, per = plan.span
-    return cu, first, T, per, plan.heads
+    along = cu, first, T, per, -(-per // plan.parts) * plan.chunk, plan.parts, plan.heads, ready.operands[0].shape[2]
+    return (plan.sequences * plan.parts * plan.heads * triton.cdiv(V, BV),), along, options
+
+
+def _along(
+    plan: _Plan, ready: _Prepared, v: Tensor | None, initial: Tensor | None, o: Tensor | None = None,
+    e: Tensor | None = None, states: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`_forward`, without v of the identity: returns the states that (parts of) sequences end with, [N, parts, H, K, V]."""
+    H, K, V = plan.heads, plan.sizes["K"], plan.sizes["K"] if v is None else v.shape[3]
+    last = torch.empty(plan.sequences, plan.parts, H, K, V, dtype=torch.float32, device=ready.solve.device)
+    grid, along, options = _carry(plan, ready, V)
+    if grid[0]:
+        _forward[grid](
+            *ready.operands, v, ready.solve, ready.scores, ready.rows, ready.decay, initial, last, o, e, states, *along,
+            HAS_INIT=initial is not None, TRANSFER=v is None, **options,
+        )  # fmt: skip
+    return last
+
+
+def _back(
+    plan: _Plan, ready: _Prepared, do: Tensor, dlast: Tensor | None, dr: Tensor | None = None, dstates: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`_reverse`: returns the gradients of the states that (parts of) sequences begin with, [N, parts, H, K, V]."""
+    H, K, V = plan.heads, plan.sizes["K"], do.shape[3]
+    dfirst = torch.empty(plan.sequences, plan.parts, H, K, V, dtype=torch.float32, device=do.device)
+    grid, along, options = _carry(plan, ready, V)
+    if grid[0]:
+        _reverse[grid](
+            *ready.operands, do, ready.solve, ready.scores, ready.rows, ready.decay, dlast, dfirst, dr, dstates, *along,
+            **options,
+        )  # fmt: skip
+    return dfirst
+
+
+def _between(transfer: Tensor, add: Tensor, state: Tensor | None) -> Tensor:
+    """The states that parts begin with, from the first part's: S <- M S + R along dimension 1, in the order given.
+
+    In float64, which no setting for float32 products changes.
+    """
+    states = torch.zeros_like(add)
+    S = torch.zeros_like(add[:, 0]) if state is None else state
+    for i in range(add.shape[1]):
+        states[:, i] = S
+        S = (transfer[:, i].double() @ S.double() + add[:, i]).float()
+    return states
 
 
 def forward(
@@ -142,16 +192,10 @@ def forward(
     q, k, v, g, beta, initial_state = _contiguous(q, k, v, g, beta, initial_state)
     plan = _plan(q, v, g, cu_seqlens)
     ready = _prepared(plan, q, k, g, beta, scale, qk_l2norm)
-    H, K, V = plan.heads, q.shape[3], v.shape[3]
     o = torch.empty_like(v)
-    last = torch.empty(plan.sequences, H, K, V, dtype=torch.float32, device=q.device)
-    grid, options = _carrying(plan, ready, V)
-    if grid[0]:
-        _forward[grid](
-            *ready.operands, v, ready.solve, ready.scores, ready.rows, ready.decay, initial_state, last, o, None, None,
-            *_sequence(plan), ready.operands[0].shape[2], HAS_INIT=initial_state is not None, OUTPUTS=True, **options,
-        )  # fmt: skip
-    return o, last
+    if plan.parts > 1:
+        initial_state = _between(_along(plan, ready, None, None), _along(plan, ready, v, None), initial_state)
+    return o, _along(plan, ready, v, initial_state, o)[:, -1]
 
 
 def backward(
@@ -167,18 +211,13 @@ def backward(
 
     states, dstates = (torch.empty(plan.grid, H, V, K, dtype=plan.work, device=q.device) for _ in range(2))
     e, dr = (torch.empty(v.shape, dtype=plan.work, device=q.device) for _ in range(2))
-    dinitial = torch.empty(plan.sequences, H, K, V, dtype=torch.float32, device=q.device)
-    heads = ready.operands[0].shape[2]
-    grid, options = _carrying(plan, ready, V)
-    if grid[0]:
-        _forward[grid](
-            *ready.operands, v, ready.solve, ready.scores, ready.rows, ready.decay, initial_state, None, None, e, states,
-            *_sequence(plan), heads, HAS_INIT=initial_state is not None, OUTPUTS=False, **options,
-        )  # fmt: skip
-        _reverse[grid](
-            *ready.operands, do, ready.solve, ready.scores, ready.rows, ready.decay, dfinal_state, dinitial, dr, dstates,
-            *_sequence(plan), heads, **options,
-        )  # fmt: skip
+    first, dlast = initial_state, dfinal_state
+    if plan.parts > 1:
+        transfer = _along(plan, ready, None, None)
+        first = _between(transfer, _along(plan, ready, v, None), initial_state)
+        dlast = _between(transfer.mT.flip(1), _back(plan, ready, do, None).flip(1), dfinal_state).flip(1)
+    _along(plan, ready, v, first, None, e, states)
+    dinitial = _back(plan, ready, do, dlast, dr, dstates)[:, 0].contiguous()
 
     BK, BV = min(64, _pow2(K)), min(64, _pow2(V))
     parts = triton.cdiv(K, BK)

@@ -8,6 +8,8 @@ In a chunk of C tokens that begins with state S, with P_i the product of exp g o
    gate per channel the three decayed copies of q and k are written too.
 2. `_forward`, chunk after chunk for each (sequence, head, columns of V), with Sᵀ on chip: no state goes to memory. The
    state is kept transposed, so that each product's result is the left operand of the next and stays in registers.
+   Where these are too few for the chip, sequences are cut into parts. A part takes a state S to M S + R: M and R come
+   of two such launches, the states between the parts of a few small products, then each part goes on its own.
 The backward does 1, then 2 to save what the gradients read: e and each chunk's first state; `_reverse` the same from the
 end, for the state's gradient D and dr = d(v − (P k) S) = dv; and `_gradients`, all chunks at once, the rest from these.
 A key of column role occurs as beta_j k_j only, so that one gradient Y of it gives dk's part beta Y and dbeta = k·Y.
@@ -185,16 +187,16 @@ def _prepare(
 
 
 @triton.jit
-def _sequence(n, cu, first, T, PER, C: tl.constexpr, VARLEN: tl.constexpr):
-    """First token, end token, first chunk and number of chunks of sequence n."""
+def _sequence(n, cu, first, T, PER, L, PARTS, C: tl.constexpr, VARLEN: tl.constexpr):
+    """First token, end token, first chunk and number of chunks of sequence n, or of the n-th of their parts of L tokens."""
     if VARLEN:
         lo = tl.load(cu + n).to(tl.int64)
         hi = tl.load(cu + n + 1).to(tl.int64)
         s = tl.load(first + n)
     else:
-        lo = n * T
-        hi = lo + T
-        s = n * PER
+        lo = n // PARTS * T + n % PARTS * L
+        hi = tl.minimum(lo + L, n // PARTS * T + T)
+        s = n // PARTS * PER + n % PARTS * (L // C)
     return lo, hi, s, tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
 
 
@@ -230,12 +232,15 @@ def _shrink(decay, c, ok, K: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    q, kd, ku, v, solve, scores, rows, decay, init, last, o, e, states, cu, first, T, PER, H, HX,
+    q, kd, ku, v, solve, scores, rows, decay, init, last, o, e, states, cu, first, T, PER, L, PARTS, H, HX,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, HAS_INIT: tl.constexpr, OUTPUTS: tl.constexpr, VARLEN: tl.constexpr,
+    GATE: tl.constexpr, HAS_INIT: tl.constexpr, TRANSFER: tl.constexpr, VARLEN: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUTS: o and the last state; else e and the states that chunks begin with, [chunks, H, V, K]."""
+    """The last state, o (unless None), and e and the states that chunks begin with, [chunks, H, V, K] (unless None).
+
+    TRANSFER: of the identity as initial state and no values, so that last = M, where a state S comes out as M S + ..
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -244,7 +249,7 @@ def _forward(
     h = (pid // NV) % H
     hx = h // GROUP
     n = (pid // NV // H).to(tl.int64)
-    lo, hi, s, chunks = _sequence(n, cu, first, T, PER, C, VARLEN)
+    lo, hi, s, chunks = _sequence(n, cu, first, T, PER, L, PARTS, C, VARLEN)
     ok = tl.arange(0, BK)
     r = tl.arange(0, C)
     square = r[:, None] * C + r[None, :]
@@ -253,6 +258,8 @@ def _forward(
     S = tl.zeros([BV, BK], tl.float32)
     if HAS_INIT:
         S = tl.load(init + turned, mask=inside, other=0.0)
+    if TRANSFER:
+        S = tl.where(ok[None, :] == ov[:, None], 1.0, 0.0)
     for i in range(chunks):
         t = lo + i * C
         left = tl.minimum(hi - t, C).to(tl.int32)
@@ -261,16 +268,20 @@ def _forward(
         before = S.to(DT)
         bk = _tile(kd, t, left, hx, HX, r, ok, K, MK).to(DT)
         y = tl.dot(before, tl.trans(bk), input_precision=PREC)
-        at, mv = _turned(v, t, left, h, H, r, ov, V, MV)
-        y = tl.load(at, mask=mv, other=0.0).to(tl.float32) - y * tl.load(p + C)[None, :]
+        y *= tl.load(p + C)[None, :]
+        if TRANSFER:
+            y = -y
+        else:
+            at, mv = _turned(v, t, left, h, H, r, ov, V, MV)
+            y = tl.load(at, mask=mv, other=0.0).to(tl.float32) - y
         y = tl.dot(y.to(DT), tl.trans(tl.load(solve + c * C * C + square)), input_precision=PREC).to(DT)
-        if OUTPUTS:
+        if o is not None:
             bq = _tile(q, t, left, hx, HX, r, ok, K, MK).to(DT)
             bo = tl.dot(before, tl.trans(bq), input_precision=PREC) * tl.load(p)[None, :]
             bo = tl.dot(y, tl.trans(tl.load(scores + c * C * C + square)), bo, input_precision=PREC)
             at, mv = _turned(o, t, left, h, H, r, ov, V, MV)
             tl.store(at, bo.to(o.dtype.element_ty), mask=mv)
-        else:
+        if states is not None:
             tl.store(states + c * K * V + (ov[:, None] * K + ok[None, :]), before, mask=inside)
             at, mv = _turned(e, t, left, h, H, r, ov, V, MV)
             tl.store(at, y.to(e.dtype.element_ty), mask=mv)
@@ -278,17 +289,17 @@ def _forward(
             bk = _tile(ku, t, left, hx, HX, r, ok, K, MK).to(DT)
         S *= _shrink(decay, c, ok, K, GATE)
         S = tl.dot((y.to(tl.float32) * tl.load(p + 2 * C)[None, :]).to(DT), bk, S, input_precision=PREC)
-    if OUTPUTS:
-        tl.store(last + turned, S, mask=inside)
+    tl.store(last + turned, S, mask=inside)
 
 
 @triton.jit
 def _reverse(
-    q, kd, ku, do, solve, scores, rows, decay, dlast, dinit, dr, dstates, cu, first, T, PER, H, HX,
+    q, kd, ku, do, solve, scores, rows, decay, dlast, dinit, dr, dstates, cu, first, T, PER, L, PARTS, H, HX,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first: D of the state that each chunk ends with, dr, and at last D of the first state."""
+    """From the last chunk to the first: D of the first state, and dr and D of the states that chunks end with (unless
+    None). Without dlast, D of the last state is 0."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -297,13 +308,15 @@ def _reverse(
     h = (pid // NV) % H
     hx = h // GROUP
     n = (pid // NV // H).to(tl.int64)
-    lo, hi, s, chunks = _sequence(n, cu, first, T, PER, C, VARLEN)
+    lo, hi, s, chunks = _sequence(n, cu, first, T, PER, L, PARTS, C, VARLEN)
     ok = tl.arange(0, BK)
     r = tl.arange(0, C)
     square = r[:, None] * C + r[None, :]
     inside = (ok < K)[None, :] & (ov < V)[:, None]
     turned = (n * H + h) * K * V + ok[None, :] * V + ov[:, None]
-    D = tl.load(dlast + turned, mask=inside, other=0.0)
+    D = tl.zeros([BV, BK], tl.float32)
+    if dlast is not None:
+        D = tl.load(dlast + turned, mask=inside, other=0.0)
     for j in range(chunks):
         i = chunks - 1 - j
         t = lo + i * C
@@ -311,7 +324,8 @@ def _reverse(
         c = (s + i) * H + h
         p = rows + c * 3 * C + r
         after = D.to(DT)
-        tl.store(dstates + c * K * V + (ov[:, None] * K + ok[None, :]), after, mask=inside)
+        if dstates is not None:
+            tl.store(dstates + c * K * V + (ov[:, None] * K + ok[None, :]), after, mask=inside)
         bk = _tile(ku, t, left, hx, HX, r, ok, K, MK).to(DT)
         y = tl.dot(after, tl.trans(bk), input_precision=PREC) * tl.load(p + 2 * C)[None, :]
         at, mv = _turned(do, t, left, h, H, r, ov, V, MV)
@@ -321,8 +335,9 @@ def _reverse(
         bq = _tile(q, t, left, hx, HX, r, ok, K, MK).to(DT)
         D = tl.dot((bo.to(tl.float32) * tl.load(p)[None, :]).to(DT), bq, D, input_precision=PREC)
         y = tl.dot(y.to(DT), tl.load(solve + c * C * C + square), input_precision=PREC)
-        at, mv = _turned(dr, t, left, h, H, r, ov, V, MV)
-        tl.store(at, y.to(dr.dtype.element_ty), mask=mv)
+        if dr is not None:
+            at, mv = _turned(dr, t, left, h, H, r, ov, V, MV)
+            tl.store(at, y.to(dr.dtype.element_ty), mask=mv)
         if GATE == 2:
             bk = _tile(kd, t, left, hx, HX, r, ok, K, MK).to(DT)
         D = tl.dot((y * -tl.load(p + C)[None, :]).to(DT), bk, D, input_precision=PREC)
