@@ -98,6 +98,13 @@ def test_shapes(sizes, gated, short_segments):
     check(inputs(**sizes, gated=gated))
 
 
+@pytest.mark.parametrize("strength", [None, 30.0])
+@pytest.mark.parametrize(("K", "V", "M"), [(132, 20, 65), (20, 33, 132), (17, 100, 65), (5, 132, 33)])
+def test_states_larger_than_a_tile(K, V, M, strength):
+    """In the slots and in keys and values; the third has only V in two tiles, forward."""
+    check(inputs(T=40, H=2, Hk=1, K=K, V=V, M=M, gated=strength is not None, strength=strength or 0.0), roundings=32.0)
+
+
 @pytest.mark.parametrize("gated", GATED)
 def test_packed(gated, short_segments):
     check(inputs(T=300, Hk=1, gated=gated, lengths=[0, 1, 130, 0, 0, 129, 40, 0]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from icrl_kernels._triton import gla
 from icrl_kernels._triton.gla import STATE_TILE, _contiguous, _Plan, _pow2, _warps
 from icrl_kernels._triton.gla_kernels import _outputs as _gla_outputs
-from icrl_kernels._triton.gsa_kernels import _grad_kv, _grad_logits, _local_states, _outputs, _scan, _step
+from icrl_kernels._triton.gsa_kernels import _grad_kv, _grad_logits, _local_states, _logits, _outputs, _scan, _step
 
 State = tuple[Tensor, Tensor]
 
@@ -62,6 +62,11 @@ def forward(
     q, k, v, s, g, keys, values = _contiguous(q, k, v, s, g, initial_keys, initial_values)
     plan = _plan(q, k, v, s, g, cu_seqlens)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
+    if _pow2(M) > 128 or _pow2(M) * (_pow2(K) + _pow2(V)) > 2 * STATE_TILE:
+        keys = None if keys is None else keys.mT.contiguous()
+        z, last = _wide_logits(q, k, s, g, keys, cu_seqlens)
+        o, last_values = gla.forward(torch.softmax(z * scale, 3), s, v, g, 1.0, values, cu_seqlens)
+        return o, last.mT.contiguous(), last_values
     o = torch.empty(*q.shape[:3], V, dtype=v.dtype, device=v.device)
     init = None if keys is None else (keys, values)
     states, last, strong = _segment_states(plan, s, k, s, v, g, init, False)
@@ -87,6 +92,8 @@ def backward(
     keys, values, dkeys, dvalues = _contiguous(initial_keys, initial_values, dfinal_keys, dfinal_values)
     plan = _plan(q, k, v, s, g, cu_seqlens)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
+    if _pow2(M) > 64 or _pow2(M) * (_pow2(K) + _pow2(V)) > STATE_TILE:
+        return _wide_backward(do, dkeys, dvalues, q, k, v, s, g, scale, keys, values, cu_seqlens)
     dq, dk, dv, ds = (torch.empty_like(x) for x in (q, k, v, s))
     dg = None if g is None else torch.empty_like(g)
     init = None if keys is None else (keys, values)
@@ -116,12 +123,59 @@ def backward(
             num_warps=_warps(_pow2(M) * BK), num_stages=plan.stages,
         )  # fmt: skip
     dstates, dinit, _ = _segment_states(plan, e, q, p, do, g, (dkeys, dvalues), True)
-    for any_gate in plan.passes if plan.grid else ():
-        _grad_kv[(plan.grid * plan.heads,)](
-            q, k, v, s, g, do, p, e, z, own, *states, *last, *dstates, strong, dk, dv, ds, dg,
-            *plan.span, H, plan.heads, rows, ANY=any_gate, **share,
-        )  # fmt: skip
+    ds_sum = torch.empty_like(s, dtype=torch.float32)
+    dg_sum = dg if g is None or g.dtype == torch.float32 else torch.empty_like(g, dtype=torch.float32)
+    share = {name: x for name, x in share.items() if name not in ("K", "V", "BK", "BV")}
+    for second, y, x, weight, state, end, dstate, dx, N, row, column in (
+        (False, q, k, e, states[0], last[0], dstates[0], dk, K, 1, M),
+        (True, do, v, p, states[1], last[1], dstates[1], dv, V, V, 1),
+    ):
+        sums = (ds, dg) if second else (ds_sum, dg_sum)
+        products = None if own is None else own[int(second)]
+        for any_gate in plan.passes if plan.grid else ():
+            _grad_kv[(plan.grid * plan.heads,)](
+                y, x, s, g, weight, z, products, state, end, dstate, strong, dx, ds_sum, dg_sum, *sums,
+                *plan.span, H, plan.heads, row, column, N=N, BN=_pow2(N), SECOND=second, ANY=any_gate, **share,
+            )  # fmt: skip
     return dq, dk, dv, ds, dg, *((None, None) if init is None else dinit)
+
+
+# States that one program cannot hold: each pass on its own, by gla's kernels but for K̃ q, with logits and p in memory
+
+
+def _wide_logits(
+    q: Tensor, k: Tensor, s: Tensor, g: Tensor | None, keys: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """K̃ q, float32 [B, T, H, M], and the last K̃; `keys` is the first, [N, Hk, M, K]."""
+    M, K, H = s.shape[3], k.shape[3], q.shape[2]
+    z = torch.empty(*q.shape[:3], M, dtype=torch.float32, device=q.device)
+    plan = gla._plan(z, s, k, g, cu_seqlens)
+    states, last, strong = gla._segment_states(plan, s, k, g, keys, 1.0, False)
+    BK = _pow2(K)
+    BM = min(_pow2(M), 64)
+    for any_gate in plan.passes if plan.grid else ():
+        _logits[(plan.grid * H * triton.cdiv(M, BM),)](
+            q, k, s, g, states, strong, z, *plan.span, H, plan.heads,
+            GROUP=plan.groups, K=K, M=M, BK=BK, BM=BM, C=plan.chunk, GATE=g is not None, VARLEN=plan.sizes["VARLEN"],
+            **plan.products, **plan.gates, ANY=any_gate, num_warps=_warps(BM * BK), num_stages=plan.stages,
+        )  # fmt: skip
+    return z, last
+
+
+def _wide_backward(
+    do: Tensor, dkeys: Tensor, dvalues: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor,
+    g: Tensor | None, scale: float, keys: Tensor | None, values: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """o = Ṽᵀ p is gla with queries p, keys s, values v. The gradients of K̃ q are those of K̃ᵀ e, gla with queries e,
+    keys s, values k, where its output's gradient is q."""
+    keys = None if keys is None else keys.mT.contiguous()
+    p = torch.softmax(_wide_logits(q, k, s, g, keys, cu_seqlens)[0] * scale, 3)
+    dp, ds, dv, dg, dvalues = gla.backward(do, dvalues, p, s, v, g, 1.0, values, cu_seqlens)
+    e = (dp - (p * dp).sum(3, keepdim=True)) * p * scale
+    dq, _ = gla.forward(e, s, k, g, 1.0, keys, cu_seqlens)
+    _, ds1, dk, dg1, dkeys = gla.backward(q, dkeys.mT, e, s, k, g, 1.0, keys, cu_seqlens)
+    dkeys = None if dkeys is None else dkeys.mT.contiguous()
+    return dq, dk, dv, ds + ds1, None if dg is None else dg + dg1, dkeys, dvalues
 
 
 def step(

@@ -138,6 +138,86 @@ def _softmax(z, om, M: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def _read(
+    x, y, S, bs, sw, b, f, STRICT: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
+    GATE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+):  # fmt: skip
+    """The slots' vectors times each row of x, 2^G ∘ (x S + tril(x yᵀ) s'), where the rows of y are what is written.
+    STRICT: without the pairs (t, t). And x·y of each row."""
+    r = tl.arange(0, C)
+    strict = r[:, None] > r[None, :]
+    A = tl.dot(x, tl.trans(y), input_precision=PREC)
+    own = tl.sum(tl.where(r[:, None] == r[None, :], A, 0.0), 1)
+    z = tl.dot(x, S.to(DT), input_precision=PREC)
+    if ANY:
+        b = tl.where(b == b, b, 0.0)  # a NaN gate acts through f, on its own row and later ones only
+        z = z * f + _apply_any_gate(tl.where(strict, A, 0.0), bs, b, True, C, BM, LEVELS, DT, PREC)
+        if not STRICT:
+            z += own[:, None] * bs
+    elif STRICT:  # scaled apart and added: eight warps would do twice the product that another one goes on from
+        z = z * f + tl.dot(tl.where(strict, A, 0.0).to(DT), sw, input_precision=PREC) * f
+    else:
+        z = tl.dot(tl.where(r[:, None] >= r[None, :], A, 0.0).to(DT), sw, z, input_precision=PREC)
+        if GATE:
+            z *= f
+    return z, own
+
+
+@triton.jit
+def _logits(
+    q, k, s, g, states, strong, z, cu, owner, first, T, L, PER, H, HK,
+    GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
+    PREC: tl.constexpr, ANY: tl.constexpr,
+):  # fmt: skip
+    """z = K̃ q for BM of the slots: `_outputs`' first half, for a state that one program cannot hold."""
+    NM: tl.constexpr = (M + BM - 1) // BM
+    MK: tl.constexpr = K != BK
+    MM: tl.constexpr = M % BM != 0
+    pid = tl.program_id(0)
+    h = (pid // NM) % H
+    sg = (pid // NM // H).to(tl.int64)
+    hk = h // GROUP
+    n, lo, hi, end = _span(sg, cu, owner, first, T, L, PER, VARLEN)
+    r = tl.arange(0, C)
+    ok = tl.arange(0, BK)
+    om = (pid % NM) * BM + tl.arange(0, BM)
+    p = states + ((sg * HK + hk) * M + om[None, :]) * K + ok[:, None]
+    X = tl.load(p, mask=(ok < K)[:, None] & (om < M)[None, :], other=0.0)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
+    beyond = chunks
+    if ANY:
+        beyond = tl.load(strong + sg * HK + hk)
+        chunks = tl.where(beyond < chunks, chunks, 0)
+    for c in range(chunks):
+        t = lo + c * C + r
+        bq = _load(q, t, hi, h, H, ok, K, MK).to(DT)
+        bk = _load(k, t, hi, hk, HK, ok, K, MK).to(DT)
+        bs = _load(s, t, hi, hk, HK, om, M, MM).to(tl.float32)
+        sw = bs.to(DT)
+        b, f = 0.0, 0.0
+        if GATE:
+            b = _gates(g, t, hi, hk, HK, om, M, MM)
+            G = tl.cumsum(b, 0)
+            f = tl.exp2(G)
+            shrink = tl.exp2(tl.sum(b, 0))[None, :]
+            if ANY:
+                sw = (bs * _after(g, t, lo, c, hi, hk, HK, om, M, MM, C)).to(DT)
+            else:
+                sw = (bs * tl.exp2(tl.where(-G < LIMIT, -G, LIMIT))).to(DT)
+        bz, _ = _read(bq, bk, X, bs, sw, b, f, False, C, BM, LEVELS, GATE, DT, PREC, ANY)
+        if ANY:
+            late = (c > beyond) | ((c == beyond) & (tl.min(G, 1) < -LIMIT))
+            _store(z, bz, tl.where(late, t, hi), hi, h, H, om, M, MM)
+            X *= shrink
+        else:
+            _store(z, bz, t, hi, h, H, om, M, MM)
+        X = tl.dot(tl.trans(bk), sw, X, input_precision=PREC)
+        if GATE and not ANY:
+            X *= shrink
+
+
+@triton.jit
 def _outputs(
     q, k, v, s, g, states1, states2, strong, o, scale, cu, owner, first, T, L, PER, H, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -168,10 +248,11 @@ def _outputs(
         chunks = tl.where(beyond < chunks, chunks, 0)
     for c in range(chunks):
         t = lo + c * C + r
-        bq = _load(q, t, hi, h, H, ok, K, MK)
-        bk = _load(k, t, hi, hk, HK, ok, K, MK)
+        bq = _load(q, t, hi, h, H, ok, K, MK).to(DT)
+        bk = _load(k, t, hi, hk, HK, ok, K, MK).to(DT)
         bv = _load(v, t, hi, hk, HK, ov, V, MV).to(DT)
         bs = _load(s, t, hi, hk, HK, om, M, MM).to(tl.float32)
+        b, f = 0.0, 0.0
         if GATE:
             b = _gates(g, t, hi, hk, HK, om, M, MM)
             G = tl.cumsum(b, 0)
@@ -183,24 +264,14 @@ def _outputs(
             sw = (bs * tl.exp2(tl.where(-G < LIMIT, -G, LIMIT))).to(DT)
         else:
             sw = bs.to(DT)
-        A = tl.dot(bq.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
-        z = tl.dot(bq.to(DT), X.to(DT), input_precision=PREC)
+        z, _ = _read(bq, bk, X, bs, sw, b, f, False, C, BM, LEVELS, GATE, DT, PREC, ANY)
+        e, norm = _softmax(z * scale, om, M, BM)
         if ANY:
-            b = tl.where(b == b, b, 0.0)  # a NaN gate acts through f, on its own row and later ones only
-            own = tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
-            z = z * f + own[:, None] * bs
-            z += _apply_any_gate(tl.where(r[:, None] > r[None, :], A, 0.0), bs, b, True, C, BM, LEVELS, DT, PREC)
-            e, norm = _softmax(z * scale, om, M, BM)
             A = _scores_any_gate(e, bs, b, C, BM, LEVELS, DT, PREC)
-            e = (e * f).to(DT)
-        else:
-            z += tl.dot(tl.where(causal, A, 0.0).to(DT), sw, input_precision=PREC)
-            if GATE:
-                z *= f
-            e, norm = _softmax(z * scale, om, M, BM)
-            if GATE:
-                e *= f
-            e = e.to(DT)
+        if GATE:
+            e *= f
+        e = e.to(DT)
+        if not ANY:
             A = tl.dot(e, tl.trans(sw), input_precision=PREC)
         bo = tl.dot(e, Y.to(DT), input_precision=PREC) * norm
         bo += tl.dot(tl.where(causal, A, 0.0).to(DT), bv, input_precision=PREC) * norm
@@ -211,7 +282,7 @@ def _outputs(
             Y *= shrink[:, None]
         else:
             _store(o, bo, t, hi, h, H, ov, V, MV)
-        X = tl.dot(tl.trans(bk.to(DT)), sw, X, input_precision=PREC)
+        X = tl.dot(tl.trans(bk), sw, X, input_precision=PREC)
         Y = tl.dot(tl.trans(sw), bv, Y, input_precision=PREC)
         if GATE and not ANY:  # sw holds the decay back to the chunk's start, so the shrinking comes last
             X *= shrink[None, :]
@@ -254,6 +325,7 @@ def _grad_logits(
         bo = _load(do, t, hi, h, H, ov, V, MV).to(DT)
         bs = _load(s, t, hi, hk, HK, om, M, MM).to(tl.float32)
         sw = bs.to(DT)
+        b, f = 0.0, 0.0
         if GATE:
             b = _gates(g, t, hi, hk, HK, om, M, MM)
             G = tl.cumsum(b, 0)
@@ -261,40 +333,19 @@ def _grad_logits(
             shrink = tl.exp2(tl.sum(b, 0))[None, :]
             w = _after(g, t, lo, c, hi, hk, HK, om, M, MM, C) if ANY else tl.exp2(-G)
             sw = (bs * w).to(DT)
-            before = r[:, None] > r[None, :]
-            qk = tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
-            vo = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
-            tl.store(own + t * H + h, qk, mask=t < hi)
-            tl.store(own + part + t * H + h, vo, mask=t < hi)
-        else:
-            before = r[:, None] >= r[None, :]
-        # two products scaled apart and added: one that goes on from the other would be done twice by eight warps
-        A = tl.where(before, tl.dot(bq, tl.trans(bk), input_precision=PREC), 0.0)
-        y = tl.dot(bq, X.to(DT), input_precision=PREC)
-        if ANY:
-            y = y * f + _apply_any_gate(A, bs, b, True, C, BM, LEVELS, DT, PREC)
-        elif GATE:
-            y = y * f + tl.dot(A.to(DT), sw, input_precision=PREC) * f
-        else:
-            y = y * scale + tl.dot(A.to(DT), sw, input_precision=PREC) * scale
-        if GATE:
-            bp, norm = _softmax((y + qk[:, None] * bs) * scale, om, M, BM)
-        else:
-            bp, norm = _softmax(y, om, M, BM)
+        y, qk = _read(bq, bk, X, bs, sw, b, f, GATE, C, BM, LEVELS, GATE, DT, PREC, ANY)
+        bp = y + qk[:, None] * bs if GATE else y
+        bp, norm = _softmax(bp * scale, om, M, BM)
         bp *= norm
-        A = tl.where(before, tl.dot(bo, tl.trans(bv), input_precision=PREC), 0.0)
-        x = tl.dot(bo, Y.to(DT), input_precision=PREC)
-        if ANY:
-            x = x * f + _apply_any_gate(A, bs, b, True, C, BM, LEVELS, DT, PREC)
-        elif GATE:
-            x = x * f + tl.dot(A.to(DT), sw, input_precision=PREC) * f
-        else:
-            x = x * scale + tl.dot(A.to(DT), sw, input_precision=PREC) * scale
-        be = bp * (x + vo[:, None] * bs) * scale if GATE else bp * x
+        x, vo = _read(bo, bv, Y, bs, sw, b, f, GATE, C, BM, LEVELS, GATE, DT, PREC, ANY)
+        be = bp * (x + vo[:, None] * bs if GATE else x) * scale
         be -= bp * tl.sum(be, 1)[:, None]
         _store(p, bp, t, hi, h, H, om, M, MM)
         _store(e, be, t, hi, h, H, om, M, MM)
-        if GATE:  # with p and e as the other kernels will have them: what they add cancels part of this
+        if GATE:
+            tl.store(own + t * H + h, qk, mask=t < hi)
+            tl.store(own + part + t * H + h, vo, mask=t < hi)
+            # with p and e as the other kernels will have them: what they add cancels part of this
             x = x * bp.to(DT).to(tl.float32) + y * be.to(DT).to(tl.float32)
             _store(z, x, t, hi, h, H, om, M, MM)
         if ANY:
@@ -308,132 +359,101 @@ def _grad_logits(
 
 
 @triton.jit
-def _grad_pass(
-    x, y, weight, D, xs, dx, bs, sw, b, f, t, hi, h, H, HK, o, om,
-    GROUP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one pass: writes dx and returns D at the chunk's start and xs with the pass's part of ds, less the
-    pairs (t, t) where there are gates. x: the keys or values that it writes; y: the vectors, as wide, that meet its
-    state, [B, T, H, N]; weight: theirs of the slots, [B, T, H, M]."""
-    r = tl.arange(0, C)
-    out = tl.dot(D.to(DT), tl.trans(sw), input_precision=PREC)
-    if ANY:
-        D *= tl.exp2(tl.sum(b, 0))[None, :]
-    for j in range(GROUP):
-        by = _load(y, t, hi, h * GROUP + j, H, o, N, N != BN).to(DT)
-        bw = _load(weight, t, hi, h * GROUP + j, H, om, M, M != BM)
-        if GATE:
-            wf = (bw.to(tl.float32) * f).to(DT)
-            after = r[:, None] < r[None, :]
-        else:
-            wf = bw.to(DT)
-            after = r[:, None] <= r[None, :]
-        if ANY:
-            A = _scores_any_gate(bw, bs, b, C, BM, LEVELS, DT, PREC)
-        else:
-            A = tl.dot(wf, tl.trans(sw), input_precision=PREC)
-        out = tl.dot(tl.trans(by), tl.where(r[:, None] >= r[None, :], A, 0.0).to(DT), out, input_precision=PREC)
-        D = tl.dot(tl.trans(by), wf, D, input_precision=PREC)
-        A = tl.where(after, tl.dot(x, tl.trans(by), input_precision=PREC), 0.0)
-        if ANY:
-            xs += _apply_any_gate(A, bw, b, False, C, BM, LEVELS, DT, PREC)
-        else:
-            xs = tl.dot(A.to(DT), wf, xs, input_precision=PREC)
-    p = dx + ((t * HK + h) * N)[None, :] + o[:, None]
-    tl.store(p, out.to(dx.dtype.element_ty), mask=(t < hi)[None, :] & (o < N)[:, None])
-    return D, xs
-
-
-@triton.jit
 def _grad_kv(
-    q, k, v, s, g, do, p, e, z, own, states1, states2, last_keys, last_values, dstates1, dstates2, strong,
-    dk, dv, ds, dg, cu, owner, first, T, L, PER, H, HK, part,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr,
-    VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
+    y, x, s, g, weight, z, own, states, last, dstates, strong, dx, ds_sum, dg_sum, ds, dg,
+    cu, owner, first, T, L, PER, H, HK, ROW, COLUMN,
+    GROUP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
+    PREC: tl.constexpr, SECOND: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first with both states' gradients on chip, [K, M] and [V, M]: dk and dv, made as
-    [K, C] and [V, C] so that no product's result has to be transposed for another, and ds and dg, which are sums over
-    the two passes. dg as in gla's kernel."""
-    MK: tl.constexpr = K != BK
-    MV: tl.constexpr = V != BV
+    """One of the two passes, from the last chunk to the first with its state's gradient on chip, [N, M]. x: the keys or
+    values that it writes; y: the vectors that meet its state, q or do; weight: theirs of the slots, e or p; `last` has
+    the state's element (m, n) at m·ROW + n·COLUMN.
+
+    dx is made as [N, C], so that no product's result has to be transposed for another. ds and dg, float32, are sums
+    over the two launches: SECOND adds those of the first, which has z. dg as in gla's kernel."""
+    MN: tl.constexpr = N != BN
     MM: tl.constexpr = M != BM
     pid = tl.program_id(0)
     h = pid % HK
     sg = (pid // HK).to(tl.int64)
     n, lo, hi, end = _span(sg, cu, owner, first, T, L, PER, VARLEN)
     r = tl.arange(0, C)
-    ok = tl.arange(0, BK)
-    ov = tl.arange(0, BV)
+    on = tl.arange(0, BN)
     om = tl.arange(0, BM)
-    row = ((sg * HK + h) * M + om)[None, :]
-    tile_k = row * K + ok[:, None]
-    tile_v = row * V + ov[:, None]
-    inside_k = (ok < K)[:, None] & (om < M)[None, :]
-    inside_v = (ov < V)[:, None] & (om < M)[None, :]
-    D1 = tl.load(dstates1 + tile_k, mask=inside_k, other=0.0)
-    D2 = tl.load(dstates2 + tile_v, mask=inside_v, other=0.0)
-    if GATE:  # the states at the segment's end: the next segment's first or the sequence's last
+    tile = ((sg * HK + h) * M + om)[None, :] * N + on[:, None]
+    inside = (on < N)[:, None] & (om < M)[None, :]
+    D = tl.load(dstates + tile, mask=inside, other=0.0)
+    if GATE:  # the state at the segment's end: the next segment's first or the sequence's last
         more = (hi + 0 * om)[None, :] < end  # as a tensor: triton 3.9's interpreter makes a scalar's & an integer
-        S = tl.load(states1 + HK * M * K + tile_k, mask=inside_k & more, other=0.0)
-        nh = n.to(tl.int64) * HK + h
-        S += tl.load(last_keys + (nh * K + ok[:, None]) * M + om[None, :], mask=inside_k & ~more, other=0.0)
-        carry = tl.sum(S * D1, 0)
-        S = tl.load(states2 + HK * M * V + tile_v, mask=inside_v & more, other=0.0)
-        S += tl.load(last_values + (nh * M + om[None, :]) * V + ov[:, None], mask=inside_v & ~more, other=0.0)
-        carry += tl.sum(S * D2, 0)
+        S = tl.load(states + HK * M * N + tile, mask=inside & more, other=0.0)
+        end_state = last + (n.to(tl.int64) * HK + h) * M * N + om[None, :] * ROW + on[:, None] * COLUMN
+        S += tl.load(end_state, mask=inside & ~more, other=0.0)
+        carry = tl.sum(S * D, 0)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     if GATE:
         chunks = tl.where((tl.load(strong + sg * HK + h) < chunks) == ANY, chunks, 0)
     for i in range(chunks):
         c = chunks - 1 - i
         t = lo + c * C + r
-        bk = _load(k, t, hi, h, HK, ok, K, MK).to(DT)
-        bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
+        bx = _load(x, t, hi, h, HK, on, N, MN).to(DT)
         bs = _load(s, t, hi, h, HK, om, M, MM).to(tl.float32)
         sw = bs.to(DT)
-        b, f = 0.0, 0.0
         if GATE:
             b = _gates(g, t, hi, h, HK, om, M, MM)
             G = tl.cumsum(b, 0)
             f = tl.exp2(G)
             if ANY:
                 w = _after(g, t, lo, c, hi, h, HK, om, M, MM, C)
-            else:  # both states' gradients shrink first; all decays run from the chunk's start
+            else:  # D shrinks first; all decays run from the chunk's start
                 w = tl.exp2(-G)
-                shrink = tl.exp2(tl.sum(b, 0))[None, :]
-                D1 *= shrink
-                D2 *= shrink
+                D *= tl.exp2(tl.sum(b, 0))[None, :]
             sw = (bs * w).to(DT)
-        xs = tl.dot(bk, D1.to(DT), input_precision=PREC)
-        xs = tl.dot(bv, D2.to(DT), xs, input_precision=PREC)
-        if ANY:
-            xs *= w
-        D1, xs = _grad_pass(
-            bk, q, e, D1, xs, dk, bs, sw, b, f, t, hi, h, H, HK, ok, om,
-            GROUP, K, BK, M, BM, C, LEVELS, GATE, DT, PREC, ANY,
-        )  # fmt: skip
-        D2, xs = _grad_pass(
-            bv, do, p, D2, xs, dv, bs, sw, b, f, t, hi, h, H, HK, ov, om,
-            GROUP, V, BV, M, BM, C, LEVELS, GATE, DT, PREC, ANY,
-        )  # fmt: skip
+        xs = tl.dot(bx, D.to(DT), input_precision=PREC)
         if GATE:
-            if not ANY:
-                xs *= w
-            drift = -bs * xs
+            xs *= w
+        xx = tl.dot(D.to(DT), tl.trans(sw), input_precision=PREC)
+        if ANY:
+            D *= tl.exp2(tl.sum(b, 0))[None, :]
+        for j in range(GROUP):
+            hq = h * GROUP + j
+            by = _load(y, t, hi, hq, H, on, N, MN).to(DT)
+            bw = _load(weight, t, hi, hq, H, om, M, MM)
+            if ANY:
+                A = _scores_any_gate(bw, bs, b, C, BM, LEVELS, DT, PREC)
+                wf = (bw.to(tl.float32) * f).to(DT)
+            else:
+                wf = (bw.to(tl.float32) * f).to(DT) if GATE else bw.to(DT)
+                A = tl.dot(wf, tl.trans(sw), input_precision=PREC)
+            xx = tl.dot(tl.trans(by), tl.where(r[:, None] >= r[None, :], A, 0.0).to(DT), xx, input_precision=PREC)
+            D = tl.dot(tl.trans(by), wf, D, input_precision=PREC)
+            A = tl.dot(bx, tl.trans(by), input_precision=PREC)
+            A = tl.where(r[:, None] < r[None, :] if GATE else r[:, None] <= r[None, :], A, 0.0)
+            if ANY:
+                xs += _apply_any_gate(A, bw, b, False, C, BM, LEVELS, DT, PREC)
+            elif GATE:
+                xs += tl.dot(A.to(DT), wf, input_precision=PREC) * w
+            else:
+                xs = tl.dot(A.to(DT), wf, xs, input_precision=PREC)
+        p = dx + ((t * HK + h) * N)[None, :] + on[:, None]
+        tl.store(p, xx.to(dx.dtype.element_ty), mask=(t < hi)[None, :] & (on < N)[:, None])
+        if GATE:
+            drift = -_load(s, t, hi, h, HK, om, M, MM).to(tl.float32) * xs  # again: bs would cost registers until here
             for j in range(GROUP):
                 hq = h * GROUP + j
-                drift += _load(z, t, hi, hq, H, om, M, MM)
-                qk = tl.load(own + t * H + hq, mask=t < hi, other=0.0)
-                vo = tl.load(own + part + t * H + hq, mask=t < hi, other=0.0)
-                xs += qk[:, None] * _load(e, t, hi, hq, H, om, M, MM)
-                xs += vo[:, None] * _load(p, t, hi, hq, H, om, M, MM)
+                xy = tl.load(own + t * H + hq, mask=t < hi, other=0.0)
+                xs += xy[:, None] * _load(weight, t, hi, hq, H, om, M, MM)
+                if not SECOND:
+                    drift += _load(z, t, hi, hq, H, om, M, MM)
             xg = tl.cumsum(drift, 0, reverse=True) + carry[None, :]
+            carry += tl.sum(drift, 0)
+            if SECOND:
+                xg += _load(dg_sum, t, hi, h, HK, om, M, MM)
             if ANY:  # below -150 exp2 is 0, and so is the gradient
                 xg = tl.where(b < -150.0, 0.0, xg)
             _store(dg, xg, t, hi, h, HK, om, M, MM)
-            carry += tl.sum(drift, 0)
+        if SECOND:
+            xs += _load(ds_sum, t, hi, h, HK, om, M, MM)
         _store(ds, xs, t, hi, h, HK, om, M, MM)
 
 
