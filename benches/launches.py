@@ -111,7 +111,7 @@ def gsa_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator
         token = (*(None if x is None else x[:, 0] for x in (q, k, v, s, g)), *states, 0.1)
         more = {
             "updated": frozenset(
-                [("_scan", "states1"), ("_scan", "states2"), ("_step", "keys"), ("_step", "values"), ("_grad_kv", "z")]
+                [("_scan", "states1"), ("_scan", "states2"), ("_step", "keys"), ("_step", "values"), ("_grad_kv", "dg")]
             ),
             "idle": lambda launch: launch.values.get("ANY", False),
         }

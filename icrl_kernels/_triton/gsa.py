@@ -9,16 +9,18 @@ import triton
 from torch import Tensor
 
 from icrl_kernels._triton import gla
-from icrl_kernels._triton.gla import STATE_TILE, _contiguous, _Plan, _pow2, _warps
+from icrl_kernels._triton.gla import STATE_TILE, _contiguous, _levels, _Plan, _pow2, _warps
 from icrl_kernels._triton.gla_kernels import _outputs as _gla_outputs
 from icrl_kernels._triton.gsa_kernels import _grad_kv, _grad_logits, _local_states, _logits, _outputs, _scan, _step
 
 State = tuple[Tensor, Tensor]
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, anchored: bool = False
+) -> _Plan:
     widest = max(k, v, s, key=lambda x: x.shape[3])
-    plan = gla._plan(q, k, widest, g, cu_seqlens)
+    plan = gla._plan(q, k, widest, g, cu_seqlens, anchored)
     return replace(plan, sizes={**plan.sizes, "V": v.shape[3], "M": s.shape[3], "GATE": g is not None})
 
 
@@ -33,14 +35,14 @@ def _segment_states(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=y1.device)
 
-    states = empty(plan.grid, plan.heads, M, K), empty(plan.grid, plan.heads, M, V)
+    states = empty(plan.segments, plan.heads, M, K), empty(plan.segments, plan.heads, M, V)
     last = empty(plan.sequences, plan.heads, K, M), empty(plan.sequences, plan.heads, M, V)
     decay = strong = None
     if gate:
-        strong = empty(plan.grid, plan.heads, dtype=torch.int32)
-        decay = empty(plan.grid, plan.heads, M)
-    if plan.grid:
-        _local_states[(plan.grid * plan.heads,)](
+        strong = empty(plan.segments, plan.heads, dtype=torch.int32)
+        decay = empty(plan.segments, plan.heads, M)
+    if plan.segments:
+        _local_states[(plan.segments * plan.heads,)](
             x1, y1, x2, y2, g, *states, decay, strong, *plan.span, y1.shape[2], plan.heads,
             GROUP=y1.shape[2] // plan.heads, BK=BK, BV=BV, BM=BM, C=plan.chunk, LIMIT=plan.gates["LIMIT"],
             REVERSE=reverse, **plan.sizes, **plan.products,
@@ -72,10 +74,10 @@ def forward(
     states, last, strong = _segment_states(plan, s, k, s, v, g, init, False)
     BK, BM = _pow2(K), _pow2(M)
     BV = min(_pow2(V), max(16, STATE_TILE // 2 // BM))
-    for any_gate in plan.passes if plan.grid else ():
-        _outputs[(plan.grid * H * triton.cdiv(V, BV),)](
+    for any_gate in plan.passes if plan.segments else ():
+        _outputs[(plan.segments * H * triton.cdiv(V, BV),)](
             q, k, v, s, g, *states, strong, o, scale, *plan.span, H, plan.heads,
-            GROUP=plan.groups, BK=BK, BV=BV, BM=BM, C=plan.chunk,
+            GROUP=H // plan.heads, BK=BK, BV=BV, BM=BM, C=plan.chunk, LEVELS=_levels(plan.chunk),
             **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
             num_warps=_warps(BM * (BK + BV)), num_stages=plan.stages,
         )  # fmt: skip
@@ -90,7 +92,7 @@ def backward(
     """dq, dk, dv, ds, dg (None without gates), d of the initial states (None without), each in its input's dtype."""
     do, q, k, v, s, g = _contiguous(do, q, k, v, s, g)
     keys, values, dkeys, dvalues = _contiguous(initial_keys, initial_values, dfinal_keys, dfinal_values)
-    plan = _plan(q, k, v, s, g, cu_seqlens)
+    plan = _plan(q, k, v, s, g, cu_seqlens, anchored=g is not None)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
     if _pow2(M) > 64 or _pow2(M) * (_pow2(K) + _pow2(V)) > STATE_TILE:
         return _wide_backward(do, dkeys, dvalues, q, k, v, s, g, scale, keys, values, cu_seqlens)
@@ -101,26 +103,27 @@ def backward(
     operands = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     p = torch.empty(*q.shape[:3], M, dtype=operands, device=q.device)
     e = torch.empty_like(p)
-    z = dg if g is None or (g.dtype == torch.float32 and plan.groups == 1) else torch.empty_like(p, dtype=torch.float32)
+    z = dg if g is None or (g.dtype == torch.float32 and plan.heads == H) else torch.empty_like(p, dtype=torch.float32)
     own = None if g is None else torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
     rows = q.shape[0] * q.shape[1] * H
     share = {
-        "GROUP": plan.groups, "BK": _pow2(K), "BV": _pow2(V), "BM": _pow2(M), "C": plan.chunk,
+        "GROUP": H // plan.heads, "LEVELS": _levels(plan.chunk), "BK": _pow2(K), "BV": _pow2(V), "BM": _pow2(M), "C": plan.chunk,
         **plan.sizes, **plan.products, **plan.gates, "num_warps": 8, "num_stages": plan.stages,
     }  # fmt: skip
-    for any_gate in plan.passes if plan.grid else ():
-        _grad_logits[(plan.grid * H,)](
+    for any_gate in plan.passes if plan.segments else ():
+        _grad_logits[(plan.segments * H,)](
             q, k, v, s, g, do, *states, strong, p, e, z, own, scale, *plan.span, H, plan.heads, rows,
             ANY=any_gate, **share,
         )  # fmt: skip
     sizes = {**plan.sizes, "K": M, "V": K, "GATE": 0 if g is None else 2}
     del sizes["M"]
     BK = min(_pow2(K), STATE_TILE // _pow2(M))
-    for any_gate in plan.passes if plan.grid else ():  # dq_t = K̃_tᵀ e_t: gla with queries e, keys s and values k
-        _gla_outputs[(plan.grid * H * triton.cdiv(K, BK),)](
-            e, s, k, g, states[0], strong, dq, 1.0, *plan.span, H, plan.heads,
-            GROUP=plan.groups, BK=_pow2(M), BV=BK, C=plan.chunk, **sizes, **plan.products, **plan.gates, ANY=any_gate,
-            num_warps=_warps(_pow2(M) * BK), num_stages=plan.stages,
+    strong_dq = None if strong is None else torch.empty_like(strong)
+    for any_gate in plan.passes if plan.segments else ():  # dq_t = K̃_tᵀ e_t: gla with queries e, keys s and values k
+        _gla_outputs[(plan.segments * plan.heads * triton.cdiv(K, BK),)](
+            e, s, k, g, states[0], None, strong_dq, dq, 1.0, *plan.span, H, plan.heads,
+            GROUP=H // plan.heads, BK=_pow2(M), BV=BK, C=plan.chunk, LEVELS=_levels(plan.chunk), **sizes,
+            **plan.products, **plan.gates, ANY=any_gate, num_warps=_warps(_pow2(M) * BK), num_stages=plan.stages,
         )  # fmt: skip
     dstates, dinit, _ = _segment_states(plan, e, q, p, do, g, (dkeys, dvalues), True)
     ds_sum = torch.empty_like(s, dtype=torch.float32)
@@ -132,8 +135,8 @@ def backward(
     ):
         sums = (ds, dg) if second else (ds_sum, dg_sum)
         products = None if own is None else own[int(second)]
-        for any_gate in plan.passes if plan.grid else ():
-            _grad_kv[(plan.grid * plan.heads,)](
+        for any_gate in plan.passes if plan.segments else ():
+            _grad_kv[(plan.segments * plan.heads,)](
                 y, x, s, g, weight, z, products, state, end, dstate, strong, dx, ds_sum, dg_sum, *sums,
                 *plan.span, H, plan.heads, row, column, N=N, BN=_pow2(N), SECOND=second, ANY=any_gate, **share,
             )  # fmt: skip
@@ -150,14 +153,16 @@ def _wide_logits(
     M, K, H = s.shape[3], k.shape[3], q.shape[2]
     z = torch.empty(*q.shape[:3], M, dtype=torch.float32, device=q.device)
     plan = gla._plan(z, s, k, g, cu_seqlens)
-    states, last, strong = gla._segment_states(plan, s, k, g, keys, 1.0, False)
-    BK = _pow2(K)
-    BM = min(_pow2(M), 64)
-    for any_gate in plan.passes if plan.grid else ():
-        _logits[(plan.grid * H * triton.cdiv(M, BM),)](
+    states, last, _ = gla._segment_states(plan, s, k, g, keys)
+    BK, BM = _pow2(K), min(_pow2(M), 64)
+    parts = triton.cdiv(M, BM)
+    strong = None if g is None else torch.empty(plan.segments, plan.heads, parts, dtype=torch.int32, device=q.device)
+    for any_gate in plan.passes if plan.segments else ():
+        _logits[(plan.segments * H * parts,)](
             q, k, s, g, states, strong, z, *plan.span, H, plan.heads,
-            GROUP=plan.groups, K=K, M=M, BK=BK, BM=BM, C=plan.chunk, GATE=g is not None, VARLEN=plan.sizes["VARLEN"],
-            **plan.products, **plan.gates, ANY=any_gate, num_warps=_warps(BM * BK), num_stages=plan.stages,
+            GROUP=H // plan.heads, K=K, M=M, BK=BK, BM=BM, C=plan.chunk, LEVELS=_levels(plan.chunk),
+            GATE=g is not None, VARLEN=plan.sizes["VARLEN"], **plan.products, **plan.gates,
+            ANY=any_gate, num_warps=_warps(BM * BK), num_stages=plan.stages,
         )  # fmt: skip
     return z, last
 

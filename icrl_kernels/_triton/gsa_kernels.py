@@ -170,7 +170,8 @@ def _logits(
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """z = K̃ q for BM of the slots: `_outputs`' first half, for a state that one program cannot hold."""
+    """z = K̃ q for BM of the slots: `_outputs`' first half, for a state that one program cannot hold. strong: of these
+    slots, found by the first launch."""
     NM: tl.constexpr = (M + BM - 1) // BM
     MK: tl.constexpr = K != BK
     MM: tl.constexpr = M % BM != 0
@@ -186,8 +187,10 @@ def _logits(
     X = tl.load(p, mask=(ok < K)[:, None] & (om < M)[None, :], other=0.0)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     beyond = chunks
+    if GATE:
+        strong += (sg * HK + hk) * NM + pid % NM
     if ANY:
-        beyond = tl.load(strong + sg * HK + hk)
+        beyond = tl.load(strong)
         chunks = tl.where(beyond < chunks, chunks, 0)
     for c in range(chunks):
         t = lo + c * C + r
@@ -200,11 +203,14 @@ def _logits(
             b = _gates(g, t, hi, hk, HK, om, M, MM)
             G = tl.cumsum(b, 0)
             f = tl.exp2(G)
-            shrink = tl.exp2(tl.sum(b, 0))[None, :]
+            total = tl.sum(b, 0)
+            shrink = tl.exp2(total)[None, :]
             if ANY:
                 sw = (bs * _after(g, t, lo, c, hi, hk, HK, om, M, MM, C)).to(DT)
             else:
                 sw = (bs * tl.exp2(tl.where(-G < LIMIT, -G, LIMIT))).to(DT)
+                weak = tl.min(tl.where(total >= -LIMIT, 1, 0), 0)
+                beyond = tl.where(weak == 0, tl.minimum(beyond, c), beyond)
         bz, _ = _read(bq, bk, X, bs, sw, b, f, False, C, BM, LEVELS, GATE, DT, PREC, ANY)
         if ANY:
             late = (c > beyond) | ((c == beyond) & (tl.min(G, 1) < -LIMIT))
@@ -215,6 +221,9 @@ def _logits(
         X = tl.dot(tl.trans(bk), sw, X, input_precision=PREC)
         if GATE and not ANY:
             X *= shrink
+    if GATE and not ANY:  # noqa: SIM102 (h is not known when compiling)
+        if h % GROUP == 0:
+            tl.store(strong, beyond)
 
 
 @triton.jit
