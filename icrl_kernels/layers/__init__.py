@@ -1,0 +1,15 @@
+"""Token mixers on the library's ops, as torch modules: `forward` by chunks and `step` by tokens from one explicit state.
+
+mixer = GatedDeltaNet(hidden_size=256, head_dim=64, num_heads=4)
+y, state = mixer(x)                                   # x [B, T, 256], differentiable
+y, state = mixer(x, state.detach())                   # the next segment, truncated backpropagation
+with torch.no_grad():
+    y, state = mixer.step(token, state)               # token [B, 256]; state changes in place
+"""
+
+from icrl_kernels.layers._base import State, TokenMixer
+from icrl_kernels.layers.delta import KDA, GatedDeltaNet
+from icrl_kernels.layers.gla import GLA
+from icrl_kernels.layers.linear_attention import LinearAttention
+
+__all__ = ["GLA", "KDA", "GatedDeltaNet", "LinearAttention", "State", "TokenMixer"]

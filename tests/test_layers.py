@@ -1,0 +1,386 @@
+import builtins
+import copy
+import importlib
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from icrl_kernels import gated_delta_rule_reference, gla_reference
+from icrl_kernels.layers import GLA, KDA, GatedDeltaNet, LinearAttention
+from icrl_kernels.testing import assert_as_good_as_torch
+
+D = 32
+MIXERS = {
+    "linear": lambda: LinearAttention(D, num_heads=2),
+    "linear_normalized": lambda: LinearAttention(
+        D, num_heads=4, num_kv_heads=2, feature_map="elu", do_feature_map_norm=True
+    ),
+    "linear_hedgehog": lambda: LinearAttention(D, num_heads=2, feature_map="hedgehog", output_norm="identity"),
+    "gla": lambda: GLA(D, num_heads=4, num_kv_heads=2, gate_low_rank_dim=8),
+    "gla_conv": lambda: GLA(D, num_heads=2, use_short_conv=True, conv_size=3, conv_bias=True, use_output_gate=False),
+    "gated_deltanet": lambda: GatedDeltaNet(D, head_dim=16, num_heads=2, expand_v=1.5),
+    "gated_deltanet_wide": lambda: GatedDeltaNet(D, head_dim=8, num_heads=1, num_v_heads=2, expand_v=33),
+    "kda": lambda: KDA(D, head_dim=16, num_heads=2, num_v_heads=4, conv_bias=True),
+    "kda_plain": lambda: KDA(
+        D, head_dim=16, num_heads=2, use_short_conv=False, lower_bound=-5.0, allow_neg_eigval=True
+    ),
+}
+COMPILED = ["linear_normalized", "gla_conv", "gated_deltanet_wide", "kda"]
+REFERENCES = {
+    "linear_attention": {"gla": gla_reference},
+    "gla": {"gla": gla_reference},
+    "delta": {"gated_delta_rule": gated_delta_rule_reference},
+}
+
+
+@pytest.fixture(params=MIXERS)
+def mixer(request):
+    return MIXERS[request.param]()
+
+
+def double(mixer):
+    return copy.deepcopy(mixer).double()
+
+
+def to(state, dtype):
+    return pytree.tree_map(lambda t: t.to(dtype), state)
+
+
+def some_state(mixer, sequences):
+    return pytree.tree_map(torch.rand_like, mixer.initial_state(sequences))
+
+
+def forward(mixer, x, state=None, lengths=None):
+    """y and the final state: over all of x, or over pieces of these lengths with the state carried."""
+    if lengths is None:
+        return mixer(x, state)
+    ys = []
+    for piece in x.split(lengths, 1):
+        y, state = mixer(piece, state)
+        ys.append(y)
+    return torch.cat(ys, 1), state
+
+
+def steps(mixer, x, state):
+    state = state.clone()
+    with torch.no_grad():
+        ys = [mixer.step(x[:, t], state)[0] for t in range(x.shape[1])]
+    return torch.stack(ys, 1), state
+
+
+def on_references(monkeypatch, call, *args, **options):
+    """`call` with every layer's op its reference: plain torch, of the same dtype."""
+    with monkeypatch.context() as patch:
+        for module, ops in REFERENCES.items():
+            for name, reference in ops.items():
+                patch.setattr(importlib.import_module(f"icrl_kernels.layers.{module}"), name, reference)
+        return call(*args, **options)
+
+
+def gradients(mixer, x, f=forward, **options):
+    """Outputs and gradients, by names, of a weighted sum of y and the states."""
+    x = x.detach().requires_grad_()
+    state = pytree.tree_map(lambda t: t.detach().requires_grad_(), options.pop("state"))
+    leaves = {"x": x} | {f"state{i}": t for i, t in enumerate(pytree.tree_leaves(state))}
+    leaves |= dict(mixer.named_parameters())
+    y, final = f(mixer, x, state, **options)
+    outputs = {"y": y} | {f"final{i}": t for i, t in enumerate(pytree.tree_leaves(final))}
+    torch.manual_seed(1)
+    loss = sum((t * torch.randn(t.shape, dtype=torch.float64).to(t.dtype)).sum() for t in outputs.values())
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {k: t.detach() for k, t in outputs.items()} | {f"d{k}": t for k, t in zip(leaves, grads, strict=True)}
+
+
+def assert_all_as_good(actual, plain, exact):
+    assert actual.keys() == exact.keys()
+    for name, reference in exact.items():
+        assert_as_good_as_torch(actual[name], plain[name], reference, name=name)
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 2, 0, 17]])
+def test_whole_and_segments_and_their_gradients(mixer, monkeypatch, lengths):
+    x, state = torch.randn(1, sum(lengths or [66]), D), some_state(mixer, 1)
+    exact = gradients(double(mixer), x.double(), state=to(state, torch.float64))
+    plain = on_references(monkeypatch, gradients, mixer, x, state=state, lengths=lengths)
+    assert_all_as_good(gradients(mixer, x, state=state, lengths=lengths), plain, exact)
+
+
+def test_steps_are_forward(mixer, monkeypatch):
+    x, state = torch.randn(2, 9, D), some_state(mixer, 2)
+    exact = double(mixer)(x.double(), to(state, torch.float64))
+    plain = on_references(monkeypatch, forward, mixer, x, state, lengths=1)
+    for a, p, e in zip(*map(pytree.tree_leaves, (steps(mixer, x, state), plain, exact)), strict=True):
+        assert_as_good_as_torch(a, p, e)
+    for a, b in zip(*map(pytree.tree_leaves, (mixer(x), mixer(x, mixer.initial_state(2)))), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_sequences_are_separate_ones(mixer, monkeypatch):
+    lengths = [0, 5, 1, 0, 12, 2, 0]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    x, state = torch.randn(1, sum(lengths), D), some_state(mixer, len(lengths))
+
+    def packed(mixer, x, state):
+        return mixer(x, state, cu_seqlens)
+
+    exact = gradients(double(mixer), x.double(), f=packed, state=to(state, torch.float64))
+    plain = on_references(monkeypatch, gradients, mixer, x, f=packed, state=state)
+    assert_all_as_good(gradients(mixer, x, f=packed, state=state), plain, exact)
+    for n, piece in enumerate(x.split(lengths, 1)):
+        y, final = double(mixer)(piece.double(), pytree.tree_map(lambda t, n=n: t[n : n + 1].double(), state))
+        assert torch.allclose(exact["y"][:, cu_seqlens[n] : cu_seqlens[n + 1]], y, rtol=1e-12, atol=1e-12)
+        for i, t in enumerate(pytree.tree_leaves(final)):
+            assert torch.allclose(exact[f"final{i}"][n : n + 1], t, rtol=1e-12, atol=1e-12)
+
+
+def test_no_output_depends_on_a_later_token(mixer):
+    x = torch.randn(2, 50, D)
+    changed = torch.cat([x[:, :33], torch.randn(2, 17, D)], 1)
+    assert torch.equal(mixer(x)[0][:, :33], mixer(changed)[0][:, :33])
+
+
+def test_the_state_is_explicit(mixer):
+    x, state = torch.randn(2, 5, D), some_state(mixer, 2)
+    before = state.clone()
+    _, after = mixer(x, state)
+    for a, b in zip(*map(pytree.tree_leaves, (state, before)), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == torch.float32
+    assert all(t.requires_grad for t in pytree.tree_leaves(after))
+    assert not any(t.requires_grad for t in pytree.tree_leaves(after.detach()))
+    assert all(t.device.type == "meta" for t in pytree.tree_leaves(after.to("meta")))
+    moved = after.detach().clone()
+    with torch.no_grad():
+        y, same = mixer.step(x[:, 0], moved)
+    assert same is moved
+    assert y.shape == (2, D)
+    for a, b in zip(*map(pytree.tree_leaves, (moved, after)), strict=True):
+        assert a.shape == b.shape
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_whole(case, packed):
+    mixer = MIXERS[case]()
+    x, state = torch.randn(1, 9, D), some_state(mixer, 2 if packed else 1)
+    cu_seqlens = torch.tensor([0, 4, 9]) if packed else None
+
+    def run(mixer, x, state):
+        return mixer(x, state, cu_seqlens)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    eager = gradients(mixer, x, f=run, state=state)
+    traced = gradients(mixer, x, f=compiled, state=state)
+    for name, t in eager.items():
+        assert_as_good_as_torch(traced[name], t, t.double(), name=name)
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_steps_compile(case):
+    mixer = MIXERS[case]()
+    x, state = torch.randn(2, D), some_state(mixer, 2)
+    eager, traced = state.clone(), state.clone()
+    torch._dynamo.reset()
+    step = torch.compile(mixer.step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        y, z = mixer.step(x, eager)[0], step(x, traced)[0]
+    for a, b in zip([y, *pytree.tree_leaves(eager)], [z, *pytree.tree_leaves(traced)], strict=True):
+        assert_as_good_as_torch(b, a, a.double())
+
+
+def test_checkpointing_changes_nothing(mixer):
+    x, state = torch.randn(2, 12, D), some_state(mixer, 2)
+
+    def recomputed(mixer, x, state):
+        return checkpoint(mixer, x, state, use_reentrant=False)
+
+    for a, b in zip(
+        gradients(mixer, x, state=state).values(), gradients(mixer, x, f=recomputed, state=state).values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16(mixer, monkeypatch, how):
+    if how == "weights":
+        mixer = mixer.bfloat16()
+    exact = double(mixer)
+    x, state = torch.randn(2, 12, D).bfloat16(), some_state(mixer, 2)
+    assert {t.dtype for t in pytree.tree_leaves(state)} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        given = x if how == "weights" else x.float()
+        chunks, single = mixer(given, state), steps(mixer, given, state)
+        plain = on_references(monkeypatch, forward, mixer, given, state)
+        chunks[0].float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+    wanted = exact(x.double(), to(state, torch.float64))
+    for a, s, p, e in zip(*map(pytree.tree_leaves, (chunks, single, plain, wanted)), strict=True):
+        assert a.dtype == s.dtype == p.dtype
+        assert_as_good_as_torch(a, p, e)
+        assert_as_good_as_torch(s, p, e, factor=3.0)
+    assert {t.dtype for t in pytree.tree_leaves(chunks[1])} == {torch.float32}
+
+
+# flash-linear-attention's own layers, on its own Triton kernels under Triton's interpreter
+
+
+class Index(int):
+    """What `range` gives inside its kernels: the interpreter's are plain integers, which have no `to`."""
+
+    def to(self, dtype):
+        return self
+
+
+@pytest.fixture
+def fla(monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("wants TRITON_INTERPRET=1")
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no GPU, and about RWKV-7
+        layers = pytest.importorskip("fla.layers", exc_type=ImportError)
+        monkeypatch.setattr(autotuner.Autotuner, "_bench", lambda self, *args, **kwargs: [1.0] * 3)
+        for name, module in list(sys.modules.items()):
+            if name.startswith(("fla.ops.", "fla.modules.")) and hasattr(module, "tl"):
+                monkeypatch.setattr(module, "range", lambda *a: map(Index, builtins.range(*map(int, a))), raising=False)
+        yield layers
+
+
+FLA = {
+    "linear": (LinearAttention, "LinearAttention", {}),
+    "linear_elu": (LinearAttention, "LinearAttention", {"feature_map": "elu", "num_kv_heads": 1, "norm_q": True}),
+    "linear_t2r": (LinearAttention, "LinearAttention", {"feature_map": "t2r", "tie_feature_map_qk": True}),
+    "linear_hedgehog": (
+        LinearAttention,
+        "LinearAttention",
+        {"feature_map": "hedgehog", "do_feature_map_norm": True, "norm_k": True},
+    ),
+    "linear_relu": (LinearAttention, "LinearAttention", {"feature_map": "relu", "output_norm": "identity"}),
+    "gla": (GLA, "GatedLinearAttention", {"expand_k": 1.0}),
+    "gla_conv": (
+        GLA,
+        "GatedLinearAttention",
+        {"use_short_conv": True, "conv_bias": True, "num_kv_heads": 1, "clamp_min": -0.03, "fuse_norm": False},
+    ),
+    "gla_plain": (GLA, "GatedLinearAttention", {"use_output_gate": False, "elementwise_affine": False}),
+    "gated_deltanet": (GatedDeltaNet, "GatedDeltaNet", {"head_dim": 16}),
+    "gated_deltanet_wide": (
+        GatedDeltaNet,
+        "GatedDeltaNet",
+        {"head_dim": 16, "num_heads": 1, "expand_v": 17, "use_gate": False, "allow_neg_eigval": True},
+    ),
+    "gated_deltanet_plain": (
+        GatedDeltaNet,
+        "GatedDeltaNet",
+        {"head_dim": 16, "num_v_heads": 4, "use_short_conv": False, "output_gate_activation": "sigmoid"},
+    ),
+    "kda": (KDA, "KimiDeltaAttention", {"head_dim": 16, "num_heads": 1, "conv_bias": True}),
+    "kda_bounded": (
+        KDA,
+        "KimiDeltaAttention",
+        {"head_dim": 16, "num_heads": 1, "num_v_heads": 2, "lower_bound": -5.0, "allow_neg_eigval": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLA)
+def test_fla_layers_convert(fla, case):
+    """Output and gradients of their layer in float32, judged by ours in float64: it errs as rounding does, a few times more
+    than ours in float32 (their gradients of A_log, by 17 times)."""
+    ours, name, options = FLA[case]
+    theirs = getattr(fla, name)(**{"hidden_size": D, "num_heads": 2} | options)
+    mixer = ours.from_fla(theirs)
+    assert not {p.data_ptr() for p in theirs.parameters()} & {p.data_ptr() for p in mixer.parameters()}
+    x, weight = torch.randn(1, 70, D), torch.randn(1, 70, D)
+
+    def run(layer, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = layer(leaf)[0]
+        parameters = dict(layer.named_parameters())
+        grads = torch.autograd.grad((y * weight.to(dtype)).sum(), [leaf, *parameters.values()])
+        names = [n.replace("g_norm_swish_gate", "g_norm") for n in parameters]
+        return dict(zip(["y", "x", *names], [y.detach(), *grads], strict=True))
+
+    mine, exact, judged = run(mixer, torch.float32), run(double(mixer), torch.float64), run(theirs, torch.float32)
+    assert mine.keys() == judged.keys()
+    for key, value in exact.items():
+        assert_as_good_as_torch(judged[key], mine[key], value, factor=32.0, name=key)
+
+
+def test_fla_weights_load_by_name(fla):
+    theirs = fla.GatedDeltaNet(hidden_size=D, head_dim=16, num_heads=2)
+    assert GatedDeltaNet(D, head_dim=16, num_heads=2).load_state_dict(theirs.state_dict())
+    converted = GatedDeltaNet.from_fla(theirs.bfloat16().eval())
+    assert not converted.training
+    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+
+
+def test_fla_refusals(fla):
+    for ours, theirs, message in [
+        (GLA, fla.GatedLinearAttention(hidden_size=D, num_heads=2, feature_map="relu"), "feature_map"),
+        (GLA, fla.GatedLinearAttention(hidden_size=D, num_heads=2, gate_fn="sigmoid"), "gate_fn"),
+        (LinearAttention, fla.LinearAttention(hidden_size=D, num_heads=2, feature_map="dpfp"), "feature_map"),
+        (GLA, fla.LinearAttention(hidden_size=D, num_heads=2), "GatedLinearAttention"),
+    ]:
+        with pytest.raises(ValueError, match=f"^layer: .*{message}"):
+            ours.from_fla(theirs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LinearAttention(D, num_heads=5), "hidden_size · expand_k: wanted a multiple of num_heads=5, got 32"),
+        (lambda: LinearAttention(D, num_heads=2, feature_map="rbf"), "feature_map: wanted one of .*'rbf'"),
+        (lambda: LinearAttention(D, num_heads=2, output_norm="layernorm"), "output_norm: "),
+        (lambda: LinearAttention(512, num_heads=2, do_feature_map_norm=True), "do_feature_map_norm: .* got 257"),
+        (lambda: LinearAttention(512, num_heads=2, feature_map="hedgehog"), "feature_map: .* got 512"),
+        (lambda: GLA(0), "hidden_size: .*got 0"),
+        (lambda: GLA(D, num_heads=4, num_kv_heads=3), "num_heads: wanted a multiple of num_kv_heads=3, got 4"),
+        (lambda: GLA(D, num_heads=2, expand_k=0.3), "expand_k: "),
+        (lambda: GLA(1024, num_heads=2), "num_heads: wanted at most 256 channels per head, got 512 .expand_v"),
+        (lambda: GLA(D, num_heads=2, gate_low_rank_dim=0), "gate_low_rank_dim: "),
+        (lambda: GLA(D, num_heads=2, gate_logit_normalizer=0), "gate_logit_normalizer: "),
+        (lambda: GLA(D, num_heads=2, clamp_min=0.1), "clamp_min: "),
+        (lambda: GLA(D, num_heads=2, use_short_conv=True, conv_size=0), "conv_size: "),
+        (
+            lambda: GatedDeltaNet(D, head_dim=16, num_heads=2, num_v_heads=3),
+            "num_v_heads: wanted a multiple of num_heads",
+        ),
+        (lambda: GatedDeltaNet(D, head_dim=257, num_heads=2), "head_dim: .*257"),
+        (lambda: GatedDeltaNet(D, head_dim=257, num_heads=2.0), "num_heads: .*2.0"),
+        (lambda: GatedDeltaNet(D, head_dim=16, expand_v=1.1), "expand_v: "),
+        (lambda: GatedDeltaNet(D, output_gate_activation="relu"), "output_gate_activation: "),
+        (lambda: KDA(D, lower_bound=5.0), "lower_bound: "),
+    ],
+)
+def test_bad_options(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_bad_inputs():
+    mixer = GLA(D, num_heads=2, use_short_conv=True)
+    x, state = torch.randn(2, 3, D), mixer.initial_state(2)
+    cu_seqlens = torch.tensor([0, 3])
+    for call, message in [
+        (lambda: mixer(x[0]), "x: wanted shape"),
+        (lambda: mixer(x[:, :, 1:]), "x: wanted shape"),
+        (lambda: mixer(x.double()), "x: wanted dtype"),
+        (lambda: mixer(x, mixer.initial_state(3)), r"state.conv\[0\]: wanted \[2, 3, 16\]"),
+        (lambda: mixer(x, state._replace(conv=())), "state.conv: wanted 3 tensors, got 0"),
+        (lambda: mixer(x, to(state, torch.float64)), r"state.conv\[0\]: .*float64"),
+        (lambda: mixer(x, cu_seqlens=cu_seqlens), "cu_seqlens: .*B=2"),
+        (lambda: mixer(x[:1], cu_seqlens=torch.tensor([0, 2])), "cu_seqlens: .*T=3"),
+        (lambda: mixer(x[:1], state, torch.tensor([0, 3, 1])), "cu_seqlens: "),
+        (lambda: mixer.step(x, state), "x: wanted shape"),
+        (lambda: mixer.step(x[:, 0], state), "x: step has no gradient"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
