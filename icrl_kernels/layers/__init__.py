@@ -10,6 +10,8 @@ with torch.no_grad():
 from icrl_kernels.layers._base import State, TokenMixer
 from icrl_kernels.layers.delta import KDA, GatedDeltaNet
 from icrl_kernels.layers.gla import GLA
+from icrl_kernels.layers.gsa import GSA
 from icrl_kernels.layers.linear_attention import LinearAttention
+from icrl_kernels.layers.rwkv7 import RWKV7
 
-__all__ = ["GLA", "KDA", "GatedDeltaNet", "LinearAttention", "State", "TokenMixer"]
+__all__ = ["GLA", "GSA", "KDA", "RWKV7", "GatedDeltaNet", "LinearAttention", "State", "TokenMixer"]
