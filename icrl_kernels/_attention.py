@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from icrl_kernels import _checks, _registry
 
@@ -72,6 +75,25 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f'{op} has no second derivative; backend="reference" has')
 
     torch.library.register_autograd(f"icrl::{op}_backward", refuse, lib=_registry.LIBRARY)
+
+
+def plain_step(kernel: Callable[..., Any], backend: str, *args: Any) -> Any:
+    """What `torch.ops.icrl.<op>_step` would return, in a fraction of the time; None where that is to be asked.
+
+    `kernel` is `_C.<op>_step_plain`, which returns None unless all tensors are dense CPU tensors that fit each other and
+    need no gradient. And nothing may want to see the call: no compiler, tracer, mode, forward-mode level or profiler.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or (backend != "auto" and backend != "cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    return kernel(*args, GATE_ALLOWANCE, torch.get_num_threads(), torch.is_grad_enabled())
 
 
 def native(op: str, q: Tensor, name: str = "q") -> int:

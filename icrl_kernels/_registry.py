@@ -25,10 +25,15 @@ def define(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     BACKENDS[name] = backends
+    arguments = torch._C.parse_schema(schema).arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def run(*args: Any) -> Any:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        return resolve(name, device.type, args[-1])[1](*args[:-1])
+        result = resolve(name, device.type, args[-1])[1](*args[:-1])
+        if written:  # so that a graph that saved the tensor before refuses to use it
+            torch.autograd.graph.increment_version([args[i] for i in written])
+        return result
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)

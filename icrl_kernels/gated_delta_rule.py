@@ -149,6 +149,9 @@ def gated_delta_rule_step(
         ValueError: as `gated_delta_rule`, and where an input requires a gradient while gradients are on. When a gate is
             refused the state has changed all the same.
     """
+    o = _attention.plain_step(_C.delta_step_plain, backend, q, k, v, g, beta, state, qk_l2norm, scale)
+    if o is not None:
+        return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "Hk", "K"))
     scale = _attention.default_scale(scale, q)

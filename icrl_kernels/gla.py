@@ -111,11 +111,15 @@ def gla_step(
         g: None, [B, Hk] or [B, Hk, K], as for `gla`.
         state: [B, Hk, K, V] float32, contiguous; changed in place.
         scale: default K^-1/2.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Raises:
         ValueError: as `gla`, and where an input requires a gradient while gradients are on. When a gate is refused the
             state has changed all the same.
     """
+    o = _attention.plain_step(_C.gla_step_plain, backend, q, k, v, g, state, scale)
+    if o is not None:
+        return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
     return torch.ops.icrl.gla_step(q, k, v, g, state, _attention.default_scale(scale, q), backend)
@@ -275,6 +279,20 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
     raise AssertionError("gla_step's two checks disagree")
 
 
+# Reference backend, of the step: `gla` calls the reference itself.
+
+
+def _reference_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    _check_step(q, k, v, g, state)
+    with torch.no_grad():
+        tokens = [None if t is None else t[:, None] for t in (q, k, v, g)]
+        q, k, v, g = tokens  # pyright: ignore[reportAssignmentType]
+        o, final = gla_reference(q, k, v, g, scale, state, True)
+        assert final is not None
+        state.copy_(final)
+    return o[:, 0].contiguous()
+
+
 # Triton backend, imported when first called: torch without triton has all the rest.
 
 
@@ -334,7 +352,11 @@ _registry.define(
 )
 _registry.define(
     "gla_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu_step), "triton": (("cuda",), _triton_step)},
+    {
+        "cpu": (("cpu",), _cpu_step),
+        "triton": (("cuda",), _triton_step),
+        "reference": (("cpu", "cuda"), _reference_step),
+    },
     lambda q, k, v, g, state, scale, backend: q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
 )
 

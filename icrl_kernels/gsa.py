@@ -138,9 +138,12 @@ def gsa_step(
         ValueError: as `gsa`, and where an input requires a gradient while gradients are on. When a gate is refused the
             state has changed all the same.
     """
+    keys, values = _pair("state", state)
+    o = _attention.plain_step(_C.gsa_step_plain, backend, q, k, v, s, g, keys, values, scale)
+    if o is not None:
+        return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
-    keys, values = _pair("state", state)
     scale = _attention.default_scale(scale, q)
     return torch.ops.icrl.gsa_step(q, k, v, s, g, keys, values, scale, backend)
 

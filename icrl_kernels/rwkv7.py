@@ -126,6 +126,9 @@ def rwkv7_step(
             torch.no_grad() is on, for an argument that requires a gradient. Where a gate is refused the state has
             changed all the same.
     """
+    o = _attention.plain_step(_C.rwkv7_step_plain, backend, r, w, k, v, a, b, state, scale)
+    if o is not None:
+        return o
     if r.dim() != 3:
         _checks.shape("r", r, ("B", "H", "K"))
     return torch.ops.icrl.rwkv7_step(r, w, k, v, a, b, state, _attention.default_scale(scale, r), backend)

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/plain.h"
 #include "cpu/pointers.h"
 
 namespace icrl {
@@ -51,6 +52,25 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer be
   return ICRL_DISPATCH(delta_step, s, p);
 }
 
+// (q, k, v, g, beta, state, normalize, scale, allowance, threads, gradients) -> o, or None as gla's
+PyObject* plain_step(PyObject* const* a) {
+  PlainCall call(a + 7, a[0]);
+  const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]),
+              beta = call.optional(a[4]), state = call.state(a[5]);
+  if (!call.ok || q.dims != 3 || v.dims != 3) Py_RETURN_NONE;
+  const int64_t B = q.shape[0], Hk = q.shape[1], K = q.shape[2], H = v.shape[1], V = v.shape[2];
+  if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || v.shape[0] != B || !state.is({B, H, K, V}) ||
+      k.dtype != q.dtype || v.dtype != q.dtype || (beta.data && (!beta.is({B, H}) || !beta.gate_of(q))) ||
+      (g.data && (!(g.is({B, H, K}) || g.is({B, H})) || !g.gate_of(q))))
+    Py_RETURN_NONE;
+  const Gate gate = static_cast<Gate>(g.data ? g.dims - 1 : 0);
+  const DeltaShape s{B, H, Hk, K, V, nullptr, q.dtype, g.dtype, beta.dtype, 0, gate, a[6] == Py_True,
+                     call.scale, call.allowance, call.threads};
+  return call.run(a[2], v, B, H, V, B * H * K * V, {a[5]}, [&](void* o) {
+    return ICRL_DISPATCH(delta_step, s, {q.data, k.data, v.data, g.data, beta.data, static_cast<float*>(state.data), o});
+  });
+}
+
 }  // namespace
 
 void bind_gated_delta_rule(py::module_& m) {
@@ -58,6 +78,7 @@ void bind_gated_delta_rule(py::module_& m) {
   m.def("delta_forward", &forward, free_gil);
   m.def("delta_backward", &backward, free_gil);
   m.def("delta_step", &step, free_gil);
+  bind_plain<7, plain_step>(m.ptr(), "delta_step_plain");
 }
 
 }  // namespace icrl

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/plain.h"
 #include "cpu/pointers.h"
 
 namespace icrl {
@@ -49,6 +50,23 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer st
   return ICRL_DISPATCH(gla_step, s, p);
 }
 
+// (q, k, v, g, state, scale, allowance, threads, gradients) -> o, or None where the dispatcher is to serve or refuse
+PyObject* plain_step(PyObject* const* a) {
+  PlainCall call(a + 5, a[0]);
+  const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]), state = call.state(a[4]);
+  if (!call.ok || q.dims != 3 || v.dims != 3) Py_RETURN_NONE;
+  const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2];
+  if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || !v.is({B, Hk, V}) || !state.is({B, Hk, K, V}) ||
+      k.dtype != q.dtype || v.dtype != q.dtype ||
+      (g.data && (!(g.is({B, Hk, K}) || g.is({B, Hk})) || !g.gate_of(q))))
+    Py_RETURN_NONE;
+  const Gate gate = static_cast<Gate>(g.data ? g.dims - 1 : 0);
+  const GlaShape s{B, H, Hk, K, V, nullptr, q.dtype, g.dtype, gate, call.scale, call.allowance, call.threads};
+  return call.run(a[2], v, B, H, V, B * Hk * K * V, {a[4]}, [&](void* o) {
+    return ICRL_DISPATCH(gla_step, s, {q.data, k.data, v.data, g.data, static_cast<float*>(state.data), o});
+  });
+}
+
 }  // namespace
 
 void bind_gla(py::module_& m) {
@@ -56,6 +74,7 @@ void bind_gla(py::module_& m) {
   m.def("gla_forward", &forward, free_gil);
   m.def("gla_backward", &backward, free_gil);
   m.def("gla_step", &step, free_gil);
+  bind_plain<5, plain_step>(m.ptr(), "gla_step_plain");
 }
 
 }  // namespace icrl

@@ -183,9 +183,7 @@ bool gla_step(const GlaShape& s, const GlaStep& p) {
     load_row(v, p.v, s.dtype, pair * V, V, pad16(V));
     const int64_t n = s.gate == Gate::channel ? K : s.gate == Gate::scalar ? 1 : 0;
     load_row(e, p.g, s.gate_dtype, pair * n, n, pad16(n));
-    for (int64_t i = 0; i < n; ++i)
-      if (e[i] > s.allowance) __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
-    for (int64_t i = 0; i < n; i += kWidth) store(e + i, vexp(load(e + i)));
+    if (decays(e, n) > s.allowance) __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
     for (int64_t i = n; i < K; ++i) e[i] = n ? e[0] : 1.f;
     for (int64_t r = 0; r < group; ++r) {
       load_row(q, p.q, s.dtype, (pair * group + r) * K, K, pad16(K));

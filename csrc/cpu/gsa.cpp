@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/plain.h"
 #include "cpu/pointers.h"
 
 namespace icrl {
@@ -51,6 +52,26 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer s, Pointer g,
   return ICRL_DISPATCH(gsa_step, shape(t), p);
 }
 
+// (q, k, v, s, g, keys, values, scale, allowance, threads, gradients) -> o, or None as gla's
+PyObject* plain_step(PyObject* const* a) {
+  PlainCall call(a + 7, a[0]);
+  const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), w = call.tensor(a[3]), g = call.optional(a[4]),
+              keys = call.state(a[5]), values = call.state(a[6]);
+  if (!call.ok || q.dims != 3 || v.dims != 3 || w.dims != 3) Py_RETURN_NONE;
+  const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2], M = w.shape[2];
+  if (H % Hk || !channels(K) || !channels(V) || !channels(M) || !k.is({B, Hk, K}) || v.shape[0] != B ||
+      !w.is({B, Hk, M}) || !keys.is({B, Hk, K, M}) || !values.is({B, Hk, M, V}) || k.dtype != q.dtype ||
+      v.dtype != q.dtype || w.dtype != q.dtype ||
+      (g.data && (!g.is({B, Hk, M}) || !g.gate_of(q))))
+    Py_RETURN_NONE;
+  const Gate gate = g.data ? Gate::channel : Gate::none;
+  const GsaShape s{B, H, Hk, K, V, M, nullptr, q.dtype, g.dtype, gate, call.scale, call.allowance, call.threads};
+  return call.run(a[2], v, B, H, V, B * Hk * M * (K + V), {a[5], a[6]}, [&](void* o) {
+    return ICRL_DISPATCH(gsa_step, s, {q.data, k.data, v.data, w.data, g.data, static_cast<float*>(keys.data),
+                                       static_cast<float*>(values.data), o});
+  });
+}
+
 }  // namespace
 
 void bind_gsa(py::module_& m) {
@@ -58,6 +79,7 @@ void bind_gsa(py::module_& m) {
   m.def("gsa_forward", &forward, free_gil);
   m.def("gsa_backward", &backward, free_gil);
   m.def("gsa_step", &step, free_gil);
+  bind_plain<7, plain_step>(m.ptr(), "gsa_step_plain");
 }
 
 }  // namespace icrl

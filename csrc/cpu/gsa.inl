@@ -312,9 +312,7 @@ bool gsa_step(const GsaShape& s, const GsaStep& p) {
       for (int64_t i = 0; i < pad16(M); ++i) e[i] = 1.f;
     } else {
       load_row(e, p.g, s.gate_dtype, pair * M, M, pad16(M));
-      for (int64_t i = 0; i < M; ++i)
-        if (e[i] > s.allowance) __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
-      for (int64_t i = 0; i < M; i += kWidth) store(e + i, vexp(load(e + i)));
+      if (decays(e, M) > s.allowance) __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
     }
     float *keys = p.keys + pair * K * M, *values = p.values + pair * M * V;
     for (int64_t r = 0; r < group; ++r) {

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/plain.h"
 #include "cpu/pointers.h"
 
 namespace icrl {
@@ -48,6 +49,24 @@ bool step(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a,
   return ICRL_DISPATCH(rwkv7_step, s, p);
 }
 
+// (r, w, k, v, a, b, state, scale, allowance, threads, gradients) -> o, or None as gla's
+PyObject* plain_step(PyObject* const* x) {
+  PlainCall call(x + 7, x[0]);
+  const Plain &r = call.q, w = call.tensor(x[1]), k = call.tensor(x[2]), v = call.tensor(x[3]), a = call.tensor(x[4]),
+              b = call.tensor(x[5]), state = call.state(x[6]);
+  if (!call.ok || r.dims != 3 || v.dims != 3) Py_RETURN_NONE;
+  const int64_t B = r.shape[0], H = r.shape[1], K = r.shape[2], V = v.shape[2];
+  for (const Plain* t : {&w, &k, &a, &b})
+    if (!t->is({B, H, K}) || (t == &w ? !w.gate_of(r) : t->dtype != r.dtype)) Py_RETURN_NONE;
+  if (!channels(K) || !channels(V) || !v.is({B, H, V}) || v.dtype != r.dtype || !state.is({B, H, K, V}))
+    Py_RETURN_NONE;
+  const RwkvShape s{B, H, K, V, nullptr, r.dtype, w.dtype, call.scale, call.allowance, call.threads};
+  return call.run(x[3], v, B, H, V, B * H * K * V, {x[6]}, [&](void* o) {
+    return ICRL_DISPATCH(rwkv7_step, s,
+                         {r.data, w.data, k.data, v.data, a.data, b.data, static_cast<float*>(state.data), o});
+  });
+}
+
 }  // namespace
 
 void bind_rwkv7(py::module_& m) {
@@ -55,6 +74,7 @@ void bind_rwkv7(py::module_& m) {
   m.def("rwkv7_forward", &forward, free_gil);
   m.def("rwkv7_backward", &backward, free_gil);
   m.def("rwkv7_step", &step, free_gil);
+  bind_plain<7, plain_step>(m.ptr(), "rwkv7_step_plain");
 }
 
 }  // namespace icrl

@@ -63,6 +63,17 @@ ICRL_INLINE Vec vexp(Vec x) {
   return zero ? Vec{} : p;
 }
 
+// Gates to decays in place, the n of them and what fills the last vector; returns the largest gate, not below 0.
+ICRL_INLINE float decays(float* gates, int64_t n) {
+  Vec most = Vec{};
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Vec x = load(gates + i);
+    most = vmax(x, most);
+    store(gates + i, vexp(x));
+  }
+  return max_lane(most);
+}
+
 // dtype codes shared with Python
 enum Dtype : int { kFloat = 0, kBfloat = 1, kHalf = 2 };
 
