@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from icrl_kernels._triton import gated_delta_rule, gla, gsa
+from icrl_kernels._triton import gated_delta_rule, gla, gsa, rwkv7
 
 
 class Launch(NamedTuple):
@@ -139,8 +139,24 @@ def gated_delta_rule_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype
         yield Call("gated_delta_rule", "step", label, module, module.step, token, B, **more)
 
 
+def rwkv7_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    label = {"dtype": str(dtype)[6:], "K": size, "V": size, "gate": "channel"}
+    r, k, v, a, b, do = (meta(B, T, H, size, dtype=dtype) for _ in range(6))
+    w, state = meta(B, T, H, size), meta(B, H, size, size)
+    more = {
+        "updated": frozenset({("_step", "state")}),
+        "idle": lambda launch: launch.values.get("ANY", False),
+    }
+    inputs = (r, w, k, v, a, b, 0.1, state, None)
+    token = (*(x[:, 0] for x in (r, w, k, v, a, b)), state, 0.1)
+    yield Call("rwkv7", "forward", label, rwkv7, rwkv7.forward, inputs, B * T, **more)
+    yield Call("rwkv7", "backward", label, rwkv7, rwkv7.backward, (do, state, *inputs), B * T, **more)
+    yield Call("rwkv7", "step", label, rwkv7, rwkv7.step, token, B, **more)
+
+
 OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Iterator[Call]]] = {
     "gla": gla_calls,
     "gsa": gsa_calls,
     "gated_delta_rule": gated_delta_rule_calls,
+    "rwkv7": rwkv7_calls,
 }

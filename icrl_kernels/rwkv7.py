@@ -80,8 +80,7 @@ def rwkv7(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
             Sequences may be empty. Its values are checked on the CPU.
-        backend: "auto", "cpu" or "reference". There is no GPU kernel yet: on a GPU "auto" is the reference, whose time
-            is a few launches per token.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         o [B, T, H, V] in the inputs' dtype, and the final state [N, H, K, V] float32 or None.
@@ -94,7 +93,7 @@ def rwkv7(
     """
     _check(r, w, k, v, a, b, initial_state, cu_seqlens)
     scale = _attention.default_scale(scale, r)
-    if backend == "reference" or (backend == "auto" and (r.dtype == torch.float64 or r.device.type != "cpu")):
+    if backend == "reference" or (backend == "auto" and r.dtype == torch.float64):
         if r.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
             _attention.check_values(r, w, cu_seqlens, "w")
         return rwkv7_reference(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_seqlens)
@@ -264,6 +263,31 @@ def _check_step(
     raise AssertionError("rwkv7_step's two checks disagree")
 
 
+# Triton backend, imported when first called: torch without triton has all the rest.
+
+
+def _triton_forward(r: Tensor, *args):
+    _attention.native("rwkv7", r, "r")
+    from icrl_kernels._triton import rwkv7 as kernels
+
+    return kernels.forward(r, *args)
+
+
+def _triton_backward(do: Tensor, *args):
+    from icrl_kernels._triton import rwkv7 as kernels
+
+    *gradients, dinitial_state = kernels.backward(do, *args)
+    # where there is no initial state: an empty tensor, as the schema wants one
+    return *gradients, do.new_empty(0, dtype=torch.float32) if dinitial_state is None else dinitial_state
+
+
+def _triton_step(*args):
+    _check_step(*args[:-1])
+    from icrl_kernels._triton import rwkv7 as kernels
+
+    return kernels.step(*args)
+
+
 # Reference backend, of the ops without gradients: the public function calls the reference itself where there are some.
 
 
@@ -318,19 +342,19 @@ _BOTH = ("cpu", "cuda")
 
 _registry.define(
     f"rwkv7({_INPUTS}, str backend) -> (Tensor o, Tensor final_state)",
-    {"cpu": (("cpu",), _cpu_forward), "reference": (_BOTH, _reference_forward)},
+    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward), "reference": (_BOTH, _reference_forward)},
     lambda r, w, k, v, a, b, scale, initial_state, cu_seqlens, backend: _outputs(r, v, cu_seqlens),
 )
 _registry.define(
     f"rwkv7_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
-    {"cpu": (("cpu",), _cpu_backward)},
+    {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
     lambda do, dfinal_state, r, w, k, v, a, b, scale, initial_state, *rest: _gradients(r, w, k, v, a, b, initial_state),
 )
 _registry.define(
     "rwkv7_step(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor(a!) state, float scale,"
     " str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu_step), "reference": (_BOTH, _reference_step)},
+    {"cpu": (("cpu",), _cpu_step), "triton": (("cuda",), _triton_step), "reference": (_BOTH, _reference_step)},
     lambda r, w, k, v, a, b, state, scale, backend: r.new_empty(v.shape),
 )
 
