@@ -77,6 +77,20 @@ def refuse_second_derivative(op: str) -> None:
     torch.library.register_autograd(f"icrl::{op}_backward", refuse, lib=_registry.LIBRARY)
 
 
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """torch.func's derivatives and forward mode, for which torch.library has no place: they would be zero in silence."""
+    if torch.compiler.is_compiling():
+        return
+    given = [t for t in tensors if t is not None]
+    reverse = torch._C._functorch.peek_interpreter_stack() is not None and torch.is_grad_enabled()
+    if (reverse and any(t.requires_grad for t in given)) or (
+        forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+    ):
+        raise NotImplementedError(
+            f"{op} has no derivative in forward mode, nor by torch.func; its reference, in plain torch, has"
+        )
+
+
 def plain_step(kernel: Callable[..., Any], backend: str, *args: Any) -> Any:
     """What `torch.ops.icrl.<op>_step` would return, in a fraction of the time; None where that is to be asked.
 

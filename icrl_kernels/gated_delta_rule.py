@@ -120,6 +120,7 @@ def gated_delta_rule(
         return gated_delta_rule_reference(
             q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, qk_l2norm
         )
+    _attention.refuse_transforms("gated_delta_rule", q, k, v, g, beta, initial_state)
     o, final_state = torch.ops.icrl.gated_delta_rule(
         q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend
     )
@@ -155,6 +156,7 @@ def gated_delta_rule_step(
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "Hk", "K"))
     scale = _attention.default_scale(scale, q)
+    _attention.refuse_transforms("gated_delta_rule_step", q, k, v, g, beta, state)
     return torch.ops.icrl.gated_delta_rule_step(q, k, v, g, beta, state, scale, qk_l2norm, backend)
 
 

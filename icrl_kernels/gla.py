@@ -83,8 +83,8 @@ def gla(
     Returns:
         o [B, T, H, V] in the inputs' dtype, and the final state [N, Hk, K, V] float32 or None.
 
-    There is a first derivative in reverse mode; a second one is refused, and forward mode is not supported
-    (backend="reference" has both). No output depends on a later token, to the bit. Inputs that are not contiguous are
+    There is a first derivative in reverse mode; a second one, forward mode and torch.func's derivatives are
+    refused (backend="reference" has them). No output depends on a later token, to the bit. Inputs that are not contiguous are
     copied. Autocast does not cast this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which
     recomputes states.
 
@@ -97,6 +97,7 @@ def gla(
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
             _attention.check_values(q, g, cu_seqlens)
         return gla_reference(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+    _attention.refuse_transforms("gla", q, k, v, g, initial_state)
     o, final_state = torch.ops.icrl.gla(q, k, v, g, scale, initial_state, cu_seqlens, backend)
     return o, final_state if output_final_state else None
 
@@ -122,6 +123,7 @@ def gla_step(
         return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
+    _attention.refuse_transforms("gla_step", q, k, v, g, state)
     return torch.ops.icrl.gla_step(q, k, v, g, state, _attention.default_scale(scale, q), backend)
 
 

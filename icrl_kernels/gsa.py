@@ -111,6 +111,7 @@ def gsa(
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
             _attention.check_values(q, g, cu_seqlens)
         return gsa_reference(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens)
+    _attention.refuse_transforms("gsa", q, k, v, s, g, keys, values)
     o, keys, values = torch.ops.icrl.gsa(q, k, v, s, g, scale, keys, values, cu_seqlens, backend)
     return o, (keys, values) if output_final_state else None
 
@@ -145,6 +146,7 @@ def gsa_step(
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
     scale = _attention.default_scale(scale, q)
+    _attention.refuse_transforms("gsa_step", q, k, v, s, g, keys, values)
     return torch.ops.icrl.gsa_step(q, k, v, s, g, keys, values, scale, backend)
 
 

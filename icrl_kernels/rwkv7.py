@@ -97,6 +97,7 @@ def rwkv7(
         if r.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
             _attention.check_values(r, w, cu_seqlens, "w")
         return rwkv7_reference(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_seqlens)
+    _attention.refuse_transforms("rwkv7", r, w, k, v, a, b, initial_state)
     o, final_state = torch.ops.icrl.rwkv7(r, w, k, v, a, b, scale, initial_state, cu_seqlens, backend)
     return o, final_state if output_final_state else None
 
@@ -130,6 +131,7 @@ def rwkv7_step(
         return o
     if r.dim() != 3:
         _checks.shape("r", r, ("B", "H", "K"))
+    _attention.refuse_transforms("rwkv7_step", r, w, k, v, a, b, state)
     return torch.ops.icrl.rwkv7_step(r, w, k, v, a, b, state, _attention.default_scale(scale, r), backend)
 
 
