@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from icrl_kernels import _checks, _registry
@@ -82,7 +83,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     given = [t for t in tensors if t is not None]
-    reverse = torch._C._functorch.peek_interpreter_stack() is not None and torch.is_grad_enabled()
+    reverse = peek_interpreter_stack() is not None and torch.is_grad_enabled()
     if (reverse and any(t.requires_grad for t in given)) or (
         forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
     ):
