@@ -195,7 +195,7 @@ def forward(
     o = torch.empty_like(v)
     if plan.parts > 1:
         initial_state = _between(_along(plan, ready, None, None), _along(plan, ready, v, None), initial_state)
-    return o, _along(plan, ready, v, initial_state, o)[:, -1]
+    return o, _along(plan, ready, v, initial_state, o)[:, -1].contiguous()
 
 
 def backward(
