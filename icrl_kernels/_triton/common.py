@@ -52,6 +52,25 @@ def _store(x, y, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
+def _rows(x, t0, r, left, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
+    """As `_load` for rows t0 + r, zero where r >= left: one 64-bit address and 32-bit offsets, which saves registers."""
+    p = x + (t0 * H + h) * D + ((r * (H * D))[:, None] + o[None, :])
+    m = (r < left)[:, None]
+    if MASK:
+        m = m & (o < D)[None, :]
+    return tl.load(p, mask=m, other=0.0)
+
+
+@triton.jit
+def _put_rows(x, y, t0, r, left, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
+    p = x + (t0 * H + h) * D + ((r * (H * D))[:, None] + o[None, :])
+    m = (r < left)[:, None]
+    if MASK:
+        m = m & (o < D)[None, :]
+    tl.store(p, y.to(x.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def _gates(g, t, hi, h, HK, o, K: tl.constexpr, MASK: tl.constexpr):
     return _load(g, t, hi, h, HK, o, K, MASK).to(tl.float32) * LOG2E
 

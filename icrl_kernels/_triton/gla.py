@@ -158,7 +158,7 @@ def forward(
     BK, BV = _pow2(K), min(_pow2(V), STATE_TILE // _pow2(K))
     for any_gate in plan.passes if plan.units else ():
         _outputs[(plan.units * plan.heads * triton.cdiv(V, BV),)](
-            q, k, v, g, states, ends, strong, o, scale, *plan.span, H, plan.heads,
+            q, k, v, g, states, ends, strong, o, scale, *plan.span, plan.heads,
             GROUP=H // plan.heads, BK=BK, BV=BV, C=plan.chunk, LEVELS=_levels(plan.chunk), **plan.sizes,
             **plan.products, **plan.gates,
             ANY=any_gate, num_warps=_warps(BK * BV), num_stages=plan.stages,
@@ -177,16 +177,14 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     BK, BV = _pow2(K), _pow2(V)
     # What is on chip, [K columns, V columns]: with all of V for dq, dk and dg, with all of K for dv; dk, dg and dv in
-    # one launch where the state fits. With gates dq's state takes half the registers, and a launch that does all three
-    # takes half a chunk at a time where the state is large (as does dq's: both have to round alike).
-    half = STATE_TILE if g is None else STATE_TILE // 2
+    # one launch where the state fits. With gates dq's state takes half the registers, and all launches half a chunk at a
+    # time, which leaves enough registers for dk, dg and dv at once (dq has to round as they do).
+    half, chunk = (STATE_TILE, plan.chunk) if g is None else (STATE_TILE // 2, min(plan.chunk, CHUNK // 2))
     BKS = min(BK, half // BV)
     parts = triton.cdiv(K, BKS)
-    tiles, chunk = [(BK, BV, True, True)], plan.chunk
+    tiles = [(BK, BV, True, True)]
     if BK * BV > STATE_TILE:
         tiles = [(BKS, BV, True, False), (BK, STATE_TILE // BK, False, True)]
-    elif half < BK * BV:
-        chunk = min(chunk, CHUNK // 2)
     dg = z = strong = decay = added = None
     if gate == 1:
         z = torch.empty(parts, *q.shape[:3], dtype=torch.float32, device=q.device)
@@ -205,7 +203,7 @@ def backward(
     for any_gate in plan.passes if plan.units else ():
         _grad_q[(plan.units * plan.heads * parts,)](
             None if plan.single and gate != 1 else q, k, v, g, do, states, initial_state if plan.single else None,
-            added, strong, dq, z, scale, *plan.span, H, plan.heads, dq.numel() // K,
+            added, strong, dq, z, scale, *plan.span, plan.heads, dq.numel() // K,
             C=chunk, LEVELS=_levels(chunk), BK=BKS, BV=BV, ANY=any_gate,
             num_warps=_warps(BKS * BV) if g is None else 8, **share,
         )  # fmt: skip
@@ -221,9 +219,9 @@ def backward(
             _grad_kv[(plan.units * plan.heads * triton.cdiv(K, bk) * triton.cdiv(V, bv),)](
                 q, k, v if with_dk else None, g, do, of_dk(z), of_dk(states), of_dk(final), dstates,
                 dinit_out if with_dk else None, strong, dk if with_dk else None, dv if with_dv else None, of_dk(dg),
-                scale, *plan.span, H, plan.heads, 0 if g is None else g.numel(),
+                scale, *plan.span, plan.heads, 0 if g is None else g.numel(),
                 C=chunk, LEVELS=_levels(chunk), BK=bk, BV=bv, DK=with_dk, DV=with_dv, PARTS=parts, ANY=any_gate,
-                num_warps=8 if with_dk and g is not None else _warps(bk * bv), **share,
+                num_warps=_warps(bk * bv if g is None else 2 * bk * bv), **share,
             )  # fmt: skip
     if gate == 1:
         dg = dg.sum(0).to(g.dtype)

@@ -34,6 +34,8 @@ from icrl_kernels._triton.common import (
     _halve,  # noqa: F401
     _load,
     _pairs,  # noqa: F401
+    _put_rows,
+    _rows,
     _scalar_gates,
     _scores_any_gate,
     _span,
@@ -125,7 +127,7 @@ def _scan(
 
 @triton.jit
 def _outputs(
-    q, k, v, g, states, last, strong, o, scale, cu, owner, first, T, L, PER, H, HK,
+    q, k, v, g, states, last, strong, o, scale, cu, owner, first, T, L, PER, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, ANY: tl.constexpr,
@@ -135,6 +137,7 @@ def _outputs(
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
+    H = HK * GROUP  # not an argument, so that with GROUP = 1 all addresses are seen to be the same
     pid = tl.program_id(0)
     iv = pid % NV
     h = (pid // NV) % HK
@@ -178,15 +181,15 @@ def _outputs(
             bq = _load(q, t, hi, hq, H, ok, K, MK)
             qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT) if GATE == 2 else bq.to(DT)
             A = tl.dot(qa, tl.trans(kw), input_precision=PREC)
-            bo = tl.dot(qa, S.to(DT), input_precision=PREC)
             if GATE == 1:
                 A *= tl.exp2(pair)
-                bo *= _decay(coarse, fine)[:, None]
             if ANY:  # noqa: SIM102 (ANY is decided when compiling, hard is not)
                 if hard:
                     A = tl.where(late[:, None], _scores_any_gate(bq, bk, b, C, BK, LEVELS, DT, PREC), A)
-            A = tl.where(causal, A, 0.0)
-            bo = bo * scale + tl.dot(A.to(DT), bv, input_precision=PREC) * scale
+            A = tl.where(causal, A, 0.0).to(DT)
+            bo = tl.dot(qa, S.to(DT), input_precision=PREC)
+            bo *= _decay(coarse, fine)[:, None] * scale if GATE == 1 else scale
+            bo += tl.dot(A, bv, input_precision=PREC) * scale
             rows = t
             if ANY:
                 rows = tl.where((c > beyond) | ((c == beyond) & late), t, hi)
@@ -216,7 +219,7 @@ def _outputs(
 
 @triton.jit
 def _grad_q(
-    q, k, v, g, do, states, init, add, strong, dq, z, scale, cu, owner, first, T, L, PER, H, HK, part,
+    q, k, v, g, do, states, init, add, strong, dq, z, scale, cu, owner, first, T, L, PER, HK, part,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, SINGLE: tl.constexpr, ANY: tl.constexpr,
@@ -231,6 +234,7 @@ def _grad_q(
     NK: tl.constexpr = (K + BK - 1) // BK
     MK: tl.constexpr = K % BK != 0
     MV: tl.constexpr = V != BV
+    H = HK * GROUP
     pid = tl.program_id(0)
     ik = pid % NK
     h = (pid // NK) % HK
@@ -242,109 +246,109 @@ def _grad_q(
     inside = (ok < K)[None, :] & (ov < V)[:, None]
     flag = strong + (ik * (tl.num_programs(0) // NK) + unit * HK + h) if GATE == 2 else 0
     deepest = tl.zeros([BK], tl.float32)
-    segments = PER if SINGLE else 1
+    n, lo, hi, end = _span(unit, cu, owner, first, T, T if SINGLE else L, 1 if SINGLE else PER, VARLEN)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     if ANY:
-        mine = tl.load(flag) != 0
-        segments = tl.where(mine, segments, 0)
+        chunks = tl.where(tl.load(flag) != 0, chunks, 0)
     S = tl.zeros([BV, BK], tl.float32)
-    if SINGLE and init is not None:
-        S = tl.load(init + (unit * HK + h) * K * V + tile, mask=inside, other=0.0)
-    for i in range(segments):
-        s = unit * PER + i if SINGLE else unit
-        n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
-        if not SINGLE:
-            S = tl.load(states + (s * HK + h) * K * V + tile, mask=inside, other=0.0)
-            if not ANY:
-                D = tl.zeros([BV, BK], tl.float32)
-                since = tl.zeros([BK], tl.float32) if GATE == 2 else 0.0  # sum of gates from the segment's start
-                since_fine = 0.0
-        for c in range(tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)):
-            t = lo + c * C + r
-            bk = _load(k, t, hi, h, HK, ok, K, MK)
-            bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
-            kw = bk.to(DT)
+    if SINGLE:
+        if init is not None:
+            S = tl.load(init + (unit * HK + h) * K * V + tile, mask=inside, other=0.0)
+    else:
+        S = tl.load(states + (unit * HK + h) * K * V + tile, mask=inside, other=0.0)
+    if not SINGLE and not ANY:
+        D = tl.zeros([BV, BK], tl.float32)
+        since = tl.zeros([BK], tl.float32) if GATE == 2 else 0.0  # sum of gates from the segment's start
+        since_fine = 0.0
+    for c in range(chunks):
+        t = lo + c * C + r
+        bk = _load(k, t, hi, h, HK, ok, K, MK)
+        bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
+        kw = bk.to(DT)
+        if GATE == 2:
+            b = _gates(g, t, hi, h, HK, ok, K, MK)
+            G = tl.cumsum(b, 0)
+            total = tl.sum(b, 0)
+            kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
+            e = tl.exp2(G)
+            if ANY:
+                hard = tl.min(total, 0) < -LIMIT
+            else:
+                deepest = tl.minimum(deepest, total)
+        elif GATE == 1:
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
+            pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+        for j in range(GROUP):
+            hq = h * GROUP + j
+            bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
+            W = tl.dot(bo, tl.trans(bv), input_precision=PREC)
+            y = tl.dot(bo, S.to(DT), input_precision=PREC)
+            if GATE == 0:
+                x = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, input_precision=PREC)
+                y = y * scale + x * scale
+            else:
+                own = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
+                W = tl.where(r[:, None] > r[None, :], W, 0.0)
             if GATE == 2:
-                b = _gates(g, t, hi, h, HK, ok, K, MK)
-                G = tl.cumsum(b, 0)
-                total = tl.sum(b, 0)
-                kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
-                e = tl.exp2(G)
                 if ANY:
-                    hard = tl.min(total, 0) < -LIMIT
-                else:
-                    deepest = tl.minimum(deepest, total)
-            elif GATE == 1:
-                coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
-                pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-            for j in range(GROUP):
-                hq = h * GROUP + j
-                bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
-                W = tl.dot(bo, tl.trans(bv), input_precision=PREC)
-                y = tl.dot(bo, S.to(DT), input_precision=PREC)
-                if GATE == 0:
-                    x = tl.dot(tl.where(r[:, None] >= r[None, :], W, 0.0).to(DT), kw, input_precision=PREC)
-                    y = y * scale + x * scale
-                else:
-                    own = tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)
-                    W = tl.where(r[:, None] > r[None, :], W, 0.0)
-                if GATE == 2:
-                    if ANY:
-                        if hard:
-                            x = _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
-                        else:
-                            x = tl.dot(W.to(DT), kw, input_precision=PREC) * e
+                    if hard:
+                        x = _apply_any_gate(W, bk, b, True, C, BK, LEVELS, DT, PREC)
                     else:
                         x = tl.dot(W.to(DT), kw, input_precision=PREC) * e
-                    y = y * e + x
-                    _store(z, y, t, hi, hq, H, ok, K, MK)
-                    y = y * scale + (own * scale)[:, None] * bk.to(tl.float32)
-                elif GATE == 1:
-                    W = tl.where(r[:, None] > r[None, :], W * tl.exp2(pair), 0.0)
-                    x = tl.dot(W.to(DT), kw, input_precision=PREC)
-                    qs = _load(q, t, hi, hq, H, ok, K, MK).to(tl.float32) * scale
-                    qa = (qs * _decay(coarse, fine)[:, None]).to(DT).to(tl.float32)
-                    tl.store(z + ik * part + t * H + hq, tl.sum(qa * y + qs * x, 1), mask=t < hi)
-                    y = y * (_decay(coarse, fine) * scale)[:, None] + x * scale
-                    y += (own * scale)[:, None] * bk.to(tl.float32)
-                _store(dq, y, t, hi, hq, H, ok, K, MK)
-                if not SINGLE and not ANY:
-                    qa = _load(q, t, hi, hq, H, ok, K, MK)
-                    if GATE == 2:
-                        qa = qa.to(tl.float32) * tl.exp2(since[None, :] + G)
-                    elif GATE == 1:
-                        qa = qa.to(tl.float32) * _decay(since + coarse, since_fine + fine)[:, None]
-                    D = tl.dot(tl.trans(bo), qa.to(DT), D, input_precision=PREC)
-            if GATE == 2:
-                shrink = tl.exp2(total)[None, :]
-                if ANY:  # noqa: SIM102 (ANY is decided when compiling, hard is not)
-                    if hard:
-                        S *= shrink
-                        shrink = tl.full([1, BK], 1.0, tl.float32)
-                        kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)).to(DT)
-                S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
-                S *= shrink
-            else:
-                if GATE == 1:
-                    kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
-                    S *= _decay(coarse_end, fine_end)
-                S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
+                else:
+                    x = tl.dot(W.to(DT), kw, input_precision=PREC) * e
+                y = y * e + x
+                _store(z, y, t, hi, hq, H, ok, K, MK)
+                y = y * scale + (own * scale)[:, None] * bk.to(tl.float32)
+            elif GATE == 1:
+                W = tl.where(r[:, None] > r[None, :], W * tl.exp2(pair), 0.0)
+                x = tl.dot(W.to(DT), kw, input_precision=PREC)
+                qs = _load(q, t, hi, hq, H, ok, K, MK).to(tl.float32) * scale
+                qa = (qs * _decay(coarse, fine)[:, None]).to(DT).to(tl.float32)
+                tl.store(z + ik * part + t * H + hq, tl.sum(qa * y + qs * x, 1), mask=t < hi)
+                y = y * (_decay(coarse, fine) * scale)[:, None] + x * scale
+                y += (own * scale)[:, None] * bk.to(tl.float32)
+            _store(dq, y, t, hi, hq, H, ok, K, MK)
             if not SINGLE and not ANY:
+                qa = _load(q, t, hi, hq, H, ok, K, MK)
                 if GATE == 2:
-                    since += total
+                    qa = qa.to(tl.float32) * tl.exp2(since[None, :] + G)
                 elif GATE == 1:
-                    since += coarse_end
-                    since_fine += fine_end
-        if SINGLE and states is not None:
-            tl.store(states + (s * HK + h) * K * V + tile, S, mask=inside)
+                    qa = qa.to(tl.float32) * _decay(since + coarse, since_fine + fine)[:, None]
+                D = tl.dot(tl.trans(bo), qa.to(DT), D, input_precision=PREC)
+        if GATE == 2:
+            shrink = tl.exp2(total)[None, :]
+            if ANY:  # noqa: SIM102 (ANY is decided when compiling, hard is not)
+                if hard:
+                    S *= shrink
+                    shrink = tl.full([1, BK], 1.0, tl.float32)
+                    kw = (bk.to(tl.float32) * _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)).to(DT)
+            S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
+            S *= shrink
+        else:
+            if GATE == 1:
+                kw = (bk.to(tl.float32) * _decay(coarse_end - coarse, fine_end - fine)[:, None]).to(DT)
+                S *= _decay(coarse_end, fine_end)
+            S = tl.dot(tl.trans(bv), kw, S, input_precision=PREC)
         if not SINGLE and not ANY:
-            tl.store(add + (s * HK + h) * K * V + tile, D * scale, mask=inside)
+            if GATE == 2:
+                since += total
+            elif GATE == 1:
+                since += coarse_end
+                since_fine += fine_end
+        if SINGLE and states is not None:  # noqa: SIM102 (c is not known when compiling)
+            if ((c + 1) % tl.cdiv(L, C) == 0) | (c == chunks - 1):
+                s = unit * PER + c // tl.cdiv(L, C)
+                tl.store(states + (s * HK + h) * K * V + tile, S, mask=inside)
+    if not SINGLE and not ANY:
+        tl.store(add + (unit * HK + h) * K * V + tile, D * scale, mask=inside)
     if GATE == 2 and not ANY:
         tl.store(flag, (tl.min(deepest, 0) < -LIMIT).to(tl.int32))
 
 
 @triton.jit
 def _grad_kv(
-    q, k, v, g, do, z, states, final, dstates, dinit, strong, dk, dv, dg, scale, cu, owner, first, T, L, PER, H, HK, part,
+    q, k, v, g, do, z, states, final, dstates, dinit, strong, dk, dv, dg, scale, cu, owner, first, T, L, PER, HK, part,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
     GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, SINGLE: tl.constexpr,
@@ -363,6 +367,7 @@ def _grad_kv(
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K % BK != 0
     MV: tl.constexpr = V % BV != 0
+    H = HK * GROUP
     pid = tl.program_id(0)
     ik = pid % NK
     iv = pid // NK % NV
@@ -373,150 +378,156 @@ def _grad_kv(
     ov = iv * BV + tl.arange(0, BV)
     tile = ok[None, :] * V + ov[:, None]
     inside = (ok < K)[None, :] & (ov < V)[:, None]
-    segments = PER if SINGLE else 1
+    n, lo, hi, end = _span(unit, cu, owner, first, T, T if SINGLE else L, 1 if SINGLE else PER, VARLEN)
+    chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     if GATE == 2:
         units = tl.num_programs(0) // (NK * NV)
         found = tl.load(strong + unit * HK + h)
         for i in tl.static_range(1, PARTS):
             found |= tl.load(strong + i * units + unit * HK + h)
         mine = (found != 0) == ANY
-        segments = tl.where(mine, segments, 0)
+        chunks = tl.where(mine, chunks, 0)
     D = tl.zeros([BV, BK], tl.float32)
     if dstates is not None:
         D = tl.load(dstates + (unit * HK + h) * K * V + tile, mask=inside, other=0.0)
-    for i in range(segments):
-        s = unit * PER + (segments - 1 - i) if SINGLE else unit
-        n, lo, hi, end = _span(s, cu, owner, first, T, L, PER, VARLEN)
-        if DK and GATE > 0:
-            if SINGLE:
+    if DK and GATE > 0:
+        if SINGLE:
+            carry = tl.zeros([BK], tl.float32) if GATE == 2 else 0.0
+        else:  # what the segment ends with is the next one's start or the sequence's last
+            more = (hi + 0 * ok)[None, :] < end  # a tensor: triton 3.9's interpreter makes a scalar's & an integer
+            S = tl.load(states + ((unit + 1) * HK + h) * K * V + tile, mask=inside & more, other=0.0)
+            S += tl.load(final + (n * HK + h) * K * V + tile, mask=inside & ~more, other=0.0)
+            carry = tl.sum(S * D, 0) if GATE == 2 else tl.sum(tl.sum(S * D, 0), 0)
+    for i in range(chunks):
+        c = chunks - 1 - i
+        if SINGLE and DK and GATE > 0:  # noqa: SIM102
+            if ((c + 1) % tl.cdiv(L, C) == 0) | (c == chunks - 1):
+                s = unit * PER + c // tl.cdiv(L, C)
                 S = tl.load(states + (s * HK + h) * K * V + tile, mask=inside, other=0.0)
-            else:  # what the segment ends with is the next one's start or the sequence's last
-                more = (hi + 0 * ok)[None, :] < end  # a tensor: triton 3.9's interpreter makes a scalar's & an integer
-                S = tl.load(states + ((s + 1) * HK + h) * K * V + tile, mask=inside & more, other=0.0)
-                S += tl.load(final + (n * HK + h) * K * V + tile, mask=inside & ~more, other=0.0)
-            carry = tl.sum(S * D, 0)
-            if GATE == 1:
-                carry = tl.sum(carry, 0)
-        chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
-        for ci in range(chunks):
-            c = chunks - 1 - ci
-            t = lo + c * C + r
-            bk = _load(k, t, hi, h, HK, ok, K, MK)
-            kw = bk.to(DT)
-            if GATE == 2:
-                b = _gates(g, t, hi, h, HK, ok, K, MK)
-                G = tl.cumsum(b, 0)
-                total = tl.sum(b, 0)
-                shrink = tl.exp2(total)[None, :]
-                w = tl.exp2(-G)
-                if ANY:
-                    hard = tl.min(total, 0) < -LIMIT
-                    later = tl.full([1, BK], 1.0, tl.float32)
-                    if hard:
-                        w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
-                        later = shrink
-                    else:
-                        D *= shrink
-                else:  # D shrinks first; all decays run from the chunk's start
+                carry = tl.sum(S * D, 0) if GATE == 2 else tl.sum(tl.sum(S * D, 0), 0)
+        t0 = lo + c * C
+        t = t0 + r
+        left = tl.minimum(hi - t0, C).to(tl.int32)
+        bk = _rows(k, t0, r, left, h, HK, ok, K, MK)
+        kw = bk.to(DT)
+        if GATE == 2:
+            b = _rows(g, t0, r, left, h, HK, ok, K, MK).to(tl.float32) * LOG2E
+            G = tl.cumsum(b, 0)
+            total = tl.sum(b, 0)
+            shrink = tl.exp2(total)[None, :]
+            w = tl.exp2(-G)
+            if ANY:
+                hard = tl.min(total, 0) < -LIMIT
+                later = tl.full([1, BK], 1.0, tl.float32)
+                if hard:
+                    w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
+                    later = shrink
+                else:
                     D *= shrink
-                kw = (bk.to(tl.float32) * w).to(DT)
-            elif GATE == 1:
-                coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
-                pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-                w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
-                kw = (bk.to(tl.float32) * w).to(DT)
-                shrink = _decay(coarse_end, fine_end)
-            if DV:
-                xv = tl.dot(D.to(DT), tl.trans(kw), input_precision=PREC)
-                for j in range(GROUP):
-                    hq = h * GROUP + j
-                    qs = _load(q, t, hi, hq, H, ok, K, MK).to(tl.float32) * scale
-                    bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
-                    if GATE == 2:
-                        if ANY:
-                            if hard:
-                                A = _scores_any_gate(qs, bk, b, C, BK, LEVELS, DT, PREC)
-                            else:
-                                A = tl.dot((qs * tl.exp2(G)).to(DT), tl.trans(kw), input_precision=PREC)
+            else:  # D shrinks first; all decays run from the chunk's start
+                D *= shrink
+            kw = (bk.to(tl.float32) * w).to(DT)
+        elif GATE == 1:
+            coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
+            pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+            w = _decay(coarse_end - coarse, fine_end - fine)[:, None]
+            kw = (bk.to(tl.float32) * w).to(DT)
+            shrink = _decay(coarse_end, fine_end)
+        if DV:
+            xv = tl.dot(D.to(DT), tl.trans(kw), input_precision=PREC)
+            for j in range(GROUP):
+                hq = h * GROUP + j
+                bq = _rows(q, t0, r, left, hq, H, ok, K, MK)
+                bo = _rows(do, t0, r, left, hq, H, ov, V, MV).to(DT)
+                if GATE == 2:
+                    qs = bq.to(tl.float32) * scale
+                    if ANY:
+                        if hard:
+                            A = _scores_any_gate(qs, bk, b, C, BK, LEVELS, DT, PREC)
                         else:
                             A = tl.dot((qs * tl.exp2(G)).to(DT), tl.trans(kw), input_precision=PREC)
                     else:
-                        A = tl.dot(qs.to(DT), tl.trans(bk.to(DT)), input_precision=PREC)
-                        if GATE == 1:
-                            A *= tl.exp2(pair)
-                    A = tl.where(r[:, None] >= r[None, :], A, 0.0)
-                    xv = tl.dot(tl.trans(bo), A.to(DT), xv, input_precision=PREC)
-                p = dv + ((t * HK + h) * V)[None, :] + ov[:, None]
-                tl.store(p, xv.to(dv.dtype.element_ty), mask=(t < hi)[None, :] & (ov < V)[:, None])
-            if DK:
-                bv = _load(v, t, hi, h, HK, ov, V, MV).to(DT)
-                xk = tl.dot(bv, D.to(DT), input_precision=PREC)
-                if GATE == 2:
-                    drift = tl.zeros([C, BK], tl.float32)
-                elif GATE == 1:
-                    drift = -tl.sum(kw.to(tl.float32) * xk, 1)
-                if GATE > 0:
-                    xk *= w
-                own = tl.zeros([C, BK], tl.float32)
-            if GATE == 1:
-                D *= shrink
-            elif ANY:
-                D *= later
-            for j in range(GROUP):
-                hq = h * GROUP + j
-                bq = _load(q, t, hi, hq, H, ok, K, MK)
-                bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
-                qs = bq.to(tl.float32) * scale
-                if GATE == 2:
-                    qa = (qs * tl.exp2(G)).to(DT)
-                elif GATE == 1:
-                    qa = (qs * _decay(coarse, fine)[:, None]).to(DT)
+                        A = tl.dot((qs * tl.exp2(G)).to(DT), tl.trans(kw), input_precision=PREC)
                 else:
-                    qa = qs.to(DT)
-                D = tl.dot(tl.trans(bo), qa, D, input_precision=PREC)
-                if DK:
-                    W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
-                    if GATE == 0:
-                        W = tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT)
-                        xk += tl.dot(W, bq.to(DT), input_precision=PREC) * scale
-                    else:
-                        own += tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)[:, None] * qs
-                        W = tl.where(r[:, None] < r[None, :], W, 0.0)
-                    if GATE == 2:
-                        qh = qa.to(tl.float32) * w
-                        if ANY:
-                            qh = tl.where(hard, qs, qh)
-                        drift += qh * _load(z, t, hi, hq, H, ok, K, MK)
-                        if ANY:
-                            if hard:
-                                xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
-                            else:
-                                xk += tl.dot(W.to(DT), qa, input_precision=PREC) * w
-                        else:
-                            xk += tl.dot(W.to(DT), qa, input_precision=PREC) * w
-                    elif GATE == 1:
-                        drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
-                        W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
-                        x = tl.dot(W.to(DT), bq.to(DT), input_precision=PREC) * scale
-                        drift -= tl.sum(bk.to(tl.float32) * x, 1)
-                        xk += x
+                    A = tl.dot(bq.to(DT), tl.trans(bk.to(DT)), input_precision=PREC) * scale
+                    if GATE == 1:
+                        A *= tl.exp2(pair)
+                A = tl.where(r[:, None] >= r[None, :], A, 0.0)
+                xv = tl.dot(tl.trans(bo), A.to(DT), xv, input_precision=PREC)
+            p = dv + (t0 * HK + h) * V + ((r * (HK * V))[None, :] + ov[:, None])
+            tl.store(p, xv.to(dv.dtype.element_ty), mask=(r < left)[None, :] & (ov < V)[:, None])
+        if DK:
+            bv = _rows(v, t0, r, left, h, HK, ov, V, MV).to(DT)
+            xk = tl.dot(bv, D.to(DT), input_precision=PREC)
+            if GATE == 2:
+                drift = tl.zeros([C, BK], tl.float32)
+                if ANY:
+                    xk *= tl.where(hard, w, 1.0)
+            elif GATE == 1:
+                drift = -tl.sum(kw.to(tl.float32) * xk, 1)
+                xk *= w
+            own = tl.zeros([C, BK], tl.float32)
+        if GATE == 1:
+            D *= shrink
+        elif ANY:
+            D *= later
+        for j in range(GROUP):
+            hq = h * GROUP + j
+            bq = _rows(q, t0, r, left, hq, H, ok, K, MK)
+            bo = _rows(do, t0, r, left, hq, H, ov, V, MV).to(DT)
+            qs = bq.to(tl.float32) * scale
+            if GATE == 2:
+                qa = (qs * tl.exp2(G)).to(DT)
+            elif GATE == 1:
+                qa = (qs * _decay(coarse, fine)[:, None]).to(DT)
+            else:
+                qa = qs.to(DT)
+            D = tl.dot(tl.trans(bo), qa, D, input_precision=PREC)
             if DK:
+                W = tl.dot(bv, tl.trans(bo), input_precision=PREC)
+                if GATE == 0:
+                    W = tl.where(r[:, None] <= r[None, :], W, 0.0).to(DT)
+                    xk += tl.dot(W, bq.to(DT), input_precision=PREC) * scale
+                else:
+                    own += tl.sum(bo.to(tl.float32) * bv.to(tl.float32), 1)[:, None] * qs
+                    W = tl.where(r[:, None] < r[None, :], W, 0.0)
                 if GATE == 2:
-                    kh = kw.to(tl.float32) * tl.exp2(G)
+                    qh = qa.to(tl.float32) * w
                     if ANY:
-                        kh = tl.where(hard, bk.to(tl.float32), kh)
-                    drift -= kh * xk
-                    xg = tl.cumsum(drift, 0, reverse=True) + carry[None, :]
-                    if ANY:  # below -150 exp2 is 0, and so is the gradient
-                        xg = tl.where(b < -150.0, 0.0, xg)
-                    _store(dg, xg, t, hi, h, HK, ok, K, MK)
-                    carry += tl.sum(drift, 0)
+                        qh = tl.where(hard, qs, qh)
+                    drift += qh * _rows(z, t0, r, left, hq, H, ok, K, MK)
+                    if ANY:
+                        if hard:
+                            xk += _apply_any_gate(W, qs, b, False, C, BK, LEVELS, DT, PREC)
+                        else:
+                            xk += tl.dot(W.to(DT), qa, input_precision=PREC)
+                    else:
+                        xk = tl.dot(W.to(DT), qa, xk, input_precision=PREC)
                 elif GATE == 1:
-                    xg = tl.cumsum(drift, 0, reverse=True) + carry
-                    own_gate = tl.load(g + t * HK + h, mask=t < hi, other=0.0).to(tl.float32) * LOG2E
-                    tl.store(dg + ik * part + t * HK + h, tl.where(own_gate < -150.0, 0.0, xg), mask=t < hi)
-                    carry += tl.sum(drift, 0)
-                _store(dk, xk + own, t, hi, h, HK, ok, K, MK)
+                    drift += tl.load(z + ik * part * GROUP + t * H + hq, mask=t < hi, other=0.0)
+                    W = tl.where(r[:, None] < r[None, :], W * tl.exp2(tl.trans(pair)), 0.0)
+                    x = tl.dot(W.to(DT), bq.to(DT), input_precision=PREC) * scale
+                    drift -= tl.sum(bk.to(tl.float32) * x, 1)
+                    xk += x
+        if DK:
+            if GATE == 2:
+                if ANY:
+                    drift -= tl.where(hard, bk.to(tl.float32), kw.to(tl.float32)) * xk
+                    xk *= tl.where(hard, 1.0, w)
+                else:
+                    drift -= kw.to(tl.float32) * xk
+                    xk *= w
+                xg = tl.cumsum(drift, 0, reverse=True) + carry[None, :]
+                if ANY:  # below -150 exp2 is 0, and so is the gradient
+                    xg = tl.where(b < -150.0, 0.0, xg)
+                _put_rows(dg, xg, t0, r, left, h, HK, ok, K, MK)
+                carry += tl.sum(drift, 0)
+            elif GATE == 1:
+                xg = tl.cumsum(drift, 0, reverse=True) + carry
+                own_gate = tl.load(g + t * HK + h, mask=t < hi, other=0.0).to(tl.float32) * LOG2E
+                tl.store(dg + ik * part + t * HK + h, tl.where(own_gate < -150.0, 0.0, xg), mask=t < hi)
+                carry += tl.sum(drift, 0)
+            _put_rows(dk, xk + own, t0, r, left, h, HK, ok, K, MK)
     if dinit is not None:
         if GATE == 2:
             inside = inside & (ok < tl.where(mine, K, 0))[None, :]
