@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from icrl_kernels import swap
+from icrl_kernels.swap import _ops
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported:UserWarning")
@@ -93,7 +94,7 @@ def clean():
 def transformers(monkeypatch):
     """The package, its functions their plain torch code, which flash-linear-attention takes the place of when installed."""
     package = pytest.importorskip("transformers", minversion="5.20")
-    for module, name, _ in swap._find_transformers():
+    for module, name, _ in swap._transformers.find():
         if hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     return package
@@ -122,9 +123,9 @@ def written(model, prompt):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_models_compute_the_same(transformers, model_type, monkeypatch):
     names = ("gated_delta_rule", "gated_delta_rule_step")
-    ops = {name: mock.Mock(wraps=getattr(swap, name)) for name in names}
+    ops = {name: mock.Mock(wraps=getattr(_ops, name)) for name in names}
     for name, op in ops.items():
-        monkeypatch.setattr(swap, name, op)
+        monkeypatch.setattr(_ops, name, op)
     model = build(model_type)
     tokens = torch.randint(1, 61, (2, 70))
     theirs, their_tokens = logits_and_gradients(model, tokens), written(model, tokens[:, :9])
@@ -152,7 +153,7 @@ def test_models_compute_the_same(transformers, model_type, monkeypatch):
 def test_functions_compute_the_same(transformers, T, dtype):
     """Each function of each model, with a state and a gradient through all that has one."""
     found = 0
-    for module, name, _ in swap._find_transformers():
+    for module, name, _ in swap._transformers.find():
         theirs = getattr(module, name, None)
         if theirs is None:
             continue
@@ -202,12 +203,12 @@ def test_every_model_is_served(transformers):
     models = Path(transformers.__file__).parent / "models"
     functions = re.compile(r"^def (\w*(?:gated_delta_rule|kimi_delta_attention))\(", re.M)
     have = {(p.parent.name, f) for p in models.glob("*/modeling_*.py") for f in functions.findall(p.read_text())}
-    served = {(m.__name__.split(".")[2], n) for m, n, _ in swap._find_transformers() if hasattr(m, n)}
+    served = {(m.__name__.split(".")[2], n) for m, n, _ in swap._transformers.find() if hasattr(m, n)}
     assert have == served
 
 
 def test_uninstall_restores_exactly(transformers):
-    before = {(m, n): getattr(m, n, None) for m, n, _ in swap._find_transformers()}
+    before = {(m, n): getattr(m, n, None) for m, n, _ in swap._transformers.find()}
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     first = swap.install("transformers")
     assert len(first.names) == 16
@@ -220,7 +221,7 @@ def test_uninstall_restores_exactly(transformers):
         assert module.later is before[module, "torch_chunk_gated_delta_rule"]
     finally:
         del module.later
-    assert before == {(m, n): getattr(m, n, None) for m, n, _ in swap._find_transformers()}
+    assert before == {(m, n): getattr(m, n, None) for m, n, _ in swap._transformers.find()}
     assert not swap._originals
     swap.uninstall()  # nothing to undo is no error
     with pytest.raises(RuntimeError, match="inside"), swap.install("transformers"):
@@ -244,9 +245,9 @@ def test_packed_sequences(transformers):
 
 def test_refusals(transformers):
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-    with pytest.raises(ValueError, match="package: wanted one of transformers"):
+    with pytest.raises(ValueError, match="package: wanted one of fla, transformers"):
         swap.install("torchvision")
-    with pytest.raises(ValueError, match="package: wanted one of transformers"):
+    with pytest.raises(ValueError, match="package: wanted one of fla, transformers"):
         swap.uninstall("torchvision")
     q, k, v, g, beta, state = delta_inputs()
     with swap.install("transformers"):

@@ -1,0 +1,139 @@
+"""Our ops in other people's code: `install` puts them where another library looks up its own, `uninstall` takes them out.
+
+A swap changes which function a module's global name stands for and nothing else, so it serves models built before it as
+well as after, and is undone exactly.
+
+    from icrl_kernels import swap
+
+    swap.install("transformers")
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-Next-80B-A3B-Instruct")
+    ...
+    swap.uninstall()
+
+    with swap.install("fla"):  # the same for a while
+        layer = fla.layers.GatedLinearAttention(hidden_size=512)
+        ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from types import FunctionType, ModuleType
+
+from icrl_kernels.swap import _fla, _transformers
+from icrl_kernels.swap._ops import Function
+
+__all__ = ["Installed", "install", "uninstall"]
+
+_PACKAGES = {"fla": _fla.find, "transformers": _transformers.find}
+
+_originals: dict[FunctionType, FunctionType] = {}
+"""Ours → theirs, of what is installed."""
+
+
+class Installed:
+    """What one `install` replaced: `names`, as "module.function". A context manager that undoes it at its end."""
+
+    def __init__(self, ours: list[FunctionType], names: list[str]):
+        self._ours = ours
+        self.names = names
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _restore(self._ours)
+
+
+def install(package: str) -> Installed:
+    """Let `package` compute with our ops, until `uninstall` or the end of a `with` block.
+
+    Args:
+        package: "transformers" or "fla".
+
+    "transformers" (tested with 5.23): every model that computes the gated delta rule or Kimi Delta Attention
+    (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, ...): prefill, decoding and training. As with its own functions the
+    recurrence is computed in float32 whatever the inputs' dtype, states are float32, outputs have the query's dtype and
+    `chunk_size` changes nothing. Packed sequences (`cu_seqlens`), which its torch functions refuse, are kept apart.
+
+    "fla" (flash-linear-attention, tested with 0.6.0): the sequence-mixing functions of its layers and models: GLA and
+    simple GLA (and what is made of it: linear attention, retention, lightning attention), the delta rule, gated or not,
+    KDA, GSA and RWKV-7, chunked and recurrent. Gates and betas that its kernels compute themselves
+    (`use_gate_in_kernel`, `use_beta_sigmoid_in_kernel`) are computed in torch.
+
+    Nothing else is replaced: convolutions, norms and feature maps stay what they are, in "fla" Triton kernels, which
+    want a GPU. In "transformers" they are torch, so that its models run on a CPU with flash-linear-attention installed,
+    whose kernels it would choose otherwise. Which backend of ours serves is "auto"'s choice: see each op's docstring for
+    what a GPU gets.
+
+    Installing what is installed changes nothing; modules imported since are not missed. A function that a program
+    imported by name into a module of its own is not replaced there.
+
+    Raises:
+        ImportError: where the package is not there. ValueError: for a package not named above, or a version of it that
+            has none of the functions; and, when a replaced function is called, for an argument that our op cannot
+            honour, naming it.
+    """
+    if package not in _PACKAGES:
+        raise ValueError(f"package: wanted one of {', '.join(_PACKAGES)}, got {package!r}")
+    ours: dict[FunctionType, FunctionType] = {}  # theirs → ours
+    for module, name, function in _PACKAGES[package]():
+        theirs = vars(module).get(name)
+        if isinstance(theirs, FunctionType) and theirs not in _originals and theirs not in ours:
+            ours[theirs] = _adaptor(theirs, function)
+    names = _replace(package, ours)
+    _originals.update({new: old for old, new in ours.items()})
+    if not names and not _installed(package):
+        version = getattr(sys.modules[package], "__version__", "of unknown version")
+        raise ValueError(f"package: {package} {version} has none of the functions that are known here")
+    return Installed(list(ours.values()), names)
+
+
+def uninstall(package: str | None = None) -> None:
+    """Undo every `install`, or those of one package: each name stands for the function that it stood for before."""
+    if package is not None and package not in _PACKAGES:
+        raise ValueError(f"package: wanted one of {', '.join(_PACKAGES)} or None, got {package!r}")
+    _restore([f for p in _PACKAGES if package in (None, p) for f in _installed(p)])
+
+
+def _installed(package: str) -> list[FunctionType]:
+    return [f for f in _originals if f.__module__.split(".")[0] == package]
+
+
+def _restore(ours: list[FunctionType]) -> None:
+    undo = {f: _originals.pop(f) for f in ours if f in _originals}
+    for package in {f.__module__.split(".")[0] for f in undo}:
+        _replace(package, undo)
+
+
+def _replace(package: str, new: dict[FunctionType, FunctionType]) -> list[str]:
+    """Rebind every global of the package's loaded modules that is a key of `new`: a function imported by name is one too."""
+    names = []
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == package and isinstance(module, ModuleType):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, FunctionType) and value in new:
+                    setattr(module, name, new[value])
+                    names.append(f"{module_name}.{name}")
+    return names
+
+
+def _adaptor(theirs: FunctionType, function: Function) -> FunctionType:
+    """A function of its own for each one replaced, so that the way back is known.
+
+    `function` gets every argument by name, their defaults included: orders and defaults are those of their version.
+    """
+    parameters = inspect.signature(theirs).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    @functools.wraps(theirs)  # its name and module too, which tell what is installed where
+    def ours(*args, **kwargs):
+        given = dict(zip(positional, args, strict=False))
+        if len(args) > len(positional) or given.keys() & kwargs.keys():
+            return theirs(*args, **kwargs)  # raises what Python raises
+        return function(**{**defaults, **given, **kwargs})
+
+    return ours  # type: ignore[return-value]

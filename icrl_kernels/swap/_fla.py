@@ -1,0 +1,239 @@
+"""What flash-linear-attention's layers call, of our ops, under its names and arguments (tensors are [B, T, H, D] in both)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icrl_kernels.gla import gla, gla_step
+from icrl_kernels.gsa import gsa, gsa_step
+from icrl_kernels.rwkv7 import rwkv7, rwkv7_step
+from icrl_kernels.swap._ops import Function, delta_rule, one_token, refuse, run
+
+# How to compute, or copies of what is given: they change no result.
+_HINTS = {
+    *("checkpoint_level", "chunk_indices", "chunk_size", "cu_seqlens_cpu", "disable_recompute"),
+    *("max_num_seqs", "safe_gate"),
+}
+
+
+def _refuse(function: str, rest: dict[str, Any]) -> None:
+    refuse(function, {name: value for name, value in rest.items() if name not in _HINTS})
+
+
+def _widest(*tensors: Tensor) -> list[Tensor]:
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return [t.to(dtype) for t in tensors]
+
+
+def _wide(t: Tensor | None, q: Tensor) -> Tensor | None:
+    """Gates, beta and states may be narrower than float32 there; a wider one than is served here is refused as such."""
+    return t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) and t.dtype != q.dtype else t
+
+
+def _state(state: Tensor | None, v_first: bool) -> Tensor | None:
+    if state is None:
+        return None
+    state = state.float() if state.dtype in (torch.bfloat16, torch.float16) else state
+    return state.transpose(-1, -2).contiguous() if v_first else state
+
+
+def _linear(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    state_v_first: bool = False,
+    transpose_state_layout: bool = False,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with no gate, g [B, T, H] or [B, T, H, K] (which the recurrent form calls gk), or g_gamma [H]."""
+    _refuse("linear attention", rest)
+    if sum(t is not None for t in (g, gk, g_gamma)) > 1:
+        raise ValueError("g: wanted at most one of g, gk and g_gamma")
+    dtype, v_first = q.dtype, bool(state_v_first or transpose_state_layout)
+    q, k, v = _widest(q, k, v)
+    g = g if gk is None else gk
+    if g_gamma is not None:
+        g = g_gamma.float().expand(*k.shape[:3])
+    shape = (k.shape[0], *k.shape[2:], v.shape[-1])
+    tensors = (q, k, v, _wide(g, q))
+    o, final = run(gla, gla_step, tensors, shape, scale, _state(initial_state, v_first), output_final_state, cu_seqlens)
+    return o.to(dtype), _state(final, v_first)
+
+
+def _delta(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    cu_seqlens: Tensor | None = None,
+    state_v_first: bool = False,
+    transpose_state_layout: bool = False,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule with no gate, g [B, T, H] or [B, T, H, K] (gk): given, or computed here as their kernels do."""
+    _refuse("the delta rule", rest)
+    dtype, v_first = q.dtype, bool(state_v_first or transpose_state_layout)
+    q, k, v = _widest(q, k, v)
+    if use_gate_in_kernel:
+        g = _gate(g, A_log, dt_bias, lower_bound)
+    if gk is not None:
+        g = gk if g is None else g.float()[..., None] + gk.float()
+    if use_beta_sigmoid_in_kernel:
+        if beta is None:
+            raise ValueError("beta: wanted its logits, because of use_beta_sigmoid_in_kernel, got None")
+        beta = beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
+    elif allow_neg_eigval:
+        raise ValueError("allow_neg_eigval: wanted use_beta_sigmoid_in_kernel=True with it")
+    o, final = delta_rule(
+        q,
+        k,
+        v,
+        _wide(g, q),
+        _wide(beta, q),
+        scale,
+        _state(initial_state, v_first),
+        output_final_state,
+        cu_seqlens,
+        use_qk_l2norm_in_kernel,
+    )
+    return o.to(dtype), _state(final, v_first)
+
+
+def _gate(g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
+    """−exp(A) softplus(g + b), or where there is a bound bound · sigmoid(exp(A) (g + b)); A per head, b as g's heads."""
+    if g is None or (A_log is None and lower_bound is None):
+        raise ValueError(f"{'g' if g is None else 'A_log'}: wanted a tensor, because of use_gate_in_kernel, got None")
+    g = g.float()
+    if dt_bias is not None:
+        g = g + dt_bias.float().view(g.shape[2:])
+    rate = 1.0 if A_log is None else A_log.float().exp().view(-1, *[1] * (g.dim() - 3))
+    return -rate * F.softplus(g) if lower_bound is None else lower_bound * torch.sigmoid(rate * g)
+
+
+def _gsa(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, list[Tensor | None]]:
+    _refuse("gated slot attention", rest)
+    if g is None:
+        raise ValueError("g: without it slots are gated by their own running sum, which is not served; pass s and g")
+    dtype = q.dtype
+    q, k, v, s = _widest(q, k, v, s)
+    pair = None
+    if initial_state is not None and any(t is not None for t in initial_state):
+        pair = tuple(_state(t, False) for t in initial_state)
+    g = _wide(g, q)
+    if one_token(cu_seqlens, None, q, k, v, s, g, *(pair or ())):
+        shapes = (k.shape[0], *k.shape[2:], s.shape[-1]), (k.shape[0], k.shape[2], s.shape[-1], v.shape[-1])
+        if pair is None:
+            pair = tuple(torch.zeros(x, dtype=torch.float32, device=q.device) for x in shapes)
+        else:
+            pair = tuple(t.clone() for t in pair)  # type: ignore[union-attr]
+        o = gsa_step(q[:, 0], k[:, 0], v[:, 0], s[:, 0], g[:, 0], pair, scale)[:, None]  # type: ignore[index, arg-type]
+    else:
+        o, pair = gsa(q, k, v, s, g, scale, pair, output_final_state, cu_seqlens)  # type: ignore[arg-type]
+    return o.to(dtype), list(pair) if output_final_state and pair is not None else [None, None]
+
+
+def _rwkv7(
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lower_bound: float | None = None,  # a promise about w
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    _refuse("RWKV-7's recurrence", rest)
+    dtype = r.dtype
+    r, k, v, a, b = _widest(r, k, v, a, b)
+    shape = (*r.shape[:1], *r.shape[2:], v.shape[-1])
+    tensors = (r, _wide(w, r), k, v, a, b)
+    o, final = run(
+        rwkv7, rwkv7_step, tensors, shape, scale, _state(initial_state, False), output_final_state, cu_seqlens
+    )
+    return o.to(dtype), final
+
+
+def _rwkv7_multiplied(*, r: Tensor, kk: Tensor, a: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+    """a = −kk and b = kk a, multiplied in float32."""
+    dtype, reader = r.dtype, kk.float()
+    o, final = _rwkv7(r=r.float(), a=-reader, b=reader * a.float(), **rest)
+    return o.to(dtype), final
+
+
+def _dplr(*, q: Tensor, gk: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+    return _rwkv7(r=q, w=gk, **rest)
+
+
+FUNCTIONS: dict[str, dict[str, Function]] = {
+    "delta_rule": {"chunk_delta_rule": _delta, "fused_recurrent_delta_rule": _delta},
+    "gated_delta_rule": {"chunk_gated_delta_rule": _delta, "fused_recurrent_gated_delta_rule": _delta},
+    "generalized_delta_rule": {"chunk_dplr_delta_rule": _dplr, "fused_recurrent_dplr_delta_rule": _dplr},
+    "gla": {"chunk_gla": _linear, "fused_recurrent_gla": _linear},
+    "gsa": {"chunk_gsa": _gsa, "fused_recurrent_gsa": _gsa},
+    "kda": {"chunk_kda": _delta, "fused_recurrent_kda": _delta},
+    "rwkv7": {
+        "chunk_rwkv7": _rwkv7,
+        "fused_recurrent_rwkv7": _rwkv7,
+        "fused_mul_recurrent_rwkv7": _rwkv7_multiplied,
+    },
+    "simple_gla": {
+        "chunk_simple_gla": _linear,
+        "fused_chunk_simple_gla": _linear,
+        "fused_recurrent_simple_gla": _linear,
+        "parallel_simple_gla": _linear,
+    },
+}
+
+
+def find() -> Iterator[tuple[ModuleType, str, Function]]:
+    importlib.import_module("fla")
+    for package, functions in FUNCTIONS.items():
+        module = importlib.import_module(f"fla.ops.{package}")
+        for name, function in functions.items():
+            yield module, name, function
