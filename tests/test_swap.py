@@ -9,24 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from wide import Wide
 
 from icrl_kernels import swap
 from icrl_kernels.swap import _ops
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported:UserWarning")
-
-
-class Wide(TorchFunctionMode):
-    """Runs code that casts to float32 in float64 instead: the reference that has no roundings of its own to speak of."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
-        return func(*args, **kwargs)
 
 
 def delta_inputs(B=2, T=70, Hk=2, H=4, K=16, V=24, channel=False, dtype=torch.float32):

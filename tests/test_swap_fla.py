@@ -1,0 +1,271 @@
+"""flash-linear-attention with our ops in it, on a CPU: the same outputs, states and gradients as with its own naive torch.
+
+Its layers run here with the Triton kernels around the sequence mixing (convolutions, norms, RWKV-7's element-wise ones)
+put into torch by `triton_free`. On a GPU none of this has been run.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from wide import Wide
+
+from icrl_kernels import swap
+from icrl_kernels.swap import _fla
+from icrl_kernels.testing import assert_as_good_as_torch
+
+pytest.importorskip("fla", minversion="0.6")
+pytestmark = pytest.mark.filterwarnings("ignore")  # its own, of platforms and of sequences shorter than heads
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    swap.uninstall()
+
+
+# Their naive functions under the arguments of those that the layers call
+
+
+def naive(name):
+    package = next(p for p, functions in _fla.FUNCTIONS.items() if name in functions)
+    path = {"generalized_delta_rule": "generalized_delta_rule.dplr", "rwkv7": "generalized_delta_rule.dplr"}
+    module = importlib.import_module(f"fla.ops.{path.get(package, package)}.naive")
+    compute = {
+        "delta_rule": delta_rule,
+        "gated_delta_rule": gated,
+        "generalized_delta_rule": dplr,
+        "gla": gla,
+        "gsa": gsa,
+        "kda": gated,
+        "rwkv7": rwkv7,
+        "simple_gla": simple_gla,
+    }[package]
+
+    def function(*args, initial_state=None, output_final_state=False, state_v_first=False, **options):
+        assert not args
+        options.pop("cu_seqlens", None)
+        if initial_state is not None and state_v_first:
+            initial_state = initial_state.transpose(-1, -2)
+        o, state = compute(module, initial_state=initial_state, output_final_state=True, **options)
+        if not output_final_state:
+            state = None
+        return o, state.transpose(-1, -2) if state_v_first and state is not None else state
+
+    return function
+
+
+def first(tensors):
+    return [t.transpose(1, 2) for t in tensors]  # heads before tokens
+
+
+def gla(module, *, q, k, v, g=None, gk=None, **states):
+    return module.naive_recurrent_gla(q, k, v, g if gk is None else gk, **states)
+
+
+def simple_gla(module, *, q, k, v, g=None, g_gamma=None, **states):
+    if g is None:
+        g = torch.zeros_like(q[..., 0]) if g_gamma is None else g_gamma.expand(q.shape[:3])
+    return module.naive_recurrent_simple_gla(q, k, v, g, **states)
+
+
+def gsa(module, *, q, k, v, s, g, scale=None, **states):
+    return module.naive_recurrent_gsa(q, k, v, s, g, scale, **states)
+
+
+def l2norm(x):
+    return x.float() * (x.float().square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def delta_rule(module, *, q, k, v, beta, use_qk_l2norm_in_kernel=False, **states):
+    dtype = q.dtype
+    if use_qk_l2norm_in_kernel:
+        q, k = l2norm(q), l2norm(k)
+    o, state = module.delta_rule_recurrence(*first((q, k, v, beta)), **states)
+    return o.transpose(1, 2).to(dtype), state
+
+
+def gated(module, *, q, k, v, g, beta, use_gate_in_kernel=False, A_log=None, dt_bias=None, lower_bound=None, **options):
+    dtype = q.dtype
+    kda = g.dim() == 4
+    gates = importlib.import_module(module.__name__.replace("naive", "gate"))
+    if use_gate_in_kernel and lower_bound is not None:
+        g = gates.naive_kda_lowerbound_gate(g, A_log, dt_bias, lower_bound)
+    elif use_gate_in_kernel:
+        g = (gates.naive_kda_gate if kda else gates.naive_gdn_gate)(g, A_log, dt_bias)
+    if options.pop("use_beta_sigmoid_in_kernel", False):
+        beta = beta.float().sigmoid() * (2 if options.pop("allow_neg_eigval", False) else 1)
+    if options.pop("use_qk_l2norm_in_kernel", False):
+        q, k = l2norm(q), l2norm(k)
+    options = {name: x for name, x in options.items() if name in ("scale", "initial_state", "output_final_state")}
+    if kda:
+        o, state = module.naive_recurrent_kda(q, k, v, g, beta, **options)
+    else:
+        q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], 2) for t in (q, k))
+        o, state = module.naive_recurrent_gated_delta_rule(q, k, v, beta, g, **options)
+    return o.to(dtype), state
+
+
+def dplr(module, *, q, k, v, a, b, gk, **states):
+    o, state = module.dplr_recurrence(*first((q, k, v)), *first((a, b)), gk.transpose(1, 2), **states)
+    return o.transpose(1, 2), state
+
+
+def rwkv7(module, *, r, w, k, v, a, b=None, kk=None, scale=1.0, initial_state, output_final_state, **hints):
+    if kk is not None:
+        a, b = -kk.float(), kk.float() * a.float()
+    o, state = dplr(
+        module,
+        q=r.float() * scale * r.shape[-1] ** 0.5,
+        **dict(k=k, v=v, a=a.float(), b=b, gk=w, initial_state=initial_state, output_final_state=output_final_state),
+    )
+    return o.to(r.dtype), state
+
+
+# Functions
+
+B, H, K, V, M = 2, 4, 16, 24, 8
+
+
+def tensors(names, T, dtype, heads=H):
+    torch.manual_seed(T)
+    sizes = {"v": V, "s": M, "beta": None}
+    made = {}
+    for name in names:
+        size = () if name in ("beta", "g1") else (sizes.get(name, K),)
+        shape = (B, T, heads if name in ("q", "k") else H, *size)
+        made[name] = torch.randn(shape) if name != "beta" else torch.rand(shape)
+        if name in ("g", "gk", "w"):
+            made[name] = F.logsigmoid(made[name])  # gates stay float32
+        elif name == "g1":
+            made["g"] = F.logsigmoid(made.pop("g1"))
+        else:
+            made[name] = made[name].to(dtype)
+    return made
+
+
+CASES = {  # functions; inputs; what else is asked for
+    "gla": (("chunk_gla",), "q k v g", {}),
+    "gla recurrent": (("fused_recurrent_gla",), "q k v gk", {}),
+    "simple gla": (
+        ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla"),
+        "q k v g1",
+        {"scale": 0.3},
+    ),
+    "gamma": (("chunk_simple_gla", "fused_recurrent_simple_gla"), "q k v", {"g_gamma": -torch.arange(1, H + 1) / 8}),
+    "no gate": (("chunk_simple_gla", "fused_recurrent_simple_gla"), "q k v", {}),
+    "delta rule": (("chunk_delta_rule", "fused_recurrent_delta_rule"), "q k v beta", {"use_qk_l2norm_in_kernel": True}),
+    "gated delta rule": (
+        ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+        "q k v g1 beta",
+        {"use_qk_l2norm_in_kernel": True, "scale": 0.3},
+    ),
+    "kda": (("chunk_kda", "fused_recurrent_kda"), "q k v g beta", {"use_qk_l2norm_in_kernel": True}),
+    "gsa": (("chunk_gsa", "fused_recurrent_gsa"), "q k v s gs", {"scale": 0.3}),
+    "rwkv7": (("chunk_rwkv7", "fused_recurrent_rwkv7"), "r w k v a b", {"scale": 1.0}),
+    "dplr": (("chunk_dplr_delta_rule", "fused_recurrent_dplr_delta_rule"), "q k v a b gk", {}),
+}
+
+
+def make(case, T, dtype):
+    names = CASES[case][1].split()
+    grouped = H // 2 if case in ("gated delta rule", "kda") else H
+    inputs = tensors([n for n in names if n != "gs"], T, dtype, grouped)
+    if case == "gsa":
+        inputs |= {"g": F.logsigmoid(torch.randn(B, T, H, M)), "s": inputs["s"].sigmoid()}
+        state = torch.randn(B, H, K, M), torch.randn(B, H, M, V)
+    else:
+        state = torch.randn(B, H, K, V)
+    if "a" in inputs:  # a contraction
+        norm = F.normalize(inputs["a"].float(), dim=-1)
+        inputs |= {"a": -norm.to(dtype), "b": (norm * torch.rand(B, T, H, K)).to(dtype)}
+    if case == "delta rule":
+        inputs["k"] = F.normalize(inputs["k"].float(), dim=-1).to(dtype)
+    return inputs, state
+
+
+def flat(result):
+    o, state = result
+    return [o, *(state if isinstance(state, (tuple, list)) else [state])]
+
+
+def run(function, inputs, state, grad, **options):
+    """Outputs, states and, where asked for, the gradients of all of the inputs."""
+    inputs = {name: t.detach().clone().requires_grad_(grad) for name, t in inputs.items()}
+    states = [t.detach().clone().requires_grad_(grad) for t in (state if isinstance(state, tuple) else [state])]
+    state = tuple(states) if isinstance(state, tuple) else states[0]
+    results = flat(function(**inputs, initial_state=state, output_final_state=True, **options))
+    if grad:
+        sum((t.float() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in results).backward()
+    return [t.detach() for t in results] + ([t.grad for t in (*inputs.values(), *states)] if grad else [])
+
+
+def module_of(name):
+    package = next(p for p, functions in _fla.FUNCTIONS.items() if name in functions)
+    return importlib.import_module(f"fla.ops.{package}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 37])
+@pytest.mark.parametrize("case", CASES)
+def test_functions_compute_the_same(case, T, dtype):
+    names, _, options = CASES[case]
+    inputs, state = make(case, T, dtype)
+    double = {name: t.double() for name, t in inputs.items()}
+    wide_state = tuple(t.double() for t in state) if isinstance(state, tuple) else state.double()
+    for grad in (True, False):
+        for name in names:
+            plain = run(naive(name), inputs, state, grad, **options)
+            with Wide():
+                exact = run(naive(name), double, wide_state, grad, **options)
+            with swap.install("fla"):
+                function = getattr(module_of(name), name)
+                ours = run(function, inputs, state, grad, **options)
+                if not isinstance(state, tuple) and "state_v_first" in function.__wrapped__.__code__.co_varnames:
+                    turned = run(function, inputs, state.mT.contiguous(), False, state_v_first=True, **options)
+                    assert torch.equal(turned[1].mT, run(function, inputs, state, False, **options)[1])
+            for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+                assert a.dtype == b.dtype
+                assert_as_good_as_torch(a, b, c, name=f"{name} {i}")
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("case", ["gated delta rule", "kda"])
+def test_gates_computed_within(case, bounded):
+    """use_gate_in_kernel and use_beta_sigmoid_in_kernel, gradients of A_log and dt_bias included."""
+    names = CASES[case][0]
+    if bounded and case != "kda":
+        names = ()
+    inputs, state = make(case, 20, torch.float32)
+    inputs |= {"A_log": torch.randn(H), "dt_bias": torch.randn(inputs["g"].shape[2:]).flatten()}
+    flags = ("use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval")
+    options = dict.fromkeys(flags, True) | ({"lower_bound": -5.0} if bounded else {})
+    for name in names:
+        plain = run(naive(name), inputs, state, True, **options)
+        with Wide():
+            exact = run(naive(name), {n: t.double() for n, t in inputs.items()}, state.double(), True, **options)
+        with swap.install("fla"):
+            ours = run(getattr(module_of(name), name), inputs, state, True, **options)
+        for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+            assert_as_good_as_torch(a, b, c, name=f"{name} {i}")
+
+
+def test_what_is_made_of_simple_gla_is_served():
+    retention = importlib.import_module("fla.ops.retention")
+    lightning = importlib.import_module("fla.ops.lightning_attn")
+    linear = importlib.import_module("fla.ops.linear_attn")
+    inputs, _ = make("no gate", 20, torch.float32)
+    log = (1 - 2.0 ** (-5.0 - torch.arange(H))).log()
+    slopes = -(8 / H * (1 - 1 / 4)) * torch.arange(H)
+    expected = {gamma: naive("chunk_simple_gla")(**inputs, g_gamma=g)[0] for gamma, g in (("r", log), ("l", slopes))}
+    with swap.install("fla"):
+        for f in (retention.chunk_retention, retention.fused_recurrent_retention, retention.parallel_retention):
+            torch.testing.assert_close(f(**inputs)[0], expected["r"], rtol=1e-4, atol=1e-5)
+        for f in (lightning.chunk_lightning_attn, lightning.fused_recurrent_lightning_attn):
+            torch.testing.assert_close(f(**inputs, layer_idx=1, num_layers=4)[0], expected["l"], rtol=1e-4, atol=1e-5)
+        for f in (linear.chunk_linear_attn, linear.fused_recurrent_linear_attn):
+            o = f(**inputs, normalize=False)[0]
+            torch.testing.assert_close(o, naive("chunk_simple_gla")(**inputs)[0], rtol=1e-4, atol=1e-5)
