@@ -269,3 +269,177 @@ def test_what_is_made_of_simple_gla_is_served():
         for f in (linear.chunk_linear_attn, linear.fused_recurrent_linear_attn):
             o = f(**inputs, normalize=False)[0]
             torch.testing.assert_close(o, naive("chunk_simple_gla")(**inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+# Layers
+
+
+@pytest.fixture
+def triton_free(monkeypatch):
+    """What the layers call besides the sequence mixing, in torch: their own references where there are some."""
+    conv = importlib.import_module("fla.modules.causal_conv1d.ops")
+    layernorm = importlib.import_module("fla.modules.norm.layernorm")
+    gated_norm = importlib.import_module("fla.modules.norm.fused_norm_gate")
+    layer_gsa = importlib.import_module("fla.layers.gsa")
+    layer_rwkv7 = importlib.import_module("fla.layers.rwkv7")
+    layer_delta = importlib.import_module("fla.layers.gated_deltanet")
+
+    def convolution(self, x, cache=None, output_final_state=False, **options):
+        T, W = x.shape[1], self.kernel_size[0]
+        x = x.transpose(1, 2)
+        x = torch.cat([x.new_zeros(*x.shape[:2], W) if cache is None else cache, x], -1)
+        y = F.silu(F.conv1d(x, self.weight, self.bias, groups=self.groups)[..., -T:]).transpose(1, 2)
+        return y, x[..., -W:].clone() if output_final_state else None
+
+    def rms_norm(self, x):
+        return self.weight * (x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+
+    def rms_norm_gated(self, x, g):
+        return rms_norm(self, x) * (F.silu(g) if self.activation in ("swish", "silu") else g.sigmoid())
+
+    def rms_norm_linear(x, norm_weight, norm_bias, weight, bias):
+        return F.linear(norm_weight * (x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()), weight, bias)
+
+    def token_shift(x, cu_seqlens, output_cache, cache):
+        before = torch.zeros_like(x[:, :1]) if cache is None else cache
+        return torch.cat([before, x[:, :-1]], 1) - x, x[:, -1:]
+
+    monkeypatch.setattr(conv.ShortConvolution, "forward", convolution)
+    monkeypatch.setattr(layer_delta.GatedDeltaNet, "_use_fused_qkv_conv", lambda self, **options: False)
+    monkeypatch.setattr(layernorm.RMSNorm, "forward", rms_norm)
+    monkeypatch.setattr(gated_norm.FusedRMSNormGated, "forward", rms_norm_gated)
+    monkeypatch.setattr(importlib.import_module("fla.modules.feature_map"), "swish", F.silu)
+    monkeypatch.setattr(layer_gsa, "rms_norm_linear", rms_norm_linear)
+    monkeypatch.setattr(layer_rwkv7, "token_shift", token_shift)
+    ops = (
+        importlib.import_module("fla.ops.rwkv7.fused_addcmul"),
+        importlib.import_module("fla.ops.rwkv7.fused_k_update"),
+    )
+    gate = importlib.import_module("fla.ops.rwkv7.gate_output_correction")
+    monkeypatch.setattr(layer_rwkv7, "fused_addcmul_rwkv7", ops[0].torch_addcmul_rwkv7)
+    monkeypatch.setattr(layer_rwkv7, "fused_k_rwkv7", ops[1].k_update_ref)
+    monkeypatch.setattr(layer_rwkv7, "gate_output_correction", gate.gate_output_correction_ref)
+
+
+LAYERS = {  # class; module; its arguments; the functions that it calls
+    "gla": (
+        "GatedLinearAttention",
+        "gla",
+        dict(num_heads=2, use_short_conv=True),
+        ("chunk_gla", "fused_recurrent_gla"),
+    ),
+    "simple gla": (
+        "SimpleGatedLinearAttention",
+        "simple_gla",
+        dict(num_heads=2),
+        ("chunk_simple_gla", "fused_recurrent_simple_gla"),
+    ),
+    "delta net": ("DeltaNet", "delta_net", dict(num_heads=2), ("chunk_delta_rule", "fused_recurrent_delta_rule")),
+    "gated delta net": (
+        "GatedDeltaNet",
+        "gated_deltanet",
+        dict(num_heads=2, num_v_heads=4, head_dim=16, expand_v=1, allow_neg_eigval=True),
+        ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+    ),
+    "kda": (
+        "KimiDeltaAttention",
+        "kda",
+        dict(num_heads=2, num_v_heads=4, head_dim=16),
+        ("chunk_kda", "fused_recurrent_kda"),
+    ),
+    "gsa": (
+        "GatedSlotAttention",
+        "gsa",
+        dict(num_heads=4, num_kv_heads=2, num_slots=8, use_short_conv=True),
+        ("chunk_gsa", "fused_recurrent_gsa"),
+    ),
+    "rwkv7": (
+        "RWKV7Attention",
+        "rwkv7",
+        dict(head_dim=16, decay_low_rank_dim=8, gate_low_rank_dim=8, a_low_rank_dim=8, num_hidden_layers=2),
+        ("chunk_rwkv7", "fused_mul_recurrent_rwkv7"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_compute_the_same(kind, triton_free, monkeypatch):
+    cache = importlib.import_module("fla.models.utils").Cache
+    name, module, sizes, functions = LAYERS[kind]
+    module = importlib.import_module(f"fla.layers.{module}")
+    torch.manual_seed(0)
+    layer = getattr(module, name)(hidden_size=64, layer_idx=0, **sizes)
+    for p in layer.parameters():  # some begin as zeros or ones
+        p.data += 0.1 * torch.randn_like(p)
+    x = torch.randn(2, 70, 64)
+
+    def train(layer, x):
+        layer.zero_grad()
+        x = x.clone().requires_grad_()
+        o = layer(x)[0]
+        (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+        return {"o": o.detach(), "x": x.grad, **gradients}
+
+    @torch.no_grad()
+    def decode(layer, x):
+        """The first 9 tokens, then one at a time."""
+        kept = cache()
+        parts = [x[:, :9], *x[:, 9:14].split(1, 1)]
+        return torch.cat([layer(part, past_key_values=kept, use_cache=True)[0] for part in parts], 1)
+
+    with monkeypatch.context() as m:
+        for function in functions:
+            m.setattr(module, function, naive(function))
+        theirs, decoded = train(layer, x), decode(layer.eval(), x)
+        with Wide():
+            exact = train(layer.train().double(), x.double())
+            exact_decoded = decode(layer.eval(), x.double())
+    layer = layer.float().train()
+    with swap.install("fla") as installed:
+        assert {f"{module.__name__}.{f}" for f in functions} <= set(installed.names)
+        ours = train(layer, x)
+        our_decoded = decode(layer.eval(), x)
+    assert ours.keys() == exact.keys()
+    for n, reference in exact.items():
+        assert_as_good_as_torch(ours[n], theirs[n], reference, name=n)
+    assert_as_good_as_torch(our_decoded, decoded, exact_decoded, name="decoded")
+
+
+def test_uninstall_restores_exactly():
+    modules = [importlib.import_module(f"fla.layers.{m}") for m in ("gla", "gated_deltanet", "rwkv7", "raven", "yoco")]
+    before = [dict(vars(m)) for m in modules]
+    with swap.install("fla") as installed:
+        assert len({n.rsplit(".", 1)[1] for n in installed.names} - {"chunk_gdn", "fused_recurrent_gdn"}) == 19
+        assert all(any(vars(m)[n] is not x for n, x in b.items()) for m, b in zip(modules, before, strict=True))
+        assert not any("transformers" in n for n in installed.names)
+        swap.uninstall("transformers")
+        assert swap._installed("fla")
+    assert [dict(vars(m)) for m in modules] == before
+
+
+def test_refusals():
+    ops = importlib.import_module("fla.ops")
+    inputs, state = make("gla recurrent", 5, torch.float32)
+    with swap.install("fla"):
+        recurrent, chunk = ops.gla.fused_recurrent_gla, ops.simple_gla.chunk_simple_gla
+        with pytest.raises(ValueError, match="reverse: "):
+            recurrent(**inputs, reverse=True)
+        with pytest.raises(ValueError, match="gv: "):
+            recurrent(**inputs, gv=inputs["v"])
+        del inputs["gk"]
+        with pytest.raises(ValueError, match="g: wanted at most one"):
+            chunk(**inputs, g=torch.zeros(B, 5, H), g_gamma=torch.zeros(H))
+        with pytest.raises(ValueError, match="output_attentions"):
+            ops.simple_gla.parallel_simple_gla(**inputs, output_attentions=True)
+        gates = dict(g=torch.zeros(B, 5, H), beta=torch.ones(B, 5, H), use_gate_in_kernel=True)
+        with pytest.raises(ValueError, match="A_log: wanted"):
+            ops.gated_delta_rule.chunk_gated_delta_rule(**inputs, **gates)
+        with pytest.raises(ValueError, match="g: without it"):
+            ops.gsa.chunk_gsa(**inputs, s=torch.zeros(B, 5, H, M))
+        with pytest.raises(ValueError, match="initial_state"):
+            chunk(**inputs, initial_state=state[:1])
+        positional = chunk(inputs["q"], inputs["k"], inputs["v"], None, None, 0.5)[0]
+        assert torch.equal(positional, chunk(**inputs, scale=0.5)[0])
+        with pytest.raises(TypeError):
+            chunk(inputs["q"], **inputs)
