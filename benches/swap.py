@@ -1,7 +1,8 @@
-"""transformers' own torch code beside our ops in its place: functions at the published head sizes, and a layer.
+"""python -m benches.swap: transformers' own torch code beside our ops in its place.
 
-Qwen3-Next's gated delta rule (2 value heads for each of q and k, channels of 128) and Kimi Linear's delta attention, with
-a fraction of the models' heads; the layer is Qwen3-Next's whole token mixer, projections and convolution included.
+Functions at the published head sizes: Qwen3-Next's gated delta rule (2 value heads for each of q and k, channels of 128)
+and Kimi Linear's delta attention, with a fraction of the models' heads. The layer is Qwen3-Next's whole token mixer,
+projections and convolution included.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from benches import common
-from benches.gla import row
+from benches.run import row, table
 from icrl_kernels import swap
 from icrl_kernels.testing import assert_as_good_as_torch
 
-OP = "swap"
+REPEATS = 5
 LENGTHS = (1024, 2048, 4096)
 MODELS = {  # what: module, chunk function, recurrent function, heads of q and k, heads of v
     "gated delta rule": ("qwen3_next", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", 2, 4),
@@ -45,7 +46,7 @@ def theirs(module: Any, name: str) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-def functions(args, what: str) -> list[dict[str, Any]]:
+def functions(what: str) -> list[dict[str, Any]]:
     model, chunk, recurrent = MODELS[what][:3]
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     torch_chunk, torch_recurrent = theirs(module, chunk), theirs(module, recurrent)
@@ -62,11 +63,11 @@ def functions(args, what: str) -> list[dict[str, Any]]:
     for T in LENGTHS:
         tensors, _ = inputs(what, 1, T)
         with torch.no_grad():
-            runs = {OP: lambda t=tensors: our_chunk(*t, **options)}
+            runs = {"icrl": lambda t=tensors: our_chunk(*t, **options)}
             runs["torch"] = lambda t=tensors: torch_chunk(*t, **options)
-            rows.append(row("forward", (1, T), what, common.interleaved(runs, args.repeats, 1), None, None, OP))
-        runs = {OP: train(our_chunk, tensors, options), "torch": train(torch_chunk, tensors, options)}
-        rows.append(row("fwd+bwd", (1, T), what, common.interleaved(runs, args.repeats, 1), None, None, OP))
+            rows.append(row(common.interleaved(runs, REPEATS, 1), case=what, what="forward", batch=1, T=T))
+        runs = {"icrl": train(our_chunk, tensors, options), "torch": train(torch_chunk, tensors, options)}
+        rows.append(row(common.interleaved(runs, REPEATS, 1), case=what, what="fwd+bwd", batch=1, T=T))
 
     for B in (1, 8):
         tensors, state = inputs(what, B, 1)
@@ -77,12 +78,12 @@ def functions(args, what: str) -> list[dict[str, Any]]:
                 _, s = function(*tensors, initial_state=s, **options)
 
         with torch.no_grad():
-            runs = {OP: lambda f=hundred: f(our_recurrent), "torch": lambda f=hundred: f(torch_recurrent)}
-            rows.append(row("100 tokens", (B, 1), what, common.interleaved(runs, args.repeats, 1), None, None, OP))
+            runs = {"icrl": lambda f=hundred: f(our_recurrent), "torch": lambda f=hundred: f(torch_recurrent)}
+            rows.append(row(common.interleaved(runs, REPEATS, 1), case=what, what="100 tokens", batch=B, T=1))
     return rows
 
 
-def layer(args) -> list[dict[str, Any]]:
+def layer() -> list[dict[str, Any]]:
     module: Any = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     kept = {name: getattr(module, name) for name in MODELS["gated delta rule"][1:3]}
     with swap.install("transformers"):
@@ -96,21 +97,27 @@ def layer(args) -> list[dict[str, Any]]:
             vars(module).update(functions)  # what a swap does, without its search for what to swap
             f()
 
-        return common.interleaved({OP: lambda: using(ours), "torch": lambda: using(torch_code)}, args.repeats, 1)
+        return common.interleaved({"icrl": lambda: using(ours), "torch": lambda: using(torch_code)}, REPEATS, 1)
 
     rows = []
     try:
         for T in LENGTHS:
             x = torch.randn(1, T, 512)
             with torch.no_grad():
-                rows.append(row("forward", (1, T), "layer", timed(lambda x=x: mixer(x)), None, None, OP))
+                rows.append(row(timed(lambda x=x: mixer(x)), case="layer", what="forward", batch=1, T=T))
             times = timed(lambda x=x: mixer(x).sum().backward())
-            rows.append(row("fwd+bwd", (1, T), "layer", times, None, None, OP))
+            rows.append(row(times, case="layer", what="fwd+bwd", batch=1, T=T))
     finally:
         vars(module).update(kept)
     return rows
 
 
-def run(args) -> list[dict[str, Any]]:
+def main() -> None:
     torch.manual_seed(0)
-    return [r for what in MODELS for r in functions(args, what)] + layer(args)
+    rows = [r for what in MODELS for r in functions(what)] + layer()
+    print(table(rows))
+    print(common.write("swap_cpu", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -256,3 +257,15 @@ def test_refusals(transformers):
         with pytest.raises(ValueError, match="initial_state"):
             f(q, k, v, g, beta, initial_state=state[:1])
         f(q, k, v, g, beta, state_v_first=False, scale=None, position_ids=torch.arange(70))
+
+
+@pytest.mark.parametrize("package", ["transformers", "fla"])
+def test_documented_examples_run(package):
+    pytest.importorskip(package)
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", swap.__doc__, re.M)
+    [block] = [b for b in blocks if f'install("{package}")' in b]
+    names = {"torch": torch}
+    exec(textwrap.dedent(block), names)
+    assert swap._originals == {}
+    if package == "fla":
+        assert names["state"].shape == (1, 4, 32, 32)

@@ -3,16 +3,25 @@
 A swap changes which function a module's global name stands for and nothing else, so it serves models built before it as
 well as after, and is undone exactly.
 
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
     from icrl_kernels import swap
 
+    layers = ["linear_attention", "full_attention"]
+    config = Qwen3NextConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, layer_types=layers, num_experts=8)
+    model = Qwen3NextForCausalLM(config)
+    prompt = torch.randint(64, (1, 20))
     swap.install("transformers")
-    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-Next-80B-A3B-Instruct")
-    ...
+    model.generate(prompt, max_new_tokens=5, do_sample=False)
     swap.uninstall()
 
-    with swap.install("fla"):  # the same for a while
-        layer = fla.layers.GatedLinearAttention(hidden_size=512)
-        ...
+or for a while:
+
+    import fla.ops.gla
+    from icrl_kernels import swap
+
+    q, k, v, g = (torch.randn(1, 100, 4, 32) for _ in range(4))
+    with swap.install("fla"):
+        o, state = fla.ops.gla.chunk_gla(q, k, v, torch.nn.functional.logsigmoid(g), output_final_state=True)
 """
 
 from __future__ import annotations
