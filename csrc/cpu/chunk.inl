@@ -10,7 +10,7 @@ namespace {
 constexpr int kChunk = 16;
 constexpr float kSmallest = 0x1p-40f;
 constexpr int64_t kSingleSegment = int64_t(1) << 21;  // floats of chunk states kept without recomputation
-constexpr int64_t kSegment = int64_t(1) << 18;        // floats of chunk states per segment otherwise
+constexpr int64_t kSegment = int64_t(1) << 17;        // floats of chunk states per segment otherwise
 
 ICRL_INLINE int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -32,6 +32,10 @@ struct Arena {
 
 constexpr float kUnit[2 * kChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};  // rows of the identity, shifted
 
+// Which chunk comes after this one: its rows are asked for early, because a head's rows are apart in memory, and what
+// the processor fetches by itself does not follow them.
+enum class Next : int { later = 1, earlier = -1 };
+
 // Where n rows of numbers of a dtype begin and how far apart they are.
 struct Rows {
   const void* from;
@@ -44,16 +48,27 @@ ICRL_INLINE Rows rows(const void* from, int dtype, int64_t t, int64_t heads, int
   return {from, dtype, (t * heads + head) * size, heads * size};
 }
 
+// Into the second level: the first is full of the chunk at work. Past the array's end this asks for nothing.
+ICRL_INLINE void prefetch_rows(const Rows& r, int64_t size, Next next) {
+  const int64_t bytes = r.dtype == kFloat ? 4 : 2;
+  for (int i = 0; i < kChunk; ++i) {
+    const uintptr_t row = reinterpret_cast<uintptr_t>(r.from) + (r.at + (i + int(next) * kChunk) * r.stride) * bytes;
+    for (int64_t at = 0; at < size * bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2);
+  }
+}
+
 // n rows of `size` numbers to [16][padded] floats, `ld` apart, zeros in the rest
-ICRL_INLINE void load_rows(float* to, const Rows& r, int n, int64_t size, int64_t padded, int64_t ld) {
+ICRL_INLINE void load_rows(float* to, const Rows& r, int n, int64_t size, int64_t padded, int64_t ld, Next next) {
+  prefetch_rows(r, size, next);
   for (int i = 0; i < n; ++i) load_row(to + i * ld, r.from, r.dtype, r.at + i * r.stride, size, padded);
   for (int i = n; i < kChunk; ++i) __builtin_memset(to + i * ld, 0, padded * 4);
 }
-ICRL_INLINE void load_rows(float* to, const Rows& r, int n, int64_t size, int64_t padded) {
-  load_rows(to, r, n, size, padded, padded);
+ICRL_INLINE void load_rows(float* to, const Rows& r, int n, int64_t size, int64_t padded, Next next) {
+  load_rows(to, r, n, size, padded, padded, next);
 }
 ICRL_INLINE void store_rows(void* to, const float* from, int dtype, int64_t at, int64_t stride, int n, int64_t size,
-                            int64_t padded) {
+                            int64_t padded, Next next) {
+  prefetch_rows(Rows{to, dtype, at, stride}, size, next);
   for (int i = 0; i < n; ++i) store_row(to, from + i * padded, dtype, at + i * stride, size);
 }
 
@@ -80,10 +95,10 @@ struct Chunk {
   }
 
   // With n tokens' keys in k, takes their gates; returns the largest.
-  float gates(const Rows& g, int n) {
+  float gates(const Rows& g, int n, Next next) {
     float largest = -__builtin_inff();
     if constexpr (gate == Gate::channel) {
-      load_rows(e, g, n, K, Kp);
+      load_rows(e, g, n, K, Kp, next);
       largest = channel_gates();
     } else if constexpr (gate == Gate::scalar) {
       for (int i = 0; i < kChunk; ++i) {
@@ -518,6 +533,8 @@ bool backward_sequence(B& b, int64_t first, int64_t last) {
       b.advance(states + (j - from + 1) * size, states + (j - from) * size, first + j * kChunk, kChunk);
     for (int64_t j = to - 1; j >= from; --j) {
       const int64_t left = last - first - j * kChunk;
+      if (j > from)
+        for (int64_t at = 0; at < size; at += 16) __builtin_prefetch(states + (j - 1 - from) * size + at, 0, 2);
       b.chunk(states + (j - from) * size, first + j * kChunk, left < kChunk ? int(left) : kChunk);
     }
   }

@@ -52,16 +52,18 @@ struct Delta {
 
   // Reads n tokens from t on, columns of v from v0, and makes N; returns the largest gate.
   template <class P>
-  float read(Chunk<gate, Keep>& c, const DeltaShape& s, const P& x, int64_t t, int tokens, int64_t head, int64_t v0) {
+  float read(Chunk<gate, Keep>& c, const DeltaShape& s, const P& x, int64_t t, int tokens, int64_t head, int64_t v0,
+             Next next) {
     const int64_t key_head = head / (s.heads / s.key_heads);
     Rows values = rows(x.v, s.dtype, t, s.heads, head, s.v);
     values.at += v0;
-    load_rows(c.k, rows(x.k, s.dtype, t, s.key_heads, key_head, s.k), tokens, s.k, c.Kp);
+    load_rows(c.k, rows(x.k, s.dtype, t, s.key_heads, key_head, s.k), tokens, s.k, c.Kp, next);
     if (s.normalize) normalize(c.k, key_norm, kChunk, c.Kp);
-    load_rows(c.v, values, tokens, c.V, c.Vp);
+    load_rows(c.v, values, tokens, c.V, c.Vp, next);
     for (int i = 0; i < kChunk; ++i)
       beta[i] = i >= tokens ? 0.f : x.beta ? load_one(x.beta, s.beta_dtype, (t + i) * s.heads + head) : 1.f;
-    const float largest = c.gates(rows(x.g, s.gate_dtype, t, s.heads, head, gate == Gate::channel ? s.k : 1), tokens);
+    const int64_t size = gate == Gate::channel ? s.k : 1;
+    const float largest = c.gates(rows(x.g, s.gate_dtype, t, s.heads, head, size), tokens, next);
     transpose(c.kt, c.kd, kChunk, c.Kp);
     c.queries(c.k, -1.f, kr, kq);
     c.scores(n, kr, kq, tokens);
@@ -72,9 +74,10 @@ struct Delta {
 
   // The queries of n tokens and their scores
   template <class P>
-  void queries(Chunk<gate, Keep>& c, const DeltaShape& s, const P& x, int64_t t, int tokens, int64_t head, float* a) {
+  void queries(Chunk<gate, Keep>& c, const DeltaShape& s, const P& x, int64_t t, int tokens, int64_t head, float* a,
+               Next next) {
     const int64_t key_head = head / (s.heads / s.key_heads);
-    load_rows(q, rows(x.q, s.dtype, t, s.key_heads, key_head, s.k), tokens, s.k, c.Kp);
+    load_rows(q, rows(x.q, s.dtype, t, s.key_heads, key_head, s.k), tokens, s.k, c.Kp, next);
     if (s.normalize) normalize(q, query_norm, kChunk, c.Kp);
     c.queries(q, s.scale, qr, qd);
     c.scores(a, qr, qd, tokens);
@@ -115,9 +118,9 @@ bool forward(const DeltaShape& s, const DeltaForward& x) {
     float largest = -__builtin_inff();
     for (int64_t t = first; t < last; t += kChunk) {
       const int n = last - t < kChunk ? int(last - t) : kChunk;
-      const float m = d.read(c, s, x, t, n, head, v0);
+      const float m = d.read(c, s, x, t, n, head, v0, Next::later);
       largest = m > largest ? m : largest;
-      d.queries(c, s, x, t, n, head, a);
+      d.queries(c, s, x, t, n, head, a, Next::later);
       for (int64_t at = 0; at < Vp; at += kPanel) {
         const int64_t columns = Vp - at < kPanel ? Vp - at : kPanel;
         float *panel = state + at, *u = c.v + at;
@@ -141,7 +144,7 @@ bool forward(const DeltaShape& s, const DeltaForward& x) {
           tile.write(panel + i * Vp + j, Vp);
         });
       }
-      store_rows(x.o, out, s.dtype, (t * s.heads + head) * s.v + v0, s.heads * s.v, n, V, Vp);
+      store_rows(x.o, out, s.dtype, (t * s.heads + head) * s.v + v0, s.heads * s.v, n, V, Vp, Next::later);
     }
     write_state(x.final + pair * K * s.v + v0, s.v, state, Vp, 1, K, V);
     if (largest > s.allowance) __atomic_store_n(x.refused, 1, __ATOMIC_RELAXED);
@@ -180,9 +183,9 @@ struct Backward {
   }
 
   // e and u of the n tokens from t on
-  void errors(const float* state, int64_t t, int n) {
+  void errors(const float* state, int64_t t, int n, Next next) {
     const int64_t Kp = m.Kp, Vp = m.Vp;
-    d.read(m.c, s, x, t, n, head, 0);
+    d.read(m.c, s, x, t, n, head, 0, next);
     transpose(kq_t, d.kq, kChunk, Kp);
     product(e_t, kChunk, Vp, kChunk, Left{state, Kp, 1}, kq_t, kChunk, s.k);
     transpose(e, e_t, Vp, kChunk);
@@ -192,15 +195,16 @@ struct Backward {
   }
 
   void advance(float* state, const float* from, int64_t t, int n) {
-    errors(from, t, n);
+    errors(from, t, n, Next::later);
     m.advance(state, from, u, n);
   }
 
   void chunk(const float* state, int64_t t, int n) {
     const int64_t Kp = m.Kp, Vp = m.Vp, row = t * s.heads + head;
-    errors(state, t, n);
-    d.queries(m.c, s, x, t, n, head, m.a);
-    load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, head, s.v), n, s.v, Vp);
+    constexpr Next next = Next::earlier;
+    errors(state, t, n, next);
+    d.queries(m.c, s, x, t, n, head, m.a, next);
+    load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, head, s.v), n, s.v, Vp, next);
     m.begin(state, u);
     m.scores_gradient(m.a, m.dvalue, d_o, Vp);
     for (int i = 0; i < kChunk; ++i)
@@ -214,17 +218,17 @@ struct Backward {
     scale_rows(de, m.dvalue, d.beta, Vp, Vp);
     m.template queries_gradient<false>(state, m.a, d.qr, d.qd, d_o, s.scale, n, true);
     if (s.normalize) normalize_gradient(m.dq, d.q, d.query_norm, Kp);
-    store_rows(x.dq, m.dq, s.key_gradient_dtype, row * s.k, s.heads * s.k, n, s.k, Kp);
+    store_rows(x.dq, m.dq, s.key_gradient_dtype, row * s.k, s.heads * s.k, n, s.k, Kp, next);
     m.template queries_gradient<true>(state, d.n, d.kr, d.kq, de, -1.f, n, false);
     for (int64_t i = 0; i < kChunk * Kp; i += kWidth) store(m.dk + i, load(m.dk + i) + load(m.dq + i));
     if (s.normalize) normalize_gradient(m.dk, m.c.k, d.key_norm, Kp);
-    store_rows(x.dk, m.dk, s.key_gradient_dtype, row * s.k, s.heads * s.k, n, s.k, Kp);
-    store_rows(x.dv, de, s.dtype, row * s.v, s.heads * s.v, n, s.v, Vp);
-    if (x.dbeta) store_rows(x.dbeta, dbeta, s.beta_dtype, row, s.heads, n, 1, 1);
+    store_rows(x.dk, m.dk, s.key_gradient_dtype, row * s.k, s.heads * s.k, n, s.k, Kp, next);
+    store_rows(x.dv, de, s.dtype, row * s.v, s.heads * s.v, n, s.v, Vp, next);
+    if (x.dbeta) store_rows(x.dbeta, dbeta, s.beta_dtype, row, s.heads, n, 1, 1, next);
     if constexpr (gate != Gate::none) {
       const int64_t size = gate == Gate::channel ? s.k : 1;
       m.gates_gradient();
-      store_rows(x.dg, m.dg, s.gate_dtype, row * size, s.heads * size, n, size, gate == Gate::channel ? Kp : 1);
+      store_rows(x.dg, m.dg, s.gate_dtype, row * size, s.heads * size, n, size, gate == Gate::channel ? Kp : 1, next);
     }
   }
 };

@@ -8,12 +8,12 @@ namespace {
 // Reads n tokens from t on, columns of v from v0; returns the largest gate.
 template <Gate gate, bool Keep>
 float read(Chunk<gate, Keep>& c, const GlaShape& s, const void* k, const void* v, const void* g, int64_t t, int n,
-           int64_t head, int64_t v0) {
+           int64_t head, int64_t v0, Next next) {
   Rows values = rows(v, s.dtype, t, s.kv_heads, head, s.v);
   values.at += v0;
-  load_rows(c.k, rows(k, s.dtype, t, s.kv_heads, head, s.k), n, s.k, c.Kp);
-  load_rows(c.v, values, n, c.V, c.Vp);
-  return c.gates(rows(g, s.gate_dtype, t, s.kv_heads, head, gate == Gate::channel ? s.k : 1), n);
+  load_rows(c.k, rows(k, s.dtype, t, s.kv_heads, head, s.k), n, s.k, c.Kp, next);
+  load_rows(c.v, values, n, c.V, c.Vp, next);
+  return c.gates(rows(g, s.gate_dtype, t, s.kv_heads, head, gate == Gate::channel ? s.k : 1), n, next);
 }
 
 template <Gate gate>
@@ -44,12 +44,12 @@ bool forward(const GlaShape& s, const GlaForward& x) {
     float largest = -__builtin_inff();
     for (int64_t t = first; t < last; t += kChunk) {
       const int n = last - t < kChunk ? int(last - t) : kChunk;
-      const float m = read(c, s, x.k, x.v, x.g, t, n, head, v0);
+      const float m = read(c, s, x.k, x.v, x.g, t, n, head, v0, Next::later);
       largest = m > largest ? m : largest;
       transpose(c.kt, c.kd, kChunk, Kp);
       for (int64_t r = 0; r < group; ++r) {
         const int64_t query_head = head * group + r;
-        load_rows(qr, rows(x.q, s.dtype, t, s.heads, query_head, K), n, K, Kp);
+        load_rows(qr, rows(x.q, s.dtype, t, s.heads, query_head, K), n, K, Kp, Next::later);
         c.queries(qr, s.scale, qr, qd);
         c.scores(a, qr, qd, n);
         for_tiles(kChunk, Vp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
@@ -58,7 +58,7 @@ bool forward(const GlaShape& s, const GlaForward& x) {
           tile.template lower<false>(Left{a, kChunk, 1}, c.v + j, Vp, i);
           tile.write(out + i * Vp + j, Vp);
         });
-        store_rows(x.o, out, s.dtype, (t * s.heads + query_head) * s.v + v0, s.heads * s.v, n, V, Vp);
+        store_rows(x.o, out, s.dtype, (t * s.heads + query_head) * s.v + v0, s.heads * s.v, n, V, Vp, Next::later);
       }
       for_tiles(Kp, Vp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
         tile.read(state + i * Vp + j, Vp);
@@ -99,33 +99,34 @@ struct Backward {
   }
 
   void advance(float* state, const float* from, int64_t t, int n) {
-    read(m.c, s, x.k, x.v, x.g, t, n, head, 0);
+    read(m.c, s, x.k, x.v, x.g, t, n, head, 0, Next::later);
     m.advance(state, from, m.c.v, n);
   }
 
   void chunk(const float* state, int64_t t, int n) {
     const int64_t group = s.heads / s.kv_heads, Kp = m.Kp, Vp = m.Vp;
-    read(m.c, s, x.k, x.v, x.g, t, n, head, 0);
+    constexpr Next next = Next::earlier;
+    read(m.c, s, x.k, x.v, x.g, t, n, head, 0, next);
     transpose(m.c.kt, m.c.kd, kChunk, Kp);
     m.begin(state, m.c.v);
     for (int64_t r = 0; r < group; ++r) {
       const int64_t query_head = head * group + r;
       const Rows q = rows(x.q, s.dtype, t, s.heads, query_head, s.k);
-      load_rows(qr, q, n, s.k, Kp);
+      load_rows(qr, q, n, s.k, Kp, next);
       m.c.queries(qr, s.scale, qr, qs);
-      load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, query_head, s.v), n, s.v, Vp);
+      load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, query_head, s.v), n, s.v, Vp, next);
       m.c.scores(m.a, qr, qs, n);
       m.scores_gradient(m.a, m.dvalue, d_o, Vp);
       m.template queries_gradient<false>(state, m.a, qr, qs, d_o, s.scale, n, r == 0);
-      store_rows(x.dq, m.dq, s.dtype, q.at, q.stride, n, s.k, Kp);
+      store_rows(x.dq, m.dq, s.dtype, q.at, q.stride, n, s.k, Kp, next);
     }
     const int64_t row = t * s.kv_heads + head;
-    store_rows(x.dk, m.dk, s.dtype, row * s.k, s.kv_heads * s.k, n, s.k, Kp);
-    store_rows(x.dv, m.dvalue, s.dtype, row * s.v, s.kv_heads * s.v, n, s.v, Vp);
+    store_rows(x.dk, m.dk, s.dtype, row * s.k, s.kv_heads * s.k, n, s.k, Kp, next);
+    store_rows(x.dv, m.dvalue, s.dtype, row * s.v, s.kv_heads * s.v, n, s.v, Vp, next);
     if constexpr (gate != Gate::none) {
       const int64_t size = gate == Gate::channel ? s.k : 1;
       m.gates_gradient();
-      store_rows(x.dg, m.dg, s.gate_dtype, row * size, s.kv_heads * size, n, size, gate == Gate::channel ? Kp : 1);
+      store_rows(x.dg, m.dg, s.gate_dtype, row * size, s.kv_heads * size, n, size, gate == Gate::channel ? Kp : 1, next);
     }
   }
 };

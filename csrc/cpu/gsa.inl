@@ -25,16 +25,17 @@ ICRL_INLINE void softmax(float* to, const float* l, float w, const float* s, int
 
 // Reads n tokens' s and gates from t on; returns the largest gate.
 template <Gate gate, bool Keep>
-float read(Chunk<gate, Keep>& c, const GsaShape& s, const void* writes, const void* g, int64_t t, int n, int64_t head) {
-  load_rows(c.k, rows(writes, s.dtype, t, s.kv_heads, head, s.slots), n, s.slots, c.Kp);
-  return c.gates(rows(g, s.gate_dtype, t, s.kv_heads, head, s.slots), n);
+float read(Chunk<gate, Keep>& c, const GsaShape& s, const void* writes, const void* g, int64_t t, int n, int64_t head,
+           Next next) {
+  load_rows(c.k, rows(writes, s.dtype, t, s.kv_heads, head, s.slots), n, s.slots, c.Kp, next);
+  return c.gates(rows(g, s.gate_dtype, t, s.kv_heads, head, s.slots), n, next);
 }
 
 // q = scale times n tokens' queries, `ld` apart
 ICRL_INLINE void read_queries(float* q, int64_t ld, const GsaShape& s, const void* from, int64_t t, int n,
-                              int64_t query_head) {
+                              int64_t query_head, Next next) {
   const int64_t Kp = pad16(s.k);
-  load_rows(q, rows(from, s.dtype, t, s.heads, query_head, s.k), n, s.k, Kp, ld);
+  load_rows(q, rows(from, s.dtype, t, s.heads, query_head, s.k), n, s.k, Kp, ld, next);
   for (int i = 0; i < n; ++i)
     for (int64_t at = i * ld; at < i * ld + Kp; at += kWidth) store(q + at, load(q + at) * splat(s.scale));
 }
@@ -83,17 +84,17 @@ bool forward(const GsaShape& s, const GsaForward& x) {
     float largest = -__builtin_inff();
     for (int64_t t = first; t < last; t += kChunk) {
       const int n = last - t < kChunk ? int(last - t) : kChunk;
-      const float m = read(c, s, x.s, x.g, t, n, head);
+      const float m = read(c, s, x.s, x.g, t, n, head, Next::later);
       largest = m > largest ? m : largest;
       Rows value_rows = rows(x.v, s.dtype, t, s.kv_heads, head, s.v);
       value_rows.at += v0;
-      load_rows(c.v, value_rows, n, V, Vp);
-      load_rows(k, rows(x.k, s.dtype, t, s.kv_heads, head, K), n, K, Kp);
+      load_rows(c.v, value_rows, n, V, Vp, Next::later);
+      load_rows(k, rows(x.k, s.dtype, t, s.kv_heads, head, K), n, K, Kp, Next::later);
       transpose(c.kt, c.kd, kChunk, Mp);
       transpose(kt, k, kChunk, Kp);
       for (int64_t r = 0; r < group; ++r) {
         const int64_t query_head = head * group + r;
-        read_queries(q, Kp, s, x.q, t, n, query_head);
+        read_queries(q, Kp, s, x.q, t, n, query_head, Next::later);
         read_slots(c, a, l, p, pd, q, Kp, kt, keys, K, n);
         c.scores(a, p, pd, n);
         for_tiles(kChunk, Vp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
@@ -102,7 +103,7 @@ bool forward(const GsaShape& s, const GsaForward& x) {
           tile.template lower<false>(Left{a, kChunk, 1}, c.v + j, Vp, i);
           tile.write(out + i * Vp + j, Vp);
         });
-        store_rows(x.o, out, s.dtype, (t * s.heads + query_head) * s.v + v0, s.heads * s.v, n, V, Vp);
+        store_rows(x.o, out, s.dtype, (t * s.heads + query_head) * s.v + v0, s.heads * s.v, n, V, Vp, Next::later);
       }
       for_tiles(Kp, Mp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
         tile.read(keys + i * Mp + j, Mp);
@@ -166,36 +167,36 @@ struct Backward {
     write_state(x.d_initial_values + pair * M * s.v, s.v, m.gradient, 1, m.Kp, M, s.v);
   }
 
-  void read_chunk(int64_t t, int n) {
-    read(m.c, s, x.s, x.g, t, n, head);
-    load_rows(m.c.v, rows(x.v, s.dtype, t, s.kv_heads, head, s.v), n, s.v, Vp, width);
-    load_rows(m.c.v + Vp, rows(x.k, s.dtype, t, s.kv_heads, head, s.k), n, s.k, Kp, width);
+  void read_chunk(int64_t t, int n, Next next) {
+    read(m.c, s, x.s, x.g, t, n, head, next);
+    load_rows(m.c.v, rows(x.v, s.dtype, t, s.kv_heads, head, s.v), n, s.v, Vp, width, next);
+    load_rows(m.c.v + Vp, rows(x.k, s.dtype, t, s.kv_heads, head, s.k), n, s.k, Kp, width, next);
   }
 
   void advance(float* state, const float* from, int64_t t, int n) {
-    read_chunk(t, n);
+    read_chunk(t, n, Next::later);
     m.advance(state, from, m.c.v, n);
   }
 
   void chunk(const float* state, int64_t t, int n) {
     const int64_t group = s.heads / s.kv_heads, M = s.slots, row = t * s.kv_heads + head;
-    read_chunk(t, n);
+    read_chunk(t, n, Next::earlier);
     transpose(m.c.kt, m.c.kd, kChunk, m.Kp);
     m.begin(state, m.c.v);
     for (int64_t r = 0; r < group; ++r) query_head(state, t, n, head * group + r, r == 0);
-    store_rows(x.ds, m.dk, s.dtype, row * M, s.kv_heads * M, n, M, m.Kp);
-    store_rows(x.dv, m.dvalue, s.dtype, row * s.v, s.kv_heads * s.v, n, s.v, width);
-    store_rows(x.dk, m.dvalue + Vp, s.dtype, row * s.k, s.kv_heads * s.k, n, s.k, width);
+    store_rows(x.ds, m.dk, s.dtype, row * M, s.kv_heads * M, n, M, m.Kp, Next::earlier);
+    store_rows(x.dv, m.dvalue, s.dtype, row * s.v, s.kv_heads * s.v, n, s.v, width, Next::earlier);
+    store_rows(x.dk, m.dvalue + Vp, s.dtype, row * s.k, s.kv_heads * s.k, n, s.k, width, Next::earlier);
     if constexpr (gate != Gate::none) {
       m.gates_gradient();
-      store_rows(x.dg, m.dg, s.gate_dtype, row * M, s.kv_heads * M, n, M, m.Kp);
+      store_rows(x.dg, m.dg, s.gate_dtype, row * M, s.kv_heads * M, n, M, m.Kp, Next::earlier);
     }
   }
 
   void query_head(const float* state, int64_t t, int n, int64_t query_head, bool first) {
     const float *keys = state + Vp * m.Kp, *q = d_o + Vp;
-    load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, query_head, s.v), n, s.v, Vp, width);
-    read_queries(d_o + Vp, width, s, x.q, t, n, query_head);
+    load_rows(d_o, rows(x.d_o, s.dtype, t, s.heads, query_head, s.v), n, s.v, Vp, width, Next::earlier);
+    read_queries(d_o + Vp, width, s, x.q, t, n, query_head, Next::earlier);
     read_slots(m.c, a, l, p, pd, q, width, m.value_t + Vp * kChunk, keys, s.k, n);
     // the second pass
     m.c.scores(m.a, p, pd, n);
@@ -219,7 +220,7 @@ struct Backward {
       tile.write(dq + i * Kp + j, Kp);
     });
     for (int64_t at = 0; at < n * Kp; at += kWidth) store(dq + at, load(dq + at) * splat(s.scale));
-    store_rows(x.dq, dq, s.dtype, (t * s.heads + query_head) * s.k, s.heads * s.k, n, s.k, Kp);
+    store_rows(x.dq, dq, s.dtype, (t * s.heads + query_head) * s.k, s.heads * s.k, n, s.k, Kp, Next::earlier);
   }
 
   // dl = p (dp - p . dp), where m.dq is dp without its diagonal terms
