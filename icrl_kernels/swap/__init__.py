@@ -7,7 +7,7 @@ well as after, and is undone exactly.
     from icrl_kernels import swap
 
     layers = ["linear_attention", "full_attention"]
-    config = Qwen3NextConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, layer_types=layers, num_experts=8)
+    config = Qwen3NextConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, layer_types=layers, num_experts=16)
     model = Qwen3NextForCausalLM(config)
     prompt = torch.randint(64, (1, 20))
     swap.install("transformers")
