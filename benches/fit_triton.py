@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,7 +28,7 @@ LENGTHS, WARPS = (128, 256, 512, 1024, 2048, 4096), (None, 4, 8)
 def candidates(T: int):
     """(label, what the rules are to return): a segment of None stands for whole sequences, warps of None for the rule."""
     for length, warps in itertools.product((None, *(x for x in LENGTHS if x < T)), WARPS):
-        rules = {"_single": lambda *_, single=length is None: single}
+        rules: dict[str, Any] = {"_single": lambda *_, single=length is None: single}
         if length is not None:
             rules["_segment_length"] = lambda *_, length=length: length
         if warps is not None:
