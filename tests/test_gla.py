@@ -199,6 +199,22 @@ def test_nan_goes_where_it_touches(gate):
         assert torch.equal(o.isnan(), wanted)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("where", ["v", "do"])
+def test_nan_of_gradients_goes_where_it_touches(gate, where):
+    tensors = inputs(2, 40, 2, 2, 16, 16, gate)
+    weights = [torch.randn(2, 40, 2, 16), torch.randn_like(tensors[4])]
+    (tensors[2] if where == "v" else weights[0])[0, 20, 1, 3] = float("nan")
+    result, exact = (run(f, tensors, weights) for f in (gla, gla_reference))
+    for name, a, r in zip(NAMES, result, exact, strict=True):
+        if r is None:
+            continue
+        wanted = r.isnan()
+        if gate == "channel" and name == "dg" and where == "v":
+            wanted[0, 16:, 1] = True  # its pairs inside a chunk are row sums minus column sums
+        assert torch.equal(a.isnan(), wanted), name
+
+
 def test_empty():
     for sizes in [(2, 0, 2, 1, 16, 8), (0, 5, 2, 1, 16, 8)]:
         tensors = inputs(*sizes, "channel")

@@ -32,16 +32,16 @@ struct Pairs {
 
   // Reads n tokens from t on, columns of v from v0; returns the largest gate.
   template <class P>
-  float read(Keys& c, const RwkvShape& s, const P& p, int64_t t, int n, int64_t head, int64_t v0) {
+  float read(Keys& c, const RwkvShape& s, const P& p, int64_t t, int n, int64_t head, int64_t v0, Next next) {
     const int64_t Kp = c.Kp, half = kChunk * Kp;
     const auto load_keys = [&](float* to, const void* from) {
-      load_rows(to, rows(from, s.dtype, t, s.heads, head, s.k), n, s.k, Kp);
+      load_rows(to, rows(from, s.dtype, t, s.heads, head, s.k), n, s.k, Kp, next);
     };
     load_keys(x, p.k), load_keys(x + half, p.b), load_keys(q, p.a), load_keys(q + half, p.r);
     Rows values = rows(p.v, s.dtype, t, s.heads, head, s.v);
     values.at += v0;
-    load_rows(value, values, n, c.V, c.Vp);
-    const float largest = c.gates(rows(p.w, s.gate_dtype, t, s.heads, head, s.k), n);
+    load_rows(value, values, n, c.V, c.Vp, next);
+    const float largest = c.gates(rows(p.w, s.gate_dtype, t, s.heads, head, s.k), n, next);
     for (int64_t i = 0; i < Kp; i += kWidth) store(ones + i, splat(1.f));
     for (int64_t i = 0; i < half; i += kWidth) {
       const Vec b = load(x + half + i), r = load(q + half + i) * splat(s.scale);
@@ -104,7 +104,7 @@ bool forward(const RwkvShape& s, const RwkvForward& x) {
     float largest = -__builtin_inff();
     for (int64_t t = first; t < last; t += kChunk) {
       const int n = last - t < kChunk ? int(last - t) : kChunk;
-      const float m = d.read(c, s, x, t, n, head, v0);
+      const float m = d.read(c, s, x, t, n, head, v0, Next::later);
       largest = m > largest ? m : largest;
       for (int64_t at = 0; at < Vp; at += kPanel) {
         const int64_t columns = Vp - at < kPanel ? Vp - at : kPanel;
@@ -131,7 +131,7 @@ bool forward(const RwkvShape& s, const RwkvForward& x) {
           tile.write(panel + i * Vp + j, Vp);
         });
       }
-      store_rows(x.o, out, s.dtype, (t * s.heads + head) * s.v + v0, s.heads * s.v, n, V, Vp);
+      store_rows(x.o, out, s.dtype, (t * s.heads + head) * s.v + v0, s.heads * s.v, n, V, Vp, Next::later);
     }
     write_state(x.final + pair * K * s.v + v0, s.v, state, Vp, 1, K, V);
     if (largest > s.allowance) __atomic_store_n(x.refused, 1, __ATOMIC_RELAXED);
@@ -176,9 +176,9 @@ struct Backward {
   }
 
   // Reads the n tokens from t on and makes their u.
-  void read(const float* state, int64_t t, int n) {
+  void read(const float* state, int64_t t, int n, Next next) {
     const int64_t Kp = m.Kp, Vp = m.Vp;
-    d.read(m.c, s, x, t, n, head, 0);
+    d.read(m.c, s, x, t, n, head, 0, next);
     transpose(qt, d.qd, kChunk, Kp);
     product(u_t, kChunk, Vp, kChunk, Left{state, Kp, 1}, qt, kChunk, s.k);
     float* u = d.value + kChunk * Vp;
@@ -204,14 +204,14 @@ struct Backward {
   }
 
   void advance(float* state, const float* from, int64_t t, int n) {
-    read(from, t, n);
+    read(from, t, n, Next::later);
     accumulate(state, from, d.value, d.xu, n);
   }
 
   void chunk(const float* state, int64_t t, int n) {
     const int64_t Kp = m.Kp, Vp = m.Vp, half = kChunk * Kp, row = t * s.heads + head;
-    read(state, t, n);
-    load_rows(d_o + kChunk * Vp, rows(x.d_o, s.dtype, t, s.heads, head, s.v), n, s.v, Vp);
+    read(state, t, n, Next::earlier);
+    load_rows(d_o + kChunk * Vp, rows(x.d_o, s.dtype, t, s.heads, head, s.v), n, s.v, Vp, Next::earlier);
     m.outer_gate_gradient(state);
     transpose(value_t, d.value, kPair, Vp);
     transpose(xut, d.xu, kPair, Kp);
@@ -228,11 +228,11 @@ struct Backward {
     accumulate(m.gradient, m.gradient, d_o, d.qd, n);
     m.gates_gradient();
     const auto store_keys = [&](void* to, const float* from, int dtype) {
-      store_rows(to, from, dtype, row * s.k, s.heads * s.k, n, s.k, Kp);
+      store_rows(to, from, dtype, row * s.k, s.heads * s.k, n, s.k, Kp, Next::earlier);
     };
     store_keys(x.da, dq, s.dtype), store_keys(x.dr, dq + half, s.dtype), store_keys(x.dw, m.dg, s.gate_dtype);
     store_keys(x.dk, dx, s.dtype), store_keys(x.db, dx + half, s.dtype);
-    store_rows(x.dv, dvalue, s.dtype, row * s.v, s.heads * s.v, n, s.v, Vp);
+    store_rows(x.dv, dvalue, s.dtype, row * s.v, s.heads * s.v, n, s.v, Vp, Next::earlier);
   }
 
   // dv and du
