@@ -79,13 +79,8 @@ def rows(op: str, sizes: list[int], dtype: torch.dtype) -> list[dict]:
             for call in OPS[op](B, 4096, 4, size, dtype):
                 for launch in record(call)[0]:
                     tile = {k: v for k, v in launch.constants.items() if k not in HIDDEN}
-<<<<<<< HEAD
                     absent = " ".join(k for k, v in launch.values.items() if v is None)  # compiled without
                     row = {**call.label, "kernel": launch.kernel.__name__, **tile, "absent": absent, **launch.options}
-=======
-                    absent = " ".join(name for name, x in launch.values.items() if x is None)
-                    row = {**call.label, "kernel": launch.kernel.__name__, **tile, "None": absent, **launch.options}
->>>>>>> a281774 (gla in Triton: what the compiler made of it)
                     if str(row) not in seen:
                         seen[str(row)] = row | compiled(launch)
                         print(*(f"{v}" if isinstance(v, str) else f"{k}={v}" for k, v in seen[str(row)].items()))

@@ -83,17 +83,11 @@ def gla(
     Returns:
         o [B, T, H, V] in the inputs' dtype, and the final state [N, Hk, K, V] float32 or None.
 
-<<<<<<< HEAD
     There is a first derivative in reverse mode; a second one, forward mode and torch.func's derivatives are
-    refused (backend="reference" has them). No output depends on a later token, to the bit. Inputs that are not contiguous are
-    copied. Autocast does not cast this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which
+    refused (backend="reference" has them). No output depends on a later token, to the bit (but on a GPU a NaN or
+    infinity in v may reach up to 63 rows before it, in its own column). Inputs that are not contiguous are copied.
+    Autocast does not cast this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which
     recomputes states.
-=======
-    There is a first derivative in reverse mode; a second one is refused, and forward mode is not supported
-    (backend="reference" has both). No output depends on a later token, to the bit (but on a GPU a NaN or infinity in v may
-    reach up to 63 rows before it, in its own column). Inputs that are not contiguous are copied. Autocast does not cast
-    this op's inputs: pass the dtypes you mean. Only inputs are saved for backward, which recomputes states.
->>>>>>> 8787406 (gla in Triton: offsets beyond 32 bits and launches without waiting tested; traffic counted; a script to fit the rules on a GPU)
 
     Raises:
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
