@@ -244,6 +244,50 @@ def test_bfloat16(mixer, monkeypatch, how):
     assert {t.dtype for t in pytree.tree_leaves(chunks[1])} == {torch.float32}
 
 
+def test_later_layers_of_rwkv7_take_the_first_ones_values(monkeypatch):
+    first, later = (alive(RWKV7(D, head_dim=16, layer_idx=i, num_layers=2)) for i in range(2))
+    x, states = torch.randn(1, 12, D), [some_state(first, 2), some_state(later, 2)]
+    cu_seqlens = torch.tensor([0, 5, 12])
+
+    def packed(layers, x, states):
+        y, a, v = layers[0](x, states[0], cu_seqlens, output_v_first=True)
+        z, b, same = layers[1](y, states[1], cu_seqlens, v_first=v, output_v_first=True)
+        assert same is v
+        return z, a, b
+
+    def by_steps(layers, x, states):
+        results = []
+        for n, piece in enumerate((x[:, :5], x[:, 5:])):
+            a, b = pytree.tree_map(lambda t, n=n: t[n : n + 1].clone(), states)
+            zs = []
+            for token in piece.unbind(1):
+                y, _, v = layers[0].step(token, a, output_v_first=True)
+                zs.append(layers[1].step(y, b, v_first=v)[0])
+            results.append((torch.stack(zs, 1), a, b))
+        return [torch.cat(t, int(i == 0)) for i, t in enumerate(zip(*map(pytree.tree_leaves, results), strict=True))]
+
+    exact = packed([double(first), double(later)], x.double(), to(states, torch.float64))
+    plain = on_references(monkeypatch, packed, [first, later], x, states)
+    with torch.no_grad():
+        stepped = by_steps([first, later], x, states)
+    for a, b, p, e in zip(
+        pytree.tree_leaves(packed([first, later], x, states)),
+        stepped,
+        *map(pytree.tree_leaves, (plain, exact)),
+        strict=True,
+    ):
+        assert_as_good_as_torch(a, p, e)
+        assert_as_good_as_torch(b, p, e, factor=3.0)
+    values = torch.randn(1, 12, D)
+    for call, message in [
+        (lambda: first(x, v_first=values), "v_first: .* takes none"),
+        (lambda: later(x), "v_first: wanted the first layer's values, because layer_idx=1"),
+        (lambda: later(x, v_first=values[:, 1:]), "v_first: wanted shape"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+
+
 # flash-linear-attention's own layers, on its own Triton kernels under Triton's interpreter
 
 
@@ -365,11 +409,25 @@ def test_fla_weights_load_by_name(fla):
     assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_rwkv7_starts_as_theirs(fla, layer):
+    theirs = fla.RWKV7Attention(hidden_size=D, head_dim=16, layer_idx=layer, num_hidden_layers=4).state_dict()
+    mine = RWKV7(D, head_dim=16, layer_idx=layer, num_layers=4).state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        if value.dim() == 2 and name != "r_k" and value.any():  # random, orthogonal
+            gram, their_gram = (w.T @ w if len(w) >= len(w.T) else w @ w.T for w in (value, theirs[name]))
+            assert torch.allclose(gram, their_gram, atol=1e-5 * float(their_gram.diag().max())), name
+        else:
+            assert torch.allclose(value, theirs[name], rtol=1e-6, atol=1e-6), name
+
+
 def test_fla_refusals(fla):
     for ours, theirs, message in [
         (GLA, fla.GatedLinearAttention(hidden_size=D, num_heads=2, feature_map="relu"), "feature_map"),
         (GLA, fla.GatedLinearAttention(hidden_size=D, num_heads=2, gate_fn="sigmoid"), "gate_fn"),
         (LinearAttention, fla.LinearAttention(hidden_size=D, num_heads=2, feature_map="dpfp"), "feature_map"),
+        (GSA, fla.GatedSlotAttention(hidden_size=D, num_heads=2, expand_v=2, layer_idx=0), "expand_v"),
         (GLA, fla.LinearAttention(hidden_size=D, num_heads=2), "GatedLinearAttention"),
     ]:
         with pytest.raises(ValueError, match=f"^layer: .*{message}"):
@@ -401,6 +459,15 @@ def test_fla_refusals(fla):
         (lambda: GatedDeltaNet(D, head_dim=16, expand_v=1.1), "expand_v: "),
         (lambda: GatedDeltaNet(D, output_gate_activation="relu"), "output_gate_activation: "),
         (lambda: KDA(D, lower_bound=5.0), "lower_bound: "),
+        (lambda: GSA(D, num_heads=2, num_slots=257), "num_slots: .*257"),
+        (lambda: GSA(D, num_heads=2, num_slots=0), "num_slots: .*0"),
+        (lambda: GSA(D, num_heads=2, gate_logit_normalizer=-1), "gate_logit_normalizer: "),
+        (lambda: GSA(D, num_heads=2, feature_map="elu"), "feature_map: .*'elu'"),
+        (lambda: RWKV7(D, head_dim=24), "hidden_size: wanted a multiple of head_dim=24, got 32"),
+        (lambda: RWKV7(D, head_dim=16, value_dim=33), "value_dim: wanted a multiple of the number of heads=2"),
+        (lambda: RWKV7(512, head_dim=512), "head_dim: .*512"),
+        (lambda: RWKV7(D, head_dim=16, layer_idx=1), "layer_idx: wanted 0 to num_layers - 1 = 0, got 1"),
+        (lambda: RWKV7(D, head_dim=16, a_low_rank_dim=0), "a_low_rank_dim: "),
     ],
 )
 def test_bad_options(make, message):
