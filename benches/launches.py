@@ -90,8 +90,9 @@ def gla_calls(B: int, T: int, H: int, size: int, dtype: torch.dtype) -> Iterator
         g = None if gate == 0 else meta(*(B, T, H, size)[: gate + 2])
         state = meta(B, H, size, size)
         token = (q[:, 0], k[:, 0], v[:, 0], None if g is None else g[:, 0], state, 0.1)
+        updated = {("_scan", "states"), ("_step", "state")} | ({("_grad_kv", "z")} if gate == 2 else set())
         more = {
-            "updated": frozenset({("_scan", "states"), ("_step", "state")}),
+            "updated": frozenset(updated),
             "idle": lambda launch: launch.values.get("ANY", False),
         }
         inputs = (q, k, v, g, 0.1, state, None)

@@ -97,6 +97,26 @@ def steps() -> str:
     return table([*heads, *dict.fromkeys(f"B={b}" for b in shapes)], rows) + f"\n\n{where(result('gla_cpu'))}."
 
 
+def swap() -> str:
+    rows = []
+    for x in result("swap_cpu")["rows"]:
+        shape = f"T={x['T']}" if x["T"] > 1 else f"B={x['batch']}"
+        rows.append([x["case"], x["what"], shape, f"{x['ms']:.1f}", f"{x['torch x']:.1f}× ({x['torch ms']:.0f} ms)"])
+    heads = ["float32, channels of 128", "", "", "ms", "faster than transformers' torch code"]
+    return table(heads, rows) + f"\n\n{where(result('swap_cpu'))}."
+
+
+def traffic() -> str:
+    rows = []
+    for x in result("triton_traffic")["rows"]:
+        if x["call"] != "step" and (x["B"], x["T"], x["K"]) == (8, 16384, 128):
+            cells = [f"`{x['op']}`", x["gate"], f"{x['call']}, H={x['H']}", f"{x['launches']}"]
+            ratio = x["bytes_per_token"] / x["ideal_bytes_per_token"]
+            rows.append([*cells, f"{x['bytes_per_token']:,.0f}", f"{ratio:.2f}", f"{x['floor_ms']:.3f}"])
+    heads = ["counted, not timed: bfloat16, B=8 T=16384 K=V=128", "gate", "", "launches", "bytes per token"]
+    return table([*heads, "of what must move", "ms at 4.3 TB/s"], rows)
+
+
 def value_iteration() -> str:
     r = result("value_iteration_cpu")
     rows = []
@@ -152,6 +172,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "context": context,
     "linear_attention": linear_attention,
     "steps": steps,
+    "swap": swap,
+    "traffic": traffic,
     "value_iteration": value_iteration,
     "worlds": worlds,
 }

@@ -1,6 +1,6 @@
 """Bytes that an op's Triton launches move, from the tensors they are given (launches.py): a lower bound on the time.
 
-Each launch reads or writes each of its arguments once (twice where it is updated in place); a tile that is read again for
+Each launch reads or writes each of its tensors once (twice where it is updated in place); a tile that is read again for
 another tile of the state is taken to come from the L2 cache. The ideal reads each input of the whole call once and
 writes each result once. `python -m benches.traffic` writes results/triton_traffic.json.
 """
@@ -26,8 +26,7 @@ def launch_bytes(call: Call, launch: Launch) -> int:
     if call.idle(launch):
         return 0
     updated = [launch.values[a] for kernel, a in call.updated if kernel == launch.kernel.__name__]
-    tensors = [x for x in (*launch.values.values(), *updated) if isinstance(x, Tensor)]
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return _bytes(launch.values.values()) + _bytes(updated)
 
 
 def row(call: Call, B: int, T: int, H: int) -> dict:

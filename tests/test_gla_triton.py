@@ -175,6 +175,16 @@ def test_nan_goes_where_it_touches(name, gate, both_modes):
     assert bool(final[0, 1].isnan().any()) == (name != "q")
 
 
+def test_a_nan_gate_after_strong_ones_changes_nothing_before_it(both_modes):
+    q, k, v, g = inputs(T=100, gate=2)[:4]
+    g[:, 10:20] = -300.0
+    clean, _ = gla.forward(q, k, v, g, 0.25, None, None)
+    g[:, 30] = float("nan")
+    o, _ = gla.forward(q, k, v, g, 0.25, None, None)
+    assert torch.equal(o[:, :30], clean[:, :30])
+    assert bool(o[:, 30:].isnan().all())
+
+
 def test_no_tokens():
     q, k, v, g, state, _ = inputs(B=2, T=0)
     o, final = gla.forward(q, k, v, g, 0.25, state, None)

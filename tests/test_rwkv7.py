@@ -336,7 +336,7 @@ def broken():
     yield "initial_state", {**good, "initial_state": tensors[6][:1]}
     yield "initial_state", {**good, "initial_state": tensors[6].double()}
     yield "cu_seqlens", {**good, "cu_seqlens": bounds}
-    yield "backend", {**good, "backend": "triton"}
+    yield "backend", {**good, "backend": "cuda"}
     one = {name: t[:1] for name, t in good.items()}
     yield "cu_seqlens", {**one, "cu_seqlens": bounds.float()}
     for values in ([0, 5], [1, 6], [0, 7, 6], []):
@@ -427,7 +427,7 @@ def test_compile(dynamic):
 def test_backends_listed():
     for op in ("rwkv7", "rwkv7_step"):
         assert _registry.resolve(op, "cpu")[0] == "cpu"
-        assert _registry.resolve(op, "cuda")[0] == "reference"
+        assert _registry.resolve(op, "cuda")[0] == "triton"
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])

@@ -100,6 +100,12 @@ def _decay(coarse, fine):
 
 
 @triton.jit
+def _weak(total, LIMIT: tl.constexpr):
+    """1 where a chunk's gates, whose sums these are, stay within LIMIT; 0 for a NaN too: rows before it may be beyond."""
+    return tl.where(total >= -LIMIT, 1, 0)
+
+
+@triton.jit
 def _halve(p, x, level, C: tl.constexpr, K: tl.constexpr):
     """From blocks of b = 2^level rows to 2b: p sums the gates from the block's start to the row (inclusive), x those
     after the row to the block's end."""

@@ -31,15 +31,14 @@ from icrl_kernels._triton.common import (
     _apply_any_gate,
     _decay,
     _gates,
-    _halve,  # noqa: F401
     _load,
-    _pairs,  # noqa: F401
     _put_rows,
     _rows,
     _scalar_gates,
     _scores_any_gate,
     _span,
     _store,
+    _weak,
 )
 
 
@@ -169,10 +168,10 @@ def _outputs(
             total = tl.sum(b, 0)
             kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
             if ANY:
-                hard = tl.min(total, 0) < -LIMIT
+                hard = tl.min(_weak(total, LIMIT), 0) == 0
                 late = tl.min(G, 1) < -LIMIT
             else:
-                reach = tl.where(total < -LIMIT, tl.minimum(reach, c), reach)
+                reach = tl.where(_weak(total, LIMIT) == 0, tl.minimum(reach, c), reach)
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
@@ -245,7 +244,7 @@ def _grad_q(
     tile = ok[None, :] * V + ov[:, None]
     inside = (ok < K)[None, :] & (ov < V)[:, None]
     flag = strong + (ik * (tl.num_programs(0) // NK) + unit * HK + h) if GATE == 2 else 0
-    deepest = tl.zeros([BK], tl.float32)
+    weak = tl.full([BK], 1, tl.int32)
     n, lo, hi, end = _span(unit, cu, owner, first, T, T if SINGLE else L, 1 if SINGLE else PER, VARLEN)
     chunks = tl.cdiv(tl.maximum(hi - lo, 0), C).to(tl.int32)
     if ANY:
@@ -272,9 +271,9 @@ def _grad_q(
             kw = (bk.to(tl.float32) * tl.exp2(-G)).to(DT)
             e = tl.exp2(G)
             if ANY:
-                hard = tl.min(total, 0) < -LIMIT
+                hard = tl.min(_weak(total, LIMIT), 0) == 0
             else:
-                deepest = tl.minimum(deepest, total)
+                weak = tl.minimum(weak, _weak(total, LIMIT))
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
@@ -343,7 +342,7 @@ def _grad_q(
     if not SINGLE and not ANY:
         tl.store(add + (unit * HK + h) * K * V + tile, D * scale, mask=inside)
     if GATE == 2 and not ANY:
-        tl.store(flag, (tl.min(deepest, 0) < -LIMIT).to(tl.int32))
+        tl.store(flag, 1 - tl.min(weak, 0))
 
 
 @triton.jit
@@ -417,7 +416,7 @@ def _grad_kv(
             shrink = tl.exp2(total)[None, :]
             w = tl.exp2(-G)
             if ANY:
-                hard = tl.min(total, 0) < -LIMIT
+                hard = tl.min(_weak(total, LIMIT), 0) == 0
                 later = tl.full([1, BK], 1.0, tl.float32)
                 if hard:
                     w = _after(g, t, lo, c, hi, h, HK, ok, K, MK, C)
