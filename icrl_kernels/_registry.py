@@ -32,7 +32,7 @@ def define(
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         result = resolve(name, device.type, args[-1])[1](*args[:-1])
         if written:  # so that a graph that saved the tensor before refuses to use it
-            torch.autograd.graph.increment_version([args[i] for i in written])
+            torch.autograd.graph.increment_version([args[i] for i in written if isinstance(args[i], torch.Tensor)])
         return result
 
     for key in ("CPU", "CUDA"):

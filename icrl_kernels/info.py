@@ -43,4 +43,4 @@ def info() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, value in info().items():
-        print(f"{name:28}{value}")
+        print(f"{name:34}{value}")

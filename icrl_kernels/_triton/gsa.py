@@ -121,7 +121,7 @@ def backward(
     strong_dq = None if strong is None else torch.empty_like(strong)
     for any_gate in plan.passes if plan.segments else ():  # dq_t = K̃_tᵀ e_t: gla with queries e, keys s and values k
         _gla_outputs[(plan.segments * plan.heads * triton.cdiv(K, BK),)](
-            e, s, k, g, states[0], None, strong_dq, dq, 1.0, *plan.span, H, plan.heads,
+            e, s, k, g, states[0], None, strong_dq, dq, 1.0, *plan.span, plan.heads,
             GROUP=H // plan.heads, BK=_pow2(M), BV=BK, C=plan.chunk, LEVELS=_levels(plan.chunk), **sizes,
             **plan.products, **plan.gates, ANY=any_gate, num_warps=_warps(_pow2(M) * BK), num_stages=plan.stages,
         )  # fmt: skip
