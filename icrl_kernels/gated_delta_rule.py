@@ -157,6 +157,7 @@ def gated_delta_rule_step(
         _checks.shape("q", q, ("B", "Hk", "K"))
     scale = _attention.default_scale(scale, q)
     _attention.refuse_transforms("gated_delta_rule_step", q, k, v, g, beta, state)
+    _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, state=state)
     return torch.ops.icrl.gated_delta_rule_step(q, k, v, g, beta, state, scale, qk_l2norm, backend)
 
 
@@ -394,6 +395,7 @@ def _reference_step(
     qk_l2norm: bool,
 ) -> Tensor:
     _check_step(q, k, v, g, beta, state)
+    _attention.check_gates(g)
     tokens = [None if t is None else t[:, None] for t in (q, k, v, g, beta)]
     q, k, v, g, beta = tokens  # pyright: ignore[reportAssignmentType]
     o, final = gated_delta_rule_reference(q, k, v, g, beta, scale, state, True, None, qk_l2norm)

@@ -125,6 +125,7 @@ def gla_step(
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
     _attention.refuse_transforms("gla_step", q, k, v, g, state)
+    _checks.same_device(q=q, k=k, v=v, g=g, state=state)
     return torch.ops.icrl.gla_step(q, k, v, g, state, _attention.default_scale(scale, q), backend)
 
 
@@ -287,6 +288,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
 
 def _reference_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
     _check_step(q, k, v, g, state)
+    _attention.check_gates(g)
     with torch.no_grad():
         tokens = [None if t is None else t[:, None] for t in (q, k, v, g)]
         q, k, v, g = tokens  # pyright: ignore[reportAssignmentType]

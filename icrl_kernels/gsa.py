@@ -147,6 +147,7 @@ def gsa_step(
         _checks.shape("q", q, ("B", "H", "K"))
     scale = _attention.default_scale(scale, q)
     _attention.refuse_transforms("gsa_step", q, k, v, s, g, keys, values)
+    _checks.same_device(q=q, k=k, v=v, s=s, g=g, **{"state[0]": keys, "state[1]": values})
     return torch.ops.icrl.gsa_step(q, k, v, s, g, keys, values, scale, backend)
 
 
@@ -350,6 +351,7 @@ def _reference_step(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
     _check_step(q, k, v, s, g, keys, values)
+    _attention.check_gates(g)
     with torch.no_grad():
         tokens = [None if t is None else t[:, None] for t in (q, k, v, s, g)]
         q, k, v, s, g = tokens  # pyright: ignore[reportAssignmentType]

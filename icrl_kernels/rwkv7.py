@@ -132,6 +132,7 @@ def rwkv7_step(
     if r.dim() != 3:
         _checks.shape("r", r, ("B", "H", "K"))
     _attention.refuse_transforms("rwkv7_step", r, w, k, v, a, b, state)
+    _checks.same_device(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
     return torch.ops.icrl.rwkv7_step(r, w, k, v, a, b, state, _attention.default_scale(scale, r), backend)
 
 
@@ -314,6 +315,7 @@ def _reference_step(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, scale: float
 ) -> Tensor:
     _check_step(r, w, k, v, a, b, state)
+    _attention.check_gates(w, "w")
     r, w, k, v, a, b = (t[:, None] for t in (r, w, k, v, a, b))
     o, final = rwkv7_reference(r, w, k, v, a, b, scale, state, True)
     assert final is not None

@@ -57,7 +57,7 @@ PyObject* plain_step(PyObject* const* a) {
   PlainCall call(a + 7, a[0]);
   const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]),
               beta = call.optional(a[4]), state = call.state(a[5]);
-  if (!call.ok || q.dims != 3 || v.dims != 3) Py_RETURN_NONE;
+  if (!call.ok || q.dims != 3 || v.dims != 3 || (a[6] != Py_True && a[6] != Py_False)) Py_RETURN_NONE;
   const int64_t B = q.shape[0], Hk = q.shape[1], K = q.shape[2], H = v.shape[1], V = v.shape[2];
   if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || v.shape[0] != B || !state.is({B, H, K, V}) ||
       k.dtype != q.dtype || v.dtype != q.dtype || (beta.data && (!beta.is({B, H}) || !beta.gate_of(q))) ||

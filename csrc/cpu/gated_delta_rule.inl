@@ -287,7 +287,7 @@ bool delta_step(const DeltaShape& s, const DeltaStep& p) {
   const int64_t pairs = s.sequences * s.heads, group = s.heads / s.key_heads, K = s.k, V = s.v, Kp = pad16(K);
   const int threads = pairs * K * V >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_for(pairs, threads, [&](int64_t pair) {
+  parallel_shares(pairs, threads, [&](int64_t pair) {
     alignas(64) float q[kMost], k[kMost], kd[kMost], v[kMost], e[kMost], out[kMost], tail[kMost * kWidth], norm;
     const int64_t keys = pair / group * K, n = s.gate == Gate::channel ? K : s.gate == Gate::scalar ? 1 : 0;
     load_row(q, p.q, s.dtype, keys, K, Kp);

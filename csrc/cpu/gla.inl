@@ -178,7 +178,7 @@ bool gla_step(const GlaShape& s, const GlaStep& p) {
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads, K = s.k, V = s.v;
   const int threads = pairs * K * V >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_for(pairs, threads, [&](int64_t pair) {
+  parallel_shares(pairs, threads, [&](int64_t pair) {
     alignas(64) float q[kMost], k[kMost], v[kMost], e[kMost], out[kMost], tail[kMost * kWidth];
     load_row(k, p.k, s.dtype, pair * K, K, pad16(K));
     load_row(v, p.v, s.dtype, pair * V, V, pad16(V));

@@ -303,7 +303,7 @@ bool gsa_step(const GsaShape& s, const GsaStep& p) {
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads, K = s.k, V = s.v, M = s.slots;
   const int threads = pairs * M * (K + V) >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_for(pairs, threads, [&](int64_t pair) {
+  parallel_shares(pairs, threads, [&](int64_t pair) {
     alignas(64) float q[kMost], k[kMost], v[kMost], w[kMost], e[kMost], l[kMost], weights[kMost];
     alignas(64) float out[kMost], tail[kMost * kWidth];
     load_row(k, p.k, s.dtype, pair * K, K, pad16(K));

@@ -13,6 +13,8 @@ namespace {
 struct Runtime {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   void (*set_num_threads)(int) = nullptr;
+  int (*number)() = nullptr;
+  int (*team)() = nullptr;
 };
 
 int find_runtime(dl_phdr_info* info, size_t, void* out) {
@@ -21,9 +23,12 @@ int find_runtime(dl_phdr_info* info, size_t, void* out) {
   void* handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return 0;
   void *parallel = dlsym(handle, "GOMP_parallel"), *set_num_threads = dlsym(handle, "omp_set_num_threads");
-  if (!parallel || !set_num_threads) return 0;
+  void *number = dlsym(handle, "omp_get_thread_num"), *team = dlsym(handle, "omp_get_num_threads");
+  if (!parallel || !set_num_threads || !number || !team) return 0;
   *static_cast<Runtime*>(out) = {reinterpret_cast<decltype(Runtime::parallel)>(parallel),
-                                 reinterpret_cast<decltype(Runtime::set_num_threads)>(set_num_threads)};
+                                 reinterpret_cast<decltype(Runtime::set_num_threads)>(set_num_threads),
+                                 reinterpret_cast<decltype(Runtime::number)>(number),
+                                 reinterpret_cast<decltype(Runtime::team)>(team)};
   return 1;
 }
 
@@ -36,6 +41,11 @@ const Runtime& runtime() {
 }  // namespace
 
 bool has_team() { return runtime().parallel != nullptr; }
+
+void place_in_team(int& number, int& threads) {
+  number = has_team() ? runtime().number() : 0;
+  threads = has_team() ? runtime().team() : 1;
+}
 
 void set_team_size(int threads) {
   if (has_team()) runtime().set_num_threads(threads);

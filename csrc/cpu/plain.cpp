@@ -58,7 +58,9 @@ Torch find_torch() {
 }
 
 const Torch& torch() {
-  static const Torch found = find_torch();
+  static Torch found;
+  static bool looked = false;  // no static initializer: its guard, held during an import, could wait for the GIL
+  if (!looked) found = find_torch(), looked = true;
   return found;
 }
 
@@ -115,7 +117,7 @@ PlainCall::PlainCall(PyObject* const* options, PyObject* object) {
   scale = static_cast<float>(value);
   allowance = static_cast<float>(PyFloat_AsDouble(options[1]));
   threads = static_cast<int>(PyLong_AsLong(options[2]));
-  ok = ok && std::isfinite(value) && !PyErr_Occurred();
+  ok = ok && std::isfinite(scale) && !PyErr_Occurred();
   PyErr_Clear();
 }
 
@@ -145,26 +147,23 @@ Plain PlainCall::state(PyObject* object) {
 
 PyObject* PlainCall::output(PyObject* like, const Plain& view, int64_t a, int64_t b, int64_t c, Plain& out) {
   const Torch& t = torch();
-  PyObject* result = nullptr;
+  bool contiguous;
   if (view.is({a, b, c})) {  // the quicker of the two
     PyObject* f = PyObject_GetAttr(t.module, t.empty_like);
-    result = f ? PyObject_CallOneArg(f, like) : nullptr;
+    PyObject* result = f ? PyObject_CallOneArg(f, like) : nullptr;
     Py_XDECREF(f);
-  } else {
-    PyObject* arguments[] = {PyLong_FromLongLong(a), PyLong_FromLongLong(b), PyLong_FromLongLong(c),
-                             PyObject_GetAttr(like, t.dtype)};
-    PyObject* f = PyObject_GetAttr(t.module, t.empty);
-    bool have = f;
-    for (PyObject* x : arguments) have = have && x;
-    if (have) result = PyObject_Vectorcall(f, arguments, 3, t.dtype_only);
-    Py_XDECREF(f);
-    for (PyObject* x : arguments) Py_XDECREF(x);
+    if (!result || read(result, false, out, contiguous)) return result;
+    Py_DECREF(result);  // `like` is dense but not contiguous, and so is what is made like it
   }
-  bool contiguous;
-  if (result && !read(result, false, out, contiguous)) {
-    Py_CLEAR(result);
-    PyErr_SetString(PyExc_RuntimeError, "torch.empty made no plain tensor");
-  }
+  PyObject* arguments[] = {PyLong_FromLongLong(a), PyLong_FromLongLong(b), PyLong_FromLongLong(c),
+                           PyObject_GetAttr(like, t.dtype)};
+  PyObject* f = PyObject_GetAttr(t.module, t.empty);
+  bool have = f;
+  for (PyObject* x : arguments) have = have && x;
+  PyObject* result = have ? PyObject_Vectorcall(f, arguments, 3, t.dtype_only) : nullptr;
+  Py_XDECREF(f);
+  for (PyObject* x : arguments) Py_XDECREF(x);
+  if (result && !read(result, false, out, contiguous)) Py_CLEAR(result);  // a transform's wrapper
   return result;
 }
 

@@ -49,7 +49,8 @@ struct PlainCall {
                 std::initializer_list<PyObject*> written, F&& kernel) {
     Plain out;
     PyObject* o = output(like, view, a, b, c, out);
-    if (!o) return nullptr;
+    if (!o && PyErr_Occurred()) return nullptr;
+    if (!o) Py_RETURN_NONE;
     PyThreadState* others = state_size >= 1 << 17 ? PyEval_SaveThread() : nullptr;  // the others' turn, where it pays
     const bool served = kernel(out.data);
     if (others) PyEval_RestoreThread(others);

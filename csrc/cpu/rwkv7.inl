@@ -390,7 +390,7 @@ bool rwkv7_step(const RwkvShape& s, const RwkvStep& p) {
   const int64_t pairs = s.sequences * s.heads, K = s.k, V = s.v, Kp = pad16(K);
   const int threads = pairs * K * V >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_for(pairs, threads, [&](int64_t pair) {
+  parallel_shares(pairs, threads, [&](int64_t pair) {
     alignas(64) float r[kMost], e[kMost], k[kMost], v[kMost], a[kMost], b[kMost], out[kMost], tail[kMost * kWidth];
     load_row(r, p.r, s.dtype, pair * K, K, Kp);
     load_row(e, p.w, s.gate_dtype, pair * K, K, Kp);
