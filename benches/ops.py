@@ -1,7 +1,7 @@
 """The linear-attention ops as the benches see them: inputs, the op, its reference, its peers, its work.
 
-`flops` counts, per token and head, the multiplies and adds of chunks of 16 tokens (triangles as triangles); backward
-includes the states and scores that it computes again. K = V = D, and 64 slots for gsa (D where D is smaller).
+`flops` counts, per token and head, the multiplies and adds of chunks of 16 tokens: scores as whole squares, what
+they are multiplied with as triangles. Backward includes the states and scores that it computes again. K = V = D, and 64 slots for gsa (D where D is smaller).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _gla_torch_step(x, state):
     q, k, v, g = x
     if g is not None:
         state.mul_(g.exp().reshape(*g.shape, *[1] * (4 - g.dim())))
-    state.add_(k[..., None] * v[..., None, :])
+    state.addcmul_(k[..., None], v[..., None, :])
     return (q[..., None, :] @ state).squeeze(-2) * q.shape[-1] ** -0.5
 
 
@@ -75,7 +75,7 @@ def _delta_torch_step(x, state):
     if g is not None:
         state.mul_(g.exp().reshape(*g.shape, *[1] * (4 - g.dim())))
     u = beta[..., None] * (v - (k[..., None, :] @ state).squeeze(-2))
-    state.add_(k[..., None] * u[..., None, :])
+    state.addcmul_(k[..., None], u[..., None, :])
     return (q[..., None, :] @ state).squeeze(-2) * q.shape[-1] ** -0.5
 
 
@@ -91,8 +91,8 @@ def _gsa_state(B, H, D, device):
 def _gsa_torch_step(x, state):
     (q, k, v, s, g), (keys, values) = x, state
     decay = g.exp()
-    keys.mul_(decay[..., None, :]).add_(k[..., None] * s[..., None, :])
-    values.mul_(decay[..., None]).add_(s[..., None] * v[..., None, :])
+    keys.mul_(decay[..., None, :]).addcmul_(k[..., None], s[..., None, :])
+    values.mul_(decay[..., None]).addcmul_(s[..., None], v[..., None, :])
     p = (q[..., None, :] @ keys * q.shape[-1] ** -0.5).softmax(-1)
     return (p @ values).squeeze(-2)
 
@@ -107,7 +107,7 @@ def _rwkv7_inputs(B, T, H, D, gate, device, dtype):
 def _rwkv7_torch_step(x, state):
     r, w, k, v, a, b = x
     u = a[..., None, :] @ state
-    state.mul_(w.exp()[..., None]).add_(b[..., None] * u).add_(k[..., None] * v[..., None, :])
+    state.mul_(w.exp()[..., None]).addcmul_(b[..., None], u).addcmul_(k[..., None], v[..., None, :])
     return (r[..., None, :] @ state).squeeze(-2)
 
 

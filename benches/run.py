@@ -71,7 +71,7 @@ def best_torch(op: Op, how: Callable, tensors: list) -> Callable[[], None]:
 
 
 def sdpa(*tensors: Tensor) -> tuple[Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in tensors[:3])
+    q, k, v = (x.transpose(1, 2) for x in (tensors[:3] if len(tensors) < 6 else (tensors[0], *tensors[2:4])))  # rwkv7's
     return (torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
 
 
