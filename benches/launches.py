@@ -55,7 +55,14 @@ def _recording(module: ModuleType, launches: list[Launch]) -> Iterator[None]:
 
         def __getitem__(self, grid):
             def launch(*args, num_warps: int = 4, num_stages: int = 3, **constants):
-                values = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+                values = dict(zip(self.kernel.arg_names, args, strict=False))
+                twice, missing = (
+                    values.keys() & constants,
+                    set(self.kernel.arg_names) - values.keys() - constants.keys(),
+                )
+                if twice or missing or len(args) > len(self.kernel.arg_names):
+                    raise TypeError(f"{self.kernel.__name__}: given twice {twice}, missing {missing}")
+                values |= constants
                 options = {"num_warps": num_warps, "num_stages": num_stages}
                 launches.append(Launch(self.kernel, grid, values, constants, options))
 

@@ -1,7 +1,8 @@
 """The linear-attention ops as the benches see them: inputs, the op, its reference, its peers, its work.
 
-`flops` counts, per token and head, the multiplies and adds of chunks of 16 tokens: scores as whole squares, what
-they are multiplied with as triangles. Backward includes the states and scores that it computes again. K = V = D, and 64 slots for gsa (D where D is smaller).
+`flops` counts, per token and head, the multiplies and adds of chunks of 16 tokens: scores as whole squares, what they are
+multiplied with as triangles. Backward includes the states and scores that it computes again. K = V = D, and 64 slots for
+gsa (D where D is smaller).
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ def check_states(
         N = cu_seqlens.shape[0] - 1
         if N < 0:
             raise ValueError("cu_seqlens: wanted N + 1 ≥ 1 entries, got 0")
+        if N == 0 and q.shape[1]:
+            raise ValueError(f"cu_seqlens: holds no sequence for {q.shape[1]} tokens")
     for name, (state, names) in states.items():
         if state is not None:
             _checks.shape(name, state, ("N", *names), N=N, **sizes)

@@ -305,3 +305,34 @@ def test_cuda_graph_replays_a_step(op):
     wanted = op.step(*inputs, state=other)
     graph.replay()
     assert torch.equal(o, wanted)
+
+
+@every_op
+def test_steps_of_permuted_inputs(op):
+    inputs, state = op.inputs(3), op.states(3)
+    permuted = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    other = tuple(t.clone() for t in state)
+    assert torch.equal(op.step(*inputs, state=state), op.step(*permuted, state=other))
+    assert_same(state, other)
+
+
+@every_op
+def test_the_reference_step_refuses_gates_too(op):
+    gate = "w" if op.name == "rwkv7" else "g"
+    inputs = [x.abs() + 1 if name == gate else x for name, x in zip(op.sizes, op.inputs(2), strict=True)]
+    with pytest.raises(ValueError, match=f"^{gate}"):
+        op.step(*inputs, state=op.states(2), backend="reference")
+
+
+@every_op
+def test_steps_name_a_tensor_on_another_device(op):
+    inputs = [x.to("meta") if name == "v" else x for name, x in zip(op.sizes, op.inputs(2), strict=True)]
+    with pytest.raises(ValueError, match=r"^v: is on meta"):
+        op.step(*inputs, state=op.states(2))
+
+
+def test_flags_that_are_not_bool_mean_what_they_mean():
+    q, k, v, g, beta = OPS[1].inputs(2)
+    one, other = (torch.zeros(2, H, K, V) for _ in range(2))
+    normed = icrl_kernels.gated_delta_rule_step(q, k, v, g, beta, one, qk_l2norm=True)
+    assert torch.equal(icrl_kernels.gated_delta_rule_step(q, k, v, g, beta, other, qk_l2norm=1), normed)

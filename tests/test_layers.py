@@ -501,3 +501,32 @@ def test_bad_inputs():
     ]:
         with pytest.raises(ValueError, match=f"^{message}"):
             call()
+
+
+def test_steps_refuse_before_they_change_anything():
+    mixer = GLA(D, num_heads=2, use_short_conv=True)
+    token, state = torch.randn(2, D), mixer.initial_state(2)
+    _, with_graph = mixer(torch.randn(2, 3, D))
+    strided = state._replace(recurrent=tuple(t.mT.contiguous().mT for t in state.recurrent))
+    for x, given, message in [
+        (token, with_graph, "state.conv.*graph"),
+        (token, strided, "state.recurrent.*contiguous"),
+        (token.double(), state, "x: wanted dtype"),
+    ]:
+        before = given.clone()
+        with torch.no_grad(), pytest.raises(ValueError, match=f"^{message}"):
+            mixer.step(x, given)
+        assert all(torch.equal(a, b) for a, b in zip(given.conv, before.conv, strict=True))
+    mixer.requires_grad_(False)
+    mixer.g_proj.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^x: step has no gradient"):
+        mixer.step(token, state)
+
+
+def test_a_float16_normaliser_of_many_tokens_does_not_overflow():
+    mixer = LinearAttention(16, num_heads=2, feature_map="elu", do_feature_map_norm=True).half()
+    x = torch.randn(1, 20000, 16)
+    with torch.no_grad():
+        y, exact = mixer(x.half())[0], mixer.float()(x.half().float())[0]
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))

@@ -219,6 +219,13 @@ def test_uninstall_restores_exactly(transformers):
     assert module.torch_chunk_gated_delta_rule is before[module, "torch_chunk_gated_delta_rule"]
 
 
+def test_an_ended_swap_is_not_entered_again(transformers):
+    with swap.install("transformers") as installed:
+        pass
+    with pytest.raises(RuntimeError, match="ended"), installed:
+        pass
+
+
 def test_packed_sequences(transformers):
     """Their torch code refuses them; ours keeps them apart."""
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")

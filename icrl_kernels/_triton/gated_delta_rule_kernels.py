@@ -34,6 +34,7 @@ from icrl_kernels._triton.common import (
     _decay,
     _gates,
     _load,
+    _rows,
     _scalar_gates,
     _scores_any_gate,
     _span,
@@ -148,6 +149,7 @@ def _prepare(
             bk = bk.to(DT)
             N = tl.dot(bk, tl.trans(bk), N, input_precision=PREC)
             A = tl.dot(bq.to(DT), tl.trans(bk), A, input_precision=PREC)
+    late = tl.cumsum(late.to(tl.int32), 0) > 0  # the rows after a late one read it through the inverse
     of_q = tl.full([C], 1.0, tl.float32)
     of_k = tl.full([C], 1.0, tl.float32)
     if NORM:
@@ -201,17 +203,8 @@ def _sequence(n, cu, first, T, PER, L, PARTS, C: tl.constexpr, VARLEN: tl.conste
 
 
 @triton.jit
-def _tile(x, t, left, h, H, r, o, D: tl.constexpr, MASK: tl.constexpr):
-    """As _load, of the tokens t + r, r < left: one 64-bit address and 32-bit offsets to it, which stay in few registers."""
-    m = (r < left)[:, None]
-    if MASK:
-        m = m & (o < D)[None, :]
-    return tl.load(x + (t * H + h) * D + (r * (H * D))[:, None] + o[None, :], mask=m, other=0.0)
-
-
-@triton.jit
 def _turned(x, t, left, h, H, r, o, D: tl.constexpr, MASK: tl.constexpr):
-    """_tile transposed: where, and which are there."""
+    """_rows transposed: where, and which are there."""
     m = (r < left)[None, :]
     if MASK:
         m = m & (o < D)[:, None]
@@ -266,7 +259,7 @@ def _forward(
         c = (s + i) * H + h
         p = rows + c * 3 * C + r
         before = S.to(DT)
-        bk = _tile(kd, t, left, hx, HX, r, ok, K, MK).to(DT)
+        bk = _rows(kd, t, r, left, hx, HX, ok, K, MK).to(DT)
         y = tl.dot(before, tl.trans(bk), input_precision=PREC)
         y *= tl.load(p + C)[None, :]
         if TRANSFER:
@@ -276,7 +269,7 @@ def _forward(
             y = tl.load(at, mask=mv, other=0.0).to(tl.float32) - y
         y = tl.dot(y.to(DT), tl.trans(tl.load(solve + c * C * C + square)), input_precision=PREC).to(DT)
         if o is not None:
-            bq = _tile(q, t, left, hx, HX, r, ok, K, MK).to(DT)
+            bq = _rows(q, t, r, left, hx, HX, ok, K, MK).to(DT)
             bo = tl.dot(before, tl.trans(bq), input_precision=PREC) * tl.load(p)[None, :]
             bo = tl.dot(y, tl.trans(tl.load(scores + c * C * C + square)), bo, input_precision=PREC)
             at, mv = _turned(o, t, left, h, H, r, ov, V, MV)
@@ -286,7 +279,7 @@ def _forward(
             at, mv = _turned(e, t, left, h, H, r, ov, V, MV)
             tl.store(at, y.to(e.dtype.element_ty), mask=mv)
         if GATE == 2:
-            bk = _tile(ku, t, left, hx, HX, r, ok, K, MK).to(DT)
+            bk = _rows(ku, t, r, left, hx, HX, ok, K, MK).to(DT)
         S *= _shrink(decay, c, ok, K, GATE)
         S = tl.dot((y.to(tl.float32) * tl.load(p + 2 * C)[None, :]).to(DT), bk, S, input_precision=PREC)
     tl.store(last + turned, S, mask=inside)
@@ -326,20 +319,20 @@ def _reverse(
         after = D.to(DT)
         if dstates is not None:
             tl.store(dstates + c * K * V + (ov[:, None] * K + ok[None, :]), after, mask=inside)
-        bk = _tile(ku, t, left, hx, HX, r, ok, K, MK).to(DT)
+        bk = _rows(ku, t, r, left, hx, HX, ok, K, MK).to(DT)
         y = tl.dot(after, tl.trans(bk), input_precision=PREC) * tl.load(p + 2 * C)[None, :]
         at, mv = _turned(do, t, left, h, H, r, ov, V, MV)
         bo = tl.load(at, mask=mv, other=0.0).to(DT)
         y = tl.dot(bo, tl.load(scores + c * C * C + square), y, input_precision=PREC)
         D *= _shrink(decay, c, ok, K, GATE)
-        bq = _tile(q, t, left, hx, HX, r, ok, K, MK).to(DT)
+        bq = _rows(q, t, r, left, hx, HX, ok, K, MK).to(DT)
         D = tl.dot((bo.to(tl.float32) * tl.load(p)[None, :]).to(DT), bq, D, input_precision=PREC)
         y = tl.dot(y.to(DT), tl.load(solve + c * C * C + square), input_precision=PREC)
         if dr is not None:
             at, mv = _turned(dr, t, left, h, H, r, ov, V, MV)
             tl.store(at, y.to(dr.dtype.element_ty), mask=mv)
         if GATE == 2:
-            bk = _tile(kd, t, left, hx, HX, r, ok, K, MK).to(DT)
+            bk = _rows(kd, t, r, left, hx, HX, ok, K, MK).to(DT)
         D = tl.dot((y * -tl.load(p + C)[None, :]).to(DT), bk, D, input_precision=PREC)
     tl.store(dinit + turned, D, mask=inside)
 

@@ -23,6 +23,7 @@ from icrl_kernels._triton.common import (
     _scores_any_gate,
     _span,
     _store,
+    _weak,
 )
 
 
@@ -62,7 +63,7 @@ def _local_states(
             d *= shrink
             S1 *= shrink[:, None]
             S2 *= shrink[:, None]
-            weak = tl.min(tl.where(total >= -LIMIT, 1, 0), 0)  # 0 for a NaN too: rows before it may be strong
+            weak = tl.min(_weak(total, LIMIT), 0)
             beyond = tl.where(weak == 0, tl.minimum(beyond, c), beyond)
         for j in range(GROUP):
             bx = _load(x1, t, hi, h * GROUP + j, HX, om, M, MM)
@@ -209,7 +210,7 @@ def _logits(
                 sw = (bs * _after(g, t, lo, c, hi, hk, HK, om, M, MM, C)).to(DT)
             else:
                 sw = (bs * tl.exp2(tl.where(-G < LIMIT, -G, LIMIT))).to(DT)
-                weak = tl.min(tl.where(total >= -LIMIT, 1, 0), 0)
+                weak = tl.min(_weak(total, LIMIT), 0)
                 beyond = tl.where(weak == 0, tl.minimum(beyond, c), beyond)
         bz, _ = _read(bq, bk, X, bs, sw, b, f, False, C, BM, LEVELS, GATE, DT, PREC, ANY)
         if ANY:

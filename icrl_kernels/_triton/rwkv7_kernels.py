@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from icrl_kernels._triton.common import _after, _gates, _load, _scores_any_gate, _span, _store
-from icrl_kernels._triton.gated_delta_rule_kernels import _decayed, _inverse, _sequence, _shrink, _tile, _turned
+from icrl_kernels._triton.common import LOG2E, _after, _gates, _load, _rows, _scores_any_gate, _span, _store
+from icrl_kernels._triton.gated_delta_rule_kernels import _decayed, _inverse, _sequence, _shrink, _turned
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _prepare(
             R = tl.dot(x, k_up, R, input_precision=PREC)
             m = (i > 0)[:, None] & (t < hi)[:, None] & (ok < K)[None, :]
             before = tl.load(w + ((t - 1) * H + h)[:, None] * K + ok[None, :], mask=m, other=0.0).to(tl.float32)
-            before = tl.exp2(tl.cumsum(before * 1.4426950408889634, 0))
+            before = tl.exp2(tl.cumsum(before * LOG2E, 0))
             x = (_load(a, t, hi, h, H, ok, K, MK).to(tl.float32) * before).to(DT)
             _store(ad, x, t, hi, h, H, ok, K, MK)
             N = tl.dot(x, b_up, N, input_precision=PREC)
@@ -87,6 +87,7 @@ def _prepare(
             _store(bu, bb * after, t, hi, h, H, ok, K, MK)
             _store(ku, bk * after, t, hi, h, H, ok, K, MK)
             tl.store(decay + (s * H + h) * K + ok, tl.exp2(tl.sum(g, 0)), mask=ok < K)
+    late = tl.cumsum(late.to(tl.int32), 0) > 0  # the rows after a late one read it through the inverse
     if ANY:
         N = _down(N, C)
         M = _down(M, C)
@@ -133,9 +134,9 @@ def _forward(
         left = tl.minimum(hi - t, C).to(tl.int32)
         c = (s + j) * H + h
         before = S.to(DT)
-        x = tl.dot(before, tl.trans(_tile(ad, t, left, h, H, i, ok, K, MK)), input_precision=PREC).to(DT)
+        x = tl.dot(before, tl.trans(_rows(ad, t, i, left, h, H, ok, K, MK)), input_precision=PREC).to(DT)
         if OUTPUTS:
-            bo = tl.dot(before, tl.trans(_tile(rd, t, left, h, H, i, ok, K, MK)), input_precision=PREC)
+            bo = tl.dot(before, tl.trans(_rows(rd, t, i, left, h, H, ok, K, MK)), input_precision=PREC)
         at, mv = _turned(v, t, left, h, H, i, ov, V, MV)
         bv = tl.load(at, mask=mv, other=0.0).to(DT)
         y = tl.dot(x, tl.trans(tl.load(solve + c * C * C + square)), input_precision=PREC)
@@ -150,8 +151,8 @@ def _forward(
             at, mv = _turned(u, t, left, h, H, i, ov, V, MV)
             tl.store(at, y.to(u.dtype.element_ty), mask=mv)
         S *= _shrink(decay, c, ok, K, 2)
-        S = tl.dot(y, _tile(bu, t, left, h, H, i, ok, K, MK), S, input_precision=PREC)
-        S = tl.dot(bv, _tile(ku, t, left, h, H, i, ok, K, MK), S, input_precision=PREC)
+        S = tl.dot(y, _rows(bu, t, i, left, h, H, ok, K, MK), S, input_precision=PREC)
+        S = tl.dot(bv, _rows(ku, t, i, left, h, H, ok, K, MK), S, input_precision=PREC)
     if OUTPUTS:
         tl.store(last + turned, S, mask=inside)
 
@@ -186,19 +187,19 @@ def _reverse(
         tl.store(dstates + c * K * V + (ov[:, None] * K + ok[None, :]), after, mask=inside)
         at, mv = _turned(do, t, left, h, H, i, ov, V, MV)
         bo = tl.load(at, mask=mv, other=0.0).to(DT)
-        y = tl.dot(after, tl.trans(_tile(bu, t, left, h, H, i, ok, K, MK)), input_precision=PREC)
+        y = tl.dot(after, tl.trans(_rows(bu, t, i, left, h, H, ok, K, MK)), input_precision=PREC)
         y = tl.dot(bo, tl.load(with_b + c * C * C + square), y, input_precision=PREC).to(DT)
-        z = tl.dot(after, tl.trans(_tile(ku, t, left, h, H, i, ok, K, MK)), input_precision=PREC)
+        z = tl.dot(after, tl.trans(_rows(ku, t, i, left, h, H, ok, K, MK)), input_precision=PREC)
         z = tl.dot(bo, tl.load(with_k + c * C * C + square), z, input_precision=PREC)
         z = tl.dot(y, tl.load(through + c * C * C + square), z, input_precision=PREC)
         at, mv = _turned(dv, t, left, h, H, i, ov, V, MV)
         tl.store(at, z.to(dv.dtype.element_ty), mask=mv)
         D *= _shrink(decay, c, ok, K, 2)
-        D = tl.dot(bo, _tile(rd, t, left, h, H, i, ok, K, MK), D, input_precision=PREC)
+        D = tl.dot(bo, _rows(rd, t, i, left, h, H, ok, K, MK), D, input_precision=PREC)
         x = tl.dot(y, tl.load(solve + c * C * C + square), input_precision=PREC).to(DT)
         at, mv = _turned(dx, t, left, h, H, i, ov, V, MV)
         tl.store(at, x.to(dx.dtype.element_ty), mask=mv)
-        D = tl.dot(x, _tile(ad, t, left, h, H, i, ok, K, MK), D, input_precision=PREC)
+        D = tl.dot(x, _rows(ad, t, i, left, h, H, ok, K, MK), D, input_precision=PREC)
     tl.store(dinit + turned, D, mask=inside)
 
 

@@ -285,9 +285,21 @@ class TokenMixer(nn.Module):
     def _check_step(self, x: Tensor, state: State) -> None:
         _checks.shape("x", x, ("B", "hidden_size"), hidden_size=self.hidden_size)
         self._check_dtype(x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.o_proj.weight.requires_grad):
+        if x.dtype == torch.float64:
+            raise ValueError(
+                "x: step serves float32, bfloat16 and float16, got torch.float64; forward with T=1 serves it"
+            )
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise ValueError("x: step has no gradient; call it under torch.no_grad(), or forward with T=1")
         self._check_state(state, x.shape[0])
+        for field in State._fields:
+            for i, t in enumerate(getattr(state, field)):
+                if t.requires_grad:
+                    raise ValueError(
+                        f"state.{field}[{i}]: carries a graph, and step would change it; pass state.detach()"
+                    )
+                if field == "recurrent" and not t.is_contiguous():
+                    raise ValueError(f"state.{field}[{i}]: wanted a contiguous tensor, because it is changed in place")
 
     def _check_dtype(self, x: Tensor) -> None:
         if not torch.is_autocast_enabled(x.device.type):

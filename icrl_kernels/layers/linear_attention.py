@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from icrl_kernels._attention import MAX_HEAD_DIM
 from icrl_kernels.gla import gla, gla_step
-from icrl_kernels.layers._base import RMSNorm, TokenMixer, fla_norm, head_dims, refuse
+from icrl_kernels.layers._base import RMSNorm, TokenMixer, fla_norm, head_dims, refuse, wide
 
 NORMALIZER_EPSILON = 1e-10
 
@@ -58,7 +58,13 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 
 LEARNED = {"elementwise_product": ElementwiseProduct, "hedgehog": Hedgehog, "t2r": T2R}
-FIXED: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "identity": lambda x: x}
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+FIXED: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "identity": identity}
 FLA_MAPS = {
     "HadamardFeatureMap": "elementwise_product",
     "HedgehogFeatureMap": "hedgehog",
@@ -168,7 +174,9 @@ class LinearAttention(TokenMixer):
             k = k / (k.sum(-1, keepdim=True) + 1e-4)
         if self.do_feature_map_norm:
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        return (q.to(v.dtype), k.to(v.dtype), v), ()  # autocast makes some feature maps float32
+        # autocast makes some feature maps float32; a sum over a long sequence does not fit float16
+        dtype = wide(v.dtype) if self.do_feature_map_norm else v.dtype
+        return (q.to(dtype), k.to(dtype), v.to(dtype)), ()
 
     def _chunk(self, q, k, v, recurrent, cu_seqlens) -> tuple[Tensor, tuple[Tensor, ...]]:
         o, final = gla(q, k, v, None, initial_state=recurrent[0], output_final_state=True, cu_seqlens=cu_seqlens)
@@ -180,5 +188,5 @@ class LinearAttention(TokenMixer):
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.do_feature_map_norm:
-            o = o[..., :-1] / (o[..., -1:] + NORMALIZER_EPSILON)
+            o = (o[..., :-1] / (o[..., -1:] + NORMALIZER_EPSILON)).to(x.dtype)
         return self.o_proj(self.norm(o).flatten(-2))

@@ -47,12 +47,16 @@ class Installed:
 
     def __init__(self, ours: list[FunctionType], names: list[str]):
         self._ours = ours
+        self._ended = False
         self.names = names
 
     def __enter__(self) -> Installed:
+        if self._ended:
+            raise RuntimeError("this swap has ended: call install again")
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ended = True
         _restore(self._ours)
 
 

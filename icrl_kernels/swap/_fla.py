@@ -15,7 +15,7 @@ from torch import Tensor
 from icrl_kernels.gla import gla, gla_step
 from icrl_kernels.gsa import gsa, gsa_step
 from icrl_kernels.rwkv7 import rwkv7, rwkv7_step
-from icrl_kernels.swap._ops import Function, delta_rule, one_token, refuse, run
+from icrl_kernels.swap._ops import Function, delta_rule, fresh, one_token, refuse, run
 
 # How to compute, or copies of what is given: they change no result.
 _HINTS = {
@@ -166,7 +166,7 @@ def _gsa(
         if pair is None:
             pair = tuple(torch.zeros(x, dtype=torch.float32, device=q.device) for x in shapes)
         else:
-            pair = tuple(t.clone() for t in pair)  # type: ignore[union-attr]
+            pair = tuple(map(fresh, pair))  # type: ignore[union-attr]
         o = gsa_step(q[:, 0], k[:, 0], v[:, 0], s[:, 0], g[:, 0], pair, scale)[:, None]  # type: ignore[index, arg-type]
     else:
         o, pair = gsa(q, k, v, s, g, scale, pair, output_final_state, cu_seqlens)  # type: ignore[arg-type]
