@@ -219,7 +219,7 @@ def backward(
     _along(plan, ready, v, first, None, e, states)
     dinitial = _back(plan, ready, do, dlast, dr, dstates)[:, 0].contiguous()
 
-    BK, BV = min(64, _pow2(K)), min(64, _pow2(V))
+    BK, BV = min(32 if gate == 2 else 64, _pow2(K)), min(64, _pow2(V))  # 64 would spill where all channels decay apart
     parts = triton.cdiv(K, BK)
     alone = plan.group == 1 and not qk_l2norm
     dq, dk = torch.empty_like(q), torch.empty_like(k)
