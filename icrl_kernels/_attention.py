@@ -148,6 +148,27 @@ def bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return result
 
 
+def gradients_like(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """A tensor for each input's gradient; where there is no input an empty one, as the schemas want one."""
+    first = next(t for t in inputs if t is not None)
+    return tuple(
+        torch.empty(0, dtype=torch.float32, device=first.device)
+        if t is None
+        else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in inputs
+    )
+
+
+def check_output_gradients(q: Tensor, do: Tensor, o: tuple[int, ...], **states: tuple[Tensor, tuple[int, ...]]) -> None:
+    """do against o's shape and q's dtype, states' gradients against their shapes. Autograd keeps to these; who calls the
+    op itself may not."""
+    _checks.shape("do", do, o)
+    _checks.dtype("do", do, (q.dtype,))
+    for name, (gradient, shape) in states.items():
+        _checks.shape(name, gradient, shape)
+        _checks.dtype(name, gradient, (torch.float32,))
+
+
 def gate_error(name: str = "g") -> ValueError:
     return ValueError(
         f"{name}: wanted natural logarithms of decays, at most 0 (to within {GATE_ALLOWANCE}), got a larger one"

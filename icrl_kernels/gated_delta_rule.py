@@ -237,9 +237,12 @@ def _cpu_backward(
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     code = _attention.native("gated_delta_rule", q)
+    _check(q, k, v, g, beta, initial_state, cu_seqlens)
     group = v.shape[2] // q.shape[2]
     bounds = _attention.bounds(q, cu_seqlens)
-    dq, dk, dv, dg, dbeta, dinitial = _gradients(do, dfinal_state, q, k, v, g, beta, initial_state)
+    N, (H, V) = bounds.numel() - 1, v.shape[2:]
+    _attention.check_output_gradients(q, do, v.shape, dfinal_state=(dfinal_state, (N, H, q.shape[3], V)))
+    dq, dk, dv, dg, dbeta, dinitial = _attention.gradients_like(q, k, v, g, beta, initial_state)
     if group > 1:  # each value head writes its own, and these are summed in their order
         dq, dk = (q.new_empty((*v.shape[:3], q.shape[3]), dtype=torch.float32) for _ in range(2))
     shape = _shape(q, v, g, beta, scale, bounds, qk_l2norm, code if group == 1 else 0)
@@ -364,24 +367,7 @@ def _triton_step(
     return kernels.step(q, k, v, g, beta, state, scale, qk_l2norm)
 
 
-# Reference backend, of the ops without gradients: the public function calls the reference itself where there are some.
-
-
-def _reference_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    o, final = gated_delta_rule_reference(q, k, v, g, beta, scale, initial_state, True, cu_seqlens, qk_l2norm)
-    assert final is not None
-    return o, final.float()
+# Reference backend, of the step: `gated_delta_rule` calls the reference itself.
 
 
 def _reference_step(
@@ -413,38 +399,32 @@ def _outputs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, T
     return o, torch.empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
 
 
-def _gradients(do, dfinal_state, q, k, v, g, beta, initial_state) -> tuple[Tensor, ...]:
-    def like(t: Tensor | None) -> Tensor:  # where there is no input: an empty tensor, as the schema wants one
-        if t is None:
-            return torch.empty(0, dtype=torch.float32, device=q.device)
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    return like(q), like(k), like(v), like(g), like(beta), like(initial_state)
-
-
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor? initial_state, Tensor? cu_seqlens,"
     " bool qk_l2norm"
 )
-_BOTH = ("cpu", "cuda")
 
 _registry.define(
     f"gated_delta_rule({_INPUTS}, str backend) -> (Tensor o, Tensor final_state)",
-    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward), "reference": (_BOTH, _reference_forward)},
+    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward)},
     lambda q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend: _outputs(q, v, cu_seqlens),
 )
 _registry.define(
     f"gated_delta_rule_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda do, dfinal_state, q, k, v, g, beta, scale, initial_state, *rest: _gradients(
-        do, dfinal_state, q, k, v, g, beta, initial_state
+    lambda do, dfinal_state, q, k, v, g, beta, scale, initial_state, *rest: _attention.gradients_like(
+        q, k, v, g, beta, initial_state
     ),
 )
 _registry.define(
     "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, float scale,"
     " bool qk_l2norm, str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu_step), "triton": (("cuda",), _triton_step), "reference": (_BOTH, _reference_step)},
+    {
+        "cpu": (("cpu",), _cpu_step),
+        "triton": (("cuda",), _triton_step),
+        "reference": (("cpu", "cuda"), _reference_step),
+    },
     lambda q, k, v, g, beta, state, scale, qk_l2norm, backend: q.new_empty(v.shape),
 )
 

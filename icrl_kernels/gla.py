@@ -204,8 +204,9 @@ def _cpu_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _attention.native("gla", q)
+    _check(q, k, v, g, initial_state, cu_seqlens)
     q, k, v, g, initial_state = (
         q.contiguous(),
         k.contiguous(),
@@ -215,7 +216,9 @@ def _cpu_backward(
     )
     do, dfinal_state = do.contiguous(), dfinal_state.contiguous()
     bounds = _attention.bounds(q, cu_seqlens)
-    grads = _gradients(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens)
+    N, V = bounds.numel() - 1, v.shape[3]
+    _attention.check_output_gradients(q, do, (*q.shape[:3], V), dfinal_state=(dfinal_state, (N, *k.shape[2:], V)))
+    grads = _attention.gradients_like(q, k, v, g, initial_state)
     dq, dk, dv, dg, dinitial = grads
     shape = _shape(q, k, v, g, scale, bounds)
     inputs = map(_attention.pointer, (do, dfinal_state, q, k, v, g, initial_state))
@@ -331,17 +334,6 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tupl
     return o, torch.empty((sequences, k.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
 
 
-def _gradients(
-    do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(t: Tensor | None) -> Tensor:  # where there is no input: an empty tensor, as the schema wants one
-        if t is None:
-            return torch.empty(0, dtype=torch.float32, device=q.device)
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    return like(q), like(k), like(v), like(g), like(initial_state)
-
-
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, float scale, Tensor? initial_state, Tensor? cu_seqlens"
 
 _registry.define(
@@ -353,7 +345,9 @@ _registry.define(
     f"gla_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda *args: _gradients(*args[:-1]),
+    lambda do, dfinal_state, q, k, v, g, scale, initial_state, *rest: _attention.gradients_like(
+        q, k, v, g, initial_state
+    ),
 )
 _registry.define(
     "gla_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, str backend) -> Tensor",

@@ -240,11 +240,16 @@ def _cpu_backward(
     initial_values: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    _attention.native("gsa", q)
+    _check(q, k, v, s, g, initial_keys, initial_values, cu_seqlens)
     states = (initial_keys, initial_values)
     inputs = [_attention.contiguous(t) for t in (do, dfinal_keys, dfinal_values, q, k, v, s, g, *states)]
     bounds = _attention.bounds(q, cu_seqlens)
+    N, Hk, K, V, M = bounds.numel() - 1, *k.shape[2:], v.shape[3], s.shape[3]
+    finals = {"dfinal_keys": (dfinal_keys, (N, Hk, K, M)), "dfinal_values": (dfinal_values, (N, Hk, M, V))}
+    _attention.check_output_gradients(q, do, (*q.shape[:3], V), **finals)
     shape = _shape(q, k, v, s, g, scale, bounds.numel() - 1, bounds.data_ptr())
-    grads = _gradients(do, dfinal_keys, dfinal_values, q, k, v, s, g, scale, *states, cu_seqlens)
+    grads = _attention.gradients_like(q, k, v, s, g, *states)
     wanted = [None if t is None else grad for t, grad in zip((q, k, v, s, g, *states), grads, strict=True)]
     _C.gsa_backward(shape, *map(_attention.pointer, (*inputs, *wanted)))
     return grads
@@ -374,15 +379,6 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, s: Tensor, cu_seqlens: Tensor | No
     )
 
 
-def _gradients(do, dfinal_keys, dfinal_values, q, k, v, s, g, scale, initial_keys, initial_values, cu_seqlens):
-    def like(t: Tensor | None) -> Tensor:  # where there is no input: an empty tensor, as the schema wants one
-        if t is None:
-            return torch.empty(0, dtype=torch.float32, device=q.device)
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    return tuple(map(like, (q, k, v, s, g, initial_keys, initial_values)))
-
-
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor s, Tensor? g, float scale, Tensor? initial_keys, Tensor? initial_values, "
     "Tensor? cu_seqlens"
@@ -397,7 +393,9 @@ _registry.define(
     f"gsa_backward(Tensor do, Tensor dfinal_keys, Tensor dfinal_values, {_INPUTS}, str backend) -> (Tensor dq, "
     "Tensor dk, Tensor dv, Tensor ds, Tensor dg, Tensor dinitial_keys, Tensor dinitial_values)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda *args: _gradients(*args[:-1]),
+    lambda do, dfinal_keys, dfinal_values, q, k, v, s, g, scale, initial_keys, initial_values, *rest: (
+        _attention.gradients_like(q, k, v, s, g, initial_keys, initial_values)
+    ),
 )
 _registry.define(
     "gsa_step(Tensor q, Tensor k, Tensor v, Tensor s, Tensor? g, Tensor(a!) keys, Tensor(b!) values, float scale, "

@@ -204,8 +204,11 @@ def _cpu_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
     _attention.native("rwkv7", r, "r")
+    _check(r, w, k, v, a, b, initial_state, cu_seqlens)
     bounds = _attention.bounds(r, cu_seqlens)
-    gradients = _gradients(r, w, k, v, a, b, initial_state)
+    finals = (bounds.numel() - 1, *r.shape[2:], v.shape[3])
+    _attention.check_output_gradients(r, do, v.shape, dfinal_state=(dfinal_state, finals))
+    gradients = _attention.gradients_like(r, w, k, v, a, b, initial_state)
     inputs = [_attention.contiguous(t) for t in (do, dfinal_state, r, w, k, v, a, b, initial_state)]
     wanted = gradients if initial_state is not None else (*gradients[:6], None)
     _C.rwkv7_backward(_shape(r, w, v, scale, bounds), *map(_attention.pointer, (*inputs, *wanted)))
@@ -291,24 +294,7 @@ def _triton_step(*args):
     return kernels.step(*args)
 
 
-# Reference backend, of the ops without gradients: the public function calls the reference itself where there are some.
-
-
-def _reference_forward(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    _check(r, w, k, v, a, b, initial_state, cu_seqlens)
-    o, final = rwkv7_reference(r, w, k, v, a, b, scale, initial_state, True, cu_seqlens)
-    assert final is not None
-    return o, final.float()
+# Reference backend, of the step: `rwkv7` calls the reference itself.
 
 
 def _reference_step(
@@ -332,33 +318,31 @@ def _outputs(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, T
     return o, torch.empty((sequences, *r.shape[2:], v.shape[3]), dtype=torch.float32, device=r.device)
 
 
-def _gradients(r, w, k, v, a, b, initial_state) -> tuple[Tensor, ...]:
-    result = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (r, w, k, v, a, b)]
-    # where there is no initial state: an empty tensor, as the schema wants one
-    shape = (0,) if initial_state is None else initial_state.shape
-    return (*result, torch.empty(shape, dtype=torch.float32, device=r.device))
-
-
 _INPUTS = (
     "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, float scale, Tensor? initial_state, Tensor? cu_seqlens"
 )
-_BOTH = ("cpu", "cuda")
 
 _registry.define(
     f"rwkv7({_INPUTS}, str backend) -> (Tensor o, Tensor final_state)",
-    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward), "reference": (_BOTH, _reference_forward)},
+    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward)},
     lambda r, w, k, v, a, b, scale, initial_state, cu_seqlens, backend: _outputs(r, v, cu_seqlens),
 )
 _registry.define(
     f"rwkv7_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda do, dfinal_state, r, w, k, v, a, b, scale, initial_state, *rest: _gradients(r, w, k, v, a, b, initial_state),
+    lambda do, dfinal_state, r, w, k, v, a, b, scale, initial_state, *rest: _attention.gradients_like(
+        r, w, k, v, a, b, initial_state
+    ),
 )
 _registry.define(
     "rwkv7_step(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor(a!) state, float scale,"
     " str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu_step), "triton": (("cuda",), _triton_step), "reference": (_BOTH, _reference_step)},
+    {
+        "cpu": (("cpu",), _cpu_step),
+        "triton": (("cuda",), _triton_step),
+        "reference": (("cpu", "cuda"), _reference_step),
+    },
     lambda r, w, k, v, a, b, state, scale, backend: r.new_empty(v.shape),
 )
 

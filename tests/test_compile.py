@@ -336,3 +336,15 @@ def test_flags_that_are_not_bool_mean_what_they_mean():
     one, other = (torch.zeros(2, H, K, V) for _ in range(2))
     normed = icrl_kernels.gated_delta_rule_step(q, k, v, g, beta, one, qk_l2norm=True)
     assert torch.equal(icrl_kernels.gated_delta_rule_step(q, k, v, g, beta, other, qk_l2norm=1), normed)
+
+
+@every_op
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_the_backward_op_refuses_what_autograd_would_not_give(op, broken):
+    inputs, states = op.inputs(2, 5), op.states(2)
+    wrong = [torch.randn(2, 5, H, V), *states, *inputs]
+    at = broken if broken < 2 else 1 + len(states) + list(op.sizes).index("k")  # do, a state's gradient, k
+    wrong[at] = wrong[at][:, :1].clone()
+    options = [1.0, *[None] * len(states), None, *([False] if op.name == "gated_delta_rule" else []), "cpu"]
+    with pytest.raises(ValueError, match=r"^(do|dfinal_\w+|k): wanted shape"):
+        getattr(torch.ops.icrl, op.name + "_backward")(*wrong, *options)

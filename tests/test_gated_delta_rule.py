@@ -270,10 +270,6 @@ def test_reference_backend():
     assert torch.equal(
         run(gated_delta_rule, tensors, backend="reference")[0], run(gated_delta_rule_reference, tensors)[0]
     )
-    args = (*tensors[:5], 0.3, tensors[5], None, True, "reference")
-    exact = run(gated_delta_rule_reference, tensors, scale=0.3, qk_l2norm=True)
-    for a, b in zip(torch.ops.icrl.gated_delta_rule(*args), exact, strict=False):
-        assert torch.equal(a, b)
     state, other = tensors[5].clone(), tensors[5].clone()
     token = at(tensors, 0)
     o = gated_delta_rule_step(*token, state, qk_l2norm=True)

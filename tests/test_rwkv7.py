@@ -283,9 +283,6 @@ def test_strides_do_not_matter():
 def test_reference_backend():
     tensors = inputs(1, 5, 2, 4, 3)
     assert torch.equal(run(rwkv7, tensors, backend="reference")[0], run(rwkv7_reference, tensors)[0])
-    exact = run(rwkv7_reference, tensors, scale=0.3)
-    for a, b in zip(torch.ops.icrl.rwkv7(*tensors[:6], 0.3, tensors[6], None, "reference"), exact, strict=True):
-        assert torch.equal(a, b)
     state, other = tensors[6].clone(), tensors[6].clone()
     o = rwkv7_step(*at(tensors, 0), state)
     torch.testing.assert_close(o, rwkv7_step(*at(tensors, 0), other, backend="reference"))
