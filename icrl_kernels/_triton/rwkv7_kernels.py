@@ -295,10 +295,10 @@ def _gradients(
         ov = iv * BV + tl.arange(0, BV)
         m = (ok < K)[None, :] & (ov < V)[:, None]
         bs = tl.load(S[None, :] + ov[:, None] * K, mask=m, other=0.0).to(tl.float32)
-        head = tl.load(dx + (lo * H + h) * V + ov, mask=(ov < V) & (lo < hi), other=0.0)
+        head = tl.load(dx + (lo * H + h) * V + ov, mask=(ov < V) & (lo + 0 * ov < hi), other=0.0)
         top += tl.sum(head.to(tl.float32)[:, None] * bs, 0)
         through += tl.sum(bs * tl.load(D[None, :] + ov[:, None] * K, mask=m, other=0.0).to(tl.float32), 0)
-    tl.store(da + (lo * H + h) * K + ok, top.to(da.dtype.element_ty), mask=(ok < K) & (lo < hi))
+    tl.store(da + (lo * H + h) * K + ok, top.to(da.dtype.element_ty), mask=(ok < K) & (lo + 0 * ok < hi))
     g = _gates(w, t, hi, h, H, ok, K, MK)
     G = tl.cumsum(g, 0)
     through *= tl.exp2(tl.sum(g, 0))
