@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from icrl_kernels._triton.gated_delta_rule_kernels import (
@@ -17,9 +16,8 @@ from icrl_kernels._triton.gated_delta_rule_kernels import (
     _reverse,
     _step,
 )
+from icrl_kernels._triton.plan import SMS, chunk_length, contiguous, cut, levels, limit, passes, pow2, products
 
-CHUNK = 64
-SMS = 132
 COLUMNS = 64  # of the state, that one program carries along the sequence: the rows of its products
 
 
@@ -53,14 +51,6 @@ class _Prepared:
     group: int  # value heads that share a head of these
 
 
-def _pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)
-
-
 def _parts(programs: int, tokens: int) -> int:
     """Into how many parts sequences are cut. It costs two more launches along them, so less than four would not pay."""
     parts = min(SMS // max(programs, 1), tokens // 1024)
@@ -70,18 +60,8 @@ def _parts(programs: int, tokens: int) -> int:
 def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
     B, T, Hk, K = q.shape
     H, V = v.shape[2:]
-    half, widest = q.dtype == torch.bfloat16, max(K, V)
-    # float32 operands take two to four times the shared memory: shorter chunks there
-    C = CHUNK if half or widest <= 64 else CHUNK // 2 if widest <= 128 else CHUNK // 4
-    if cu_seqlens is None:
-        N, per, owner, first = B, -(-T // C), None, None
-        grid = B * per
-    else:  # on the device throughout: the grid is an upper bound, so that no length has to come to the host
-        N, per = cu_seqlens.numel() - 1, 0
-        grid = T // C + N
-        counts = (cu_seqlens.diff().long() + C - 1) // C
-        first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        owner = torch.searchsorted(first[1:], torch.arange(grid, device=q.device), right=True).clamp_(max=N - 1)
+    C = chunk_length(q.dtype, max(K, V))
+    N, grid, per, owner, first = cut(q, C, cu_seqlens)
     return _Plan(
         chunk=C,
         grid=grid,
@@ -95,11 +75,11 @@ def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> 
             "VARLEN": cu_seqlens is not None,
             "GATE": 0 if g is None else g.dim() - 2,
         },
-        products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
-        gates={"LEVELS": C.bit_length() - 1, "LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
-        passes=(False, True) if g is not None and g.dim() == 4 else (False,),
+        products=products(q.dtype),
+        gates={"LEVELS": levels(C), "LIMIT": limit(q.dtype)},
+        passes=passes(g),
         parts=1 if cu_seqlens is not None else _parts(B * H * triton.cdiv(V, COLUMNS), T),
-        work=torch.bfloat16 if half else torch.float32,
+        work=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
     )
 
 
@@ -122,7 +102,7 @@ def _prepared(
     for any_gate in plan.passes if plan.grid else ():
         _prepare[(plan.grid * H,)](
             q, k, g, beta, solve, scores, rows, norms, decay, strong, *operands, scale, *plan.span, H, Hk,
-            GROUP=plan.group, BK=min(64, _pow2(K)), BETA=beta is not None, NORM=norm, ANY=any_gate,
+            GROUP=plan.group, BK=min(64, pow2(K)), BETA=beta is not None, NORM=norm, ANY=any_gate,
             **plan.sizes, **plan.products, **plan.gates, num_warps=8 if gate == 2 else 4, num_stages=1,
         )  # fmt: skip
     return _Prepared(solve, scores, rows, norms, decay, strong, operands, plan.group if gate < 2 else 1)
@@ -131,7 +111,7 @@ def _prepared(
 def _carry(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], tuple, dict]:
     """Grid, last arguments and options of the launches that go along the sequences, or along their parts."""
     K = plan.sizes["K"]
-    BK, BV = _pow2(K), min(COLUMNS, _pow2(V))
+    BK, BV = pow2(K), min(COLUMNS, pow2(V))
     half = plan.work == torch.bfloat16
     options = {"GROUP": ready.group, "V": V, "BK": BK, "BV": BV, **plan.sizes, **plan.products}
     options |= {"num_warps": 8 if BK > 128 else 4, "num_stages": 2 if half and BK <= 128 else 1}
@@ -189,7 +169,7 @@ def forward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o, as v, and the final state, float32 [N, H, K, V]. Shapes as in `icrl_kernels.gated_delta_rule`."""
-    q, k, v, g, beta, initial_state = _contiguous(q, k, v, g, beta, initial_state)
+    q, k, v, g, beta, initial_state = contiguous(q, k, v, g, beta, initial_state)
     plan = _plan(q, v, g, cu_seqlens)
     ready = _prepared(plan, q, k, g, beta, scale, qk_l2norm)
     o = torch.empty_like(v)
@@ -203,8 +183,8 @@ def backward(
     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dg, dbeta, d initial_state, each in its input's dtype, None for those without an input."""
-    do, dfinal_state, q, k, v = _contiguous(do, dfinal_state, q, k, v)
-    g, beta, initial_state = _contiguous(g, beta, initial_state)
+    do, dfinal_state, q, k, v = contiguous(do, dfinal_state, q, k, v)
+    g, beta, initial_state = contiguous(g, beta, initial_state)
     plan = _plan(q, v, g, cu_seqlens)
     ready = _prepared(plan, q, k, g, beta, scale, qk_l2norm)
     (B, T, Hk, K), H, V, gate = q.shape, plan.heads, v.shape[3], plan.sizes["GATE"]
@@ -219,7 +199,7 @@ def backward(
     _along(plan, ready, v, first, None, e, states)
     dinitial = _back(plan, ready, do, dlast, dr, dstates)[:, 0].contiguous()
 
-    BK, BV = min(32 if gate == 2 else 64, _pow2(K)), min(64, _pow2(V))  # 64 would spill where all channels decay apart
+    BK, BV = min(32 if gate == 2 else 64, pow2(K)), min(64, pow2(V))  # 64 would spill where all channels decay apart
     parts = triton.cdiv(K, BK)
     alone = plan.group == 1 and not qk_l2norm
     dq, dk = torch.empty_like(q), torch.empty_like(k)
@@ -238,11 +218,11 @@ def backward(
             LEVELS=plan.gates["LEVELS"], **plan.sizes, **plan.products, num_warps=8, num_stages=1,
         )  # fmt: skip
     if not alone and B * T:
-        BT = max(1, 2048 // _pow2(K))
+        BT = max(1, 2048 // pow2(K))
         for which, (x, dx, out) in enumerate(((q, to[0], dq), (k, to[1], dk))):
             _gather_heads[(triton.cdiv(B * T, BT) * Hk,)](
                 x, dx, ready.norms, out, B * T, H, Hk,
-                GROUP=plan.group, K=K, BK=_pow2(K), WHICH=which, NORM=qk_l2norm, BT=BT, num_warps=4,
+                GROUP=plan.group, K=K, BK=pow2(K), WHICH=which, NORM=qk_l2norm, BT=BT, num_warps=4,
             )  # fmt: skip
     if gate == 1:
         dg = dg.sum(-1).to(g.dtype)
@@ -255,12 +235,12 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
 ) -> Tensor:
     """One token: q, k [B, Hk, K], v [B, H, V]; `state`, contiguous, is updated in place, o [B, H, V] returned."""
-    q, k, v, g, beta = _contiguous(q, k, v, g, beta)
+    q, k, v, g, beta = contiguous(q, k, v, g, beta)
     B, H, V = v.shape
     K = q.shape[2]
     o = torch.empty_like(v)
-    BK = _pow2(K)
-    BV = min(_pow2(V), 4096 // BK)
+    BK = pow2(K)
+    BV = min(pow2(V), 4096 // BK)
     if B:
         _step[(B * H * triton.cdiv(V, BV),)](
             q, k, v, g, beta, state, o, scale, H,

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from icrl_kernels._triton.gla_kernels import _grad_kv, _grad_q, _local_states, _outputs, _scan, _step
+from icrl_kernels._triton.plan import CHUNK, SMS, chunk_length, contiguous, cut, levels, limit, passes, pow2, products
 
-CHUNK = 64
 STATE_TILE = 16384  # entries of the state that one program of 8 warps holds: 64 registers a thread
-SMS = 132
 ANCHOR = 1024  # most tokens over which the backward of gates sums what cancels, before it looks at a state again
 FULL = 0.6  # share of the SMs that whole sequences have to keep busy; cutting them costs 1.4 to 1.8 times the traffic
 
@@ -44,10 +42,6 @@ class _Plan:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def _pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
-
-
 def _segment_length(tokens: int, heads: int) -> int:
     """The power of two that gives about six segments per SM; a segment costs a state's round trip to memory."""
     return max(triton.next_power_of_2(tokens * heads // (6 * SMS) + 1), CHUNK)
@@ -72,19 +66,8 @@ def _plan(
         L = max(T, 1)
     if anchored:
         L = min(L, ANCHOR)
-    if cu_seqlens is None:
-        N, per, owner, first = B, -(-T // L), None, None
-        segments = B * per
-    else:  # on the device throughout: the number is an upper bound, so that no length has to come to the host
-        N, per = cu_seqlens.numel() - 1, 0
-        segments = T // L + N
-        counts = (cu_seqlens.diff().long() + L - 1) // L
-        first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        numbers = torch.arange(segments, device=q.device)
-        owner = torch.searchsorted(first[1:], numbers, right=True).clamp_(max=N - 1)
-    half, widest = q.dtype == torch.bfloat16, max(K, v.shape[-1])
-    # float32 operands take two to four times the shared memory: shorter chunks there
-    chunk = CHUNK if half or widest <= 64 else CHUNK // 2 if widest <= 128 else CHUNK // 4
+    N, segments, per, owner, first = cut(q, L, cu_seqlens)
+    chunk = chunk_length(q.dtype, max(K, v.shape[-1]))
     return _Plan(
         chunk=chunk,
         single=single,
@@ -93,15 +76,11 @@ def _plan(
         heads=heads,
         span=(cu_seqlens, owner, first, T, L, per),
         sizes={"K": K, "V": v.shape[-1], "VARLEN": cu_seqlens is not None, "GATE": 0 if g is None else g.dim() - 2},
-        products={"DT": tl.bfloat16 if half else tl.float32, "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"},
-        gates={"LIMIT": 16.0 if q.dtype == torch.float32 else 100.0},
-        stages=2 if half and widest <= 128 else 1,
-        passes=(False, True) if g is not None and g.dim() == 4 else (False,),
+        products=products(q.dtype),
+        gates={"LIMIT": limit(q.dtype)},
+        stages=2 if q.dtype == torch.bfloat16 and max(K, v.shape[-1]) <= 128 else 1,
+        passes=passes(g),
     )
-
-
-def _levels(chunk: int) -> int:
-    return chunk.bit_length() - 1
 
 
 def _warps(state_entries: int) -> int:
@@ -113,7 +92,7 @@ def _segment_states(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The state before each segment, [segments, Hk, K, V], that after the last, and the segments' decays."""
     K, V, gate = plan.sizes["K"], plan.sizes["V"], plan.sizes["GATE"]
-    BK, BV = _pow2(K), min(_pow2(V), STATE_TILE // _pow2(K))
+    BK, BV = pow2(K), min(pow2(V), STATE_TILE // pow2(K))
     states, decay = plan.states(plan.segments, k), None
     if gate:
         shape = (plan.segments, plan.heads, K if gate == 2 else 1)
@@ -131,7 +110,7 @@ def _scanned(plan: _Plan, states: Tensor, decay: Tensor | None, init: Tensor | N
     """Makes, of what each segment adds, the state each starts from (reverse: ends with); returns the one after all."""
     K, V = plan.sizes["K"], plan.sizes["V"]
     last = plan.states(plan.sequences, states)
-    BR, BV = max(1, 2048 // _pow2(V)), _pow2(V)
+    BR, BV = max(1, 2048 // pow2(V)), pow2(V)
     _scan[(plan.sequences * plan.heads * triton.cdiv(K, BR),)](
         states, decay, init, last, plan.span[2], plan.span[5], plan.heads,
         BR=BR, BV=BV, REVERSE=reverse, **plan.sizes, num_warps=4,
@@ -144,7 +123,7 @@ def forward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [B, T, H, V] in v's dtype and the final state, float32 [N, Hk, K, V]. Shapes as in `icrl_kernels.gla`."""
-    q, k, v, g, initial_state = _contiguous(q, k, v, g, initial_state)
+    q, k, v, g, initial_state = contiguous(q, k, v, g, initial_state)
     plan = _plan(q, k, v, g, cu_seqlens)
     K, V, H = plan.sizes["K"], plan.sizes["V"], q.shape[2]
     o = torch.empty(*q.shape[:3], V, dtype=v.dtype, device=v.device)
@@ -155,11 +134,11 @@ def forward(
         states, last, _ = _segment_states(plan, k, v, g, initial_state)
         ends = None
     strong = torch.empty(plan.units, plan.heads, dtype=torch.int32, device=q.device) if len(plan.passes) > 1 else None
-    BK, BV = _pow2(K), min(_pow2(V), STATE_TILE // _pow2(K))
+    BK, BV = pow2(K), min(pow2(V), STATE_TILE // pow2(K))
     for any_gate in plan.passes if plan.units else ():
         _outputs[(plan.units * plan.heads * triton.cdiv(V, BV),)](
             q, k, v, g, states, ends, strong, o, scale, *plan.span, plan.heads,
-            GROUP=H // plan.heads, BK=BK, BV=BV, C=plan.chunk, LEVELS=_levels(plan.chunk), **plan.sizes,
+            GROUP=H // plan.heads, BK=BK, BV=BV, C=plan.chunk, LEVELS=levels(plan.chunk), **plan.sizes,
             **plan.products, **plan.gates,
             ANY=any_gate, num_warps=_warps(BK * BV), num_stages=plan.stages,
         )  # fmt: skip
@@ -171,11 +150,11 @@ def backward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dg (None without gates), d initial_state (None without one), each in its input's dtype."""
-    do, q, k, v, g, initial_state, dfinal_state = _contiguous(do, q, k, v, g, initial_state, dfinal_state)
+    do, q, k, v, g, initial_state, dfinal_state = contiguous(do, q, k, v, g, initial_state, dfinal_state)
     plan = _plan(q, k, v, g, cu_seqlens, anchored=g is not None)
     K, V, H, gate = plan.sizes["K"], plan.sizes["V"], q.shape[2], plan.sizes["GATE"]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    BK, BV = _pow2(K), _pow2(V)
+    BK, BV = pow2(K), pow2(V)
     # What is on chip, [K columns, V columns]: with all of V for dq, dk and dg, with all of K for dv; dk, dg and dv in
     # one launch where the state fits. With gates dq's state takes half the registers, and all launches half a chunk at a
     # time, which leaves enough registers for dk, dg and dv at once (dq has to round as they do).
@@ -204,7 +183,7 @@ def backward(
         _grad_q[(plan.units * plan.heads * parts,)](
             None if plan.single and gate != 1 else q, k, v, g, do, states, initial_state if plan.single else None,
             added, strong, dq, z, scale, *plan.span, plan.heads, dq.numel() // K,
-            C=chunk, LEVELS=_levels(chunk), BK=BKS, BV=BV, ANY=any_gate,
+            C=chunk, LEVELS=levels(chunk), BK=BKS, BV=BV, ANY=any_gate,
             num_warps=_warps(BKS * BV) if g is None else 8, **share,
         )  # fmt: skip
     if plan.single:
@@ -220,7 +199,7 @@ def backward(
                 q, k, v if with_dk else None, g, do, of_dk(z), of_dk(states), of_dk(final), dstates,
                 dinit_out if with_dk else None, strong, dk if with_dk else None, dv if with_dv else None, of_dk(dg),
                 scale, *plan.span, plan.heads, 0 if g is None else g.numel(),
-                C=chunk, LEVELS=_levels(chunk), BK=bk, BV=bv, DK=with_dk, DV=with_dv, PARTS=parts, ANY=any_gate,
+                C=chunk, LEVELS=levels(chunk), BK=bk, BV=bv, DK=with_dk, DV=with_dv, PARTS=parts, ANY=any_gate,
                 num_warps=_warps(bk * bv if g is None else 2 * bk * bv), **share,
             )  # fmt: skip
     if gate == 1:
@@ -232,19 +211,15 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hk, V]; `state` is updated in place, o [B, H, V] returned."""
     if not state.is_contiguous():
         raise ValueError(f"state: wanted a contiguous tensor, got strides {state.stride()}")
-    q, k, v, g = _contiguous(q, k, v, g)
+    q, k, v, g = contiguous(q, k, v, g)
     B, H, K = q.shape
     heads, V = v.shape[1:]
     o = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
-    BK = _pow2(K)
-    BV = min(_pow2(V), 4096 // BK)
+    BK = pow2(K)
+    BV = min(pow2(V), 4096 // BK)
     if B:
         _step[(B * heads * triton.cdiv(V, BV),)](
             q, k, v, g, state, o, scale, heads,
             GROUP=H // heads, K=K, V=V, BK=BK, BV=BV, GATE=0 if g is None else g.dim() - 1, num_warps=4,
         )  # fmt: skip
     return o
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)

@@ -9,9 +9,10 @@ import triton
 from torch import Tensor
 
 from icrl_kernels._triton import gla
-from icrl_kernels._triton.gla import STATE_TILE, _contiguous, _levels, _Plan, _pow2, _warps
+from icrl_kernels._triton.gla import STATE_TILE, _Plan, _warps
 from icrl_kernels._triton.gla_kernels import _outputs as _gla_outputs
 from icrl_kernels._triton.gsa_kernels import _grad_kv, _grad_logits, _local_states, _logits, _outputs, _scan, _step
+from icrl_kernels._triton.plan import contiguous, levels, pow2
 
 State = tuple[Tensor, Tensor]
 
@@ -30,7 +31,7 @@ def _segment_states(
     """Both states before each segment, [segments, Hk, M, K] and [segments, Hk, M, V], after the last as the op's pair,
     and `strong`; reverse: the gradients', from the end."""
     K, V, M, gate = (plan.sizes[name] for name in ("K", "V", "M", "GATE"))
-    BK, BV, BM = _pow2(K), _pow2(V), _pow2(M)
+    BK, BV, BM = pow2(K), pow2(V), pow2(M)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=y1.device)
@@ -61,10 +62,10 @@ def forward(
     initial_keys: Tensor | None, initial_values: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o [B, T, H, V] in v's dtype and the final states, float32. Shapes as in `icrl_kernels.gsa`."""
-    q, k, v, s, g, keys, values = _contiguous(q, k, v, s, g, initial_keys, initial_values)
+    q, k, v, s, g, keys, values = contiguous(q, k, v, s, g, initial_keys, initial_values)
     plan = _plan(q, k, v, s, g, cu_seqlens)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
-    if _pow2(M) > 128 or _pow2(M) * (_pow2(K) + _pow2(V)) > 2 * STATE_TILE:
+    if pow2(M) > 128 or pow2(M) * (pow2(K) + pow2(V)) > 2 * STATE_TILE:
         keys = None if keys is None else keys.mT.contiguous()
         z, last = _wide_logits(q, k, s, g, keys, cu_seqlens)
         o, last_values = gla.forward(torch.softmax(z * scale, 3), s, v, g, 1.0, values, cu_seqlens)
@@ -72,12 +73,12 @@ def forward(
     o = torch.empty(*q.shape[:3], V, dtype=v.dtype, device=v.device)
     init = None if keys is None else (keys, values)
     states, last, strong = _segment_states(plan, s, k, s, v, g, init, False)
-    BK, BM = _pow2(K), _pow2(M)
-    BV = min(_pow2(V), max(16, STATE_TILE // 2 // BM))
+    BK, BM = pow2(K), pow2(M)
+    BV = min(pow2(V), max(16, STATE_TILE // 2 // BM))
     for any_gate in plan.passes if plan.segments else ():
         _outputs[(plan.segments * H * triton.cdiv(V, BV),)](
             q, k, v, s, g, *states, strong, o, scale, *plan.span, H, plan.heads,
-            GROUP=H // plan.heads, BK=BK, BV=BV, BM=BM, C=plan.chunk, LEVELS=_levels(plan.chunk),
+            GROUP=H // plan.heads, BK=BK, BV=BV, BM=BM, C=plan.chunk, LEVELS=levels(plan.chunk),
             **plan.sizes, **plan.products, **plan.gates, ANY=any_gate,
             num_warps=_warps(BM * (BK + BV)), num_stages=plan.stages,
         )  # fmt: skip
@@ -90,11 +91,11 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv, ds, dg (None without gates), d of the initial states (None without), each in its input's dtype."""
-    do, q, k, v, s, g = _contiguous(do, q, k, v, s, g)
-    keys, values, dkeys, dvalues = _contiguous(initial_keys, initial_values, dfinal_keys, dfinal_values)
+    do, q, k, v, s, g = contiguous(do, q, k, v, s, g)
+    keys, values, dkeys, dvalues = contiguous(initial_keys, initial_values, dfinal_keys, dfinal_values)
     plan = _plan(q, k, v, s, g, cu_seqlens, anchored=g is not None)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
-    if _pow2(M) > 64 or _pow2(M) * (_pow2(K) + _pow2(V)) > STATE_TILE:
+    if pow2(M) > 64 or pow2(M) * (pow2(K) + pow2(V)) > STATE_TILE:
         return _wide_backward(do, dkeys, dvalues, q, k, v, s, g, scale, keys, values, cu_seqlens)
     dq, dk, dv, ds = (torch.empty_like(x) for x in (q, k, v, s))
     dg = None if g is None else torch.empty_like(g)
@@ -107,7 +108,7 @@ def backward(
     own = None if g is None else torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
     rows = q.shape[0] * q.shape[1] * H
     share = {
-        "GROUP": H // plan.heads, "LEVELS": _levels(plan.chunk), "BK": _pow2(K), "BV": _pow2(V), "BM": _pow2(M), "C": plan.chunk,
+        "GROUP": H // plan.heads, "LEVELS": levels(plan.chunk), "BK": pow2(K), "BV": pow2(V), "BM": pow2(M), "C": plan.chunk,
         **plan.sizes, **plan.products, **plan.gates, "num_warps": 8, "num_stages": plan.stages,
     }  # fmt: skip
     for any_gate in plan.passes if plan.segments else ():
@@ -117,13 +118,13 @@ def backward(
         )  # fmt: skip
     sizes = {**plan.sizes, "K": M, "V": K, "GATE": 0 if g is None else 2}
     del sizes["M"]
-    BK = min(_pow2(K), STATE_TILE // _pow2(M))
+    BK = min(pow2(K), STATE_TILE // pow2(M))
     strong_dq = None if strong is None else torch.empty_like(strong)
     for any_gate in plan.passes if plan.segments else ():  # dq_t = K̃_tᵀ e_t: gla with queries e, keys s and values k
         _gla_outputs[(plan.segments * plan.heads * triton.cdiv(K, BK),)](
             e, s, k, g, states[0], None, strong_dq, dq, 1.0, *plan.span, plan.heads,
-            GROUP=H // plan.heads, BK=_pow2(M), BV=BK, C=plan.chunk, LEVELS=_levels(plan.chunk), **sizes,
-            **plan.products, **plan.gates, ANY=any_gate, num_warps=_warps(_pow2(M) * BK), num_stages=plan.stages,
+            GROUP=H // plan.heads, BK=pow2(M), BV=BK, C=plan.chunk, LEVELS=levels(plan.chunk), **sizes,
+            **plan.products, **plan.gates, ANY=any_gate, num_warps=_warps(pow2(M) * BK), num_stages=plan.stages,
         )  # fmt: skip
     dstates, dinit, _ = _segment_states(plan, e, q, p, do, g, (dkeys, dvalues), True)
     ds_sum = torch.empty_like(s, dtype=torch.float32)
@@ -138,7 +139,7 @@ def backward(
         for any_gate in plan.passes if plan.segments else ():
             _grad_kv[(plan.segments * plan.heads,)](
                 y, x, s, g, weight, z, products, state, end, dstate, strong, dx, ds_sum, dg_sum, *sums,
-                *plan.span, H, plan.heads, row, column, N=N, BN=_pow2(N), SECOND=second, ANY=any_gate, **share,
+                *plan.span, H, plan.heads, row, column, N=N, BN=pow2(N), SECOND=second, ANY=any_gate, **share,
             )  # fmt: skip
     return dq, dk, dv, ds, dg, *((None, None) if init is None else dinit)
 
@@ -154,13 +155,13 @@ def _wide_logits(
     z = torch.empty(*q.shape[:3], M, dtype=torch.float32, device=q.device)
     plan = gla._plan(z, s, k, g, cu_seqlens)
     states, last, _ = gla._segment_states(plan, s, k, g, keys)
-    BK, BM = _pow2(K), min(_pow2(M), 64)
+    BK, BM = pow2(K), min(pow2(M), 64)
     parts = triton.cdiv(M, BM)
     strong = None if g is None else torch.empty(plan.segments, plan.heads, parts, dtype=torch.int32, device=q.device)
     for any_gate in plan.passes if plan.segments else ():
         _logits[(plan.segments * H * parts,)](
             q, k, s, g, states, strong, z, *plan.span, H, plan.heads,
-            GROUP=H // plan.heads, K=K, M=M, BK=BK, BM=BM, C=plan.chunk, LEVELS=_levels(plan.chunk),
+            GROUP=H // plan.heads, K=K, M=M, BK=BK, BM=BM, C=plan.chunk, LEVELS=levels(plan.chunk),
             GATE=g is not None, VARLEN=plan.sizes["VARLEN"], **plan.products, **plan.gates,
             ANY=any_gate, num_warps=_warps(BM * BK), num_stages=plan.stages,
         )  # fmt: skip
@@ -188,13 +189,13 @@ def step(
 ) -> Tensor:
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hk, V], s, g [B, Hk, M]; both states are updated in place,
     o [B, H, V] returned."""
-    q, k, v, s, g = _contiguous(q, k, v, s, g)
+    q, k, v, s, g = contiguous(q, k, v, s, g)
     B, H, K = q.shape
     heads, V = v.shape[1:]
     M = s.shape[2]
     o = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
-    BK, BV = _pow2(K), _pow2(V)
-    BM = min(_pow2(M), STATE_TILE // (BK + BV))
+    BK, BV = pow2(K), pow2(V)
+    BM = min(pow2(M), STATE_TILE // (BK + BV))
     BM = 1 << (BM.bit_length() - 1)
     if B:
         _step[(B * heads,)](

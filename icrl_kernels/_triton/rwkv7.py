@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from icrl_kernels._triton.gated_delta_rule import COLUMNS, _contiguous, _Plan, _plan, _pow2
+from icrl_kernels._triton.gated_delta_rule import COLUMNS, _Plan, _plan
+from icrl_kernels._triton.plan import contiguous, pow2
 from icrl_kernels._triton.rwkv7_kernels import _forward, _gradients, _prepare, _reverse, _step
 
 
@@ -24,7 +25,7 @@ def _prepared(plan: _Plan, r, w, k, a, b, scale: float) -> tuple[tuple[Tensor, .
     for any_gate in plan.passes if plan.grid else ():
         _prepare[(plan.grid * H,)](
             r, w, k, a, b, *squares, decay, strong, *operands, scale, *plan.span, H,
-            BK=min(64, _pow2(K)), ANY=any_gate, **_sizes(plan), **plan.products, **plan.gates,
+            BK=min(64, pow2(K)), ANY=any_gate, **_sizes(plan), **plan.products, **plan.gates,
             num_warps=8, num_stages=1,
         )  # fmt: skip
     return operands, (*squares, decay), strong
@@ -32,7 +33,7 @@ def _prepared(plan: _Plan, r, w, k, a, b, scale: float) -> tuple[tuple[Tensor, .
 
 def _carrying(plan: _Plan, V: int) -> tuple[tuple[int], dict]:
     """Grid and options of the launches that go along the sequence."""
-    BK, BV = _pow2(plan.sizes["K"]), min(COLUMNS, _pow2(V))
+    BK, BV = pow2(plan.sizes["K"]), min(COLUMNS, pow2(V))
     options = {"V": V, "BK": BK, "BV": BV, **_sizes(plan), **plan.products}
     return (plan.sequences * plan.heads * triton.cdiv(V, BV),), {**options, "num_warps": 8 if BK > 64 else 4}
 
@@ -47,7 +48,7 @@ def forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o, as v, and the final state, float32 [N, H, K, V]. Shapes as in `icrl_kernels.rwkv7`."""
-    r, w, k, v, a, b, initial_state = _contiguous(r, w, k, v, a, b, initial_state)
+    r, w, k, v, a, b, initial_state = contiguous(r, w, k, v, a, b, initial_state)
     plan = _plan(r, v, w, cu_seqlens)
     operands, chunks, _ = _prepared(plan, r, w, k, a, b, scale)
     o = torch.empty_like(v)
@@ -66,8 +67,8 @@ def backward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dr, dw, dk, dv, da, db, d initial_state (None without one), each in its input's dtype."""
-    do, dfinal_state, r, w, k, v, a, b = _contiguous(do, dfinal_state, r, w, k, v, a, b)
-    (initial_state,) = _contiguous(initial_state)
+    do, dfinal_state, r, w, k, v, a, b = contiguous(do, dfinal_state, r, w, k, v, a, b)
+    (initial_state,) = contiguous(initial_state)
     plan = _plan(r, v, w, cu_seqlens)
     operands, chunks, strong = _prepared(plan, r, w, k, a, b, scale)
     H, K, V = plan.heads, r.shape[3], v.shape[3]
@@ -84,7 +85,7 @@ def backward(
             *operands, do, *chunks, dfinal_state, dinitial, dx, dv, dstates, *_sequence(plan), num_stages=1, **options
         )
     dr, dw, dk, da, db = (torch.empty_like(x) for x in (r, w, k, a, b))
-    BK, BV = min(32, _pow2(K)), min(64, _pow2(V))  # twice as many columns would spill
+    BK, BV = min(32, pow2(K)), min(64, pow2(V))  # twice as many columns would spill
     for any_gate in plan.passes if plan.grid else ():
         _gradients[(plan.grid * H * triton.cdiv(K, BK),)](
             r, w, k, v, a, b, do, u, dx, strong, states, dstates, dr, dw, dk, da, db, scale, *plan.span, H,
@@ -96,12 +97,12 @@ def backward(
 
 def step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, scale: float) -> Tensor:
     """One token: r, w, k, a, b [B, H, K], v [B, H, V]; `state`, contiguous, is updated in place, o [B, H, V] returned."""
-    r, w, k, v, a, b = _contiguous(r, w, k, v, a, b)
+    r, w, k, v, a, b = contiguous(r, w, k, v, a, b)
     B, H, K = r.shape
     V = v.shape[2]
     o = torch.empty_like(v)
-    BK = _pow2(K)
-    BV = min(_pow2(V), 4096 // BK)
+    BK = pow2(K)
+    BV = min(pow2(V), 4096 // BK)
     if B:
         _step[(B * H * triton.cdiv(V, BV),)](r, w, k, v, a, b, state, o, scale, K=K, V=V, BK=BK, BV=BV, num_warps=4)
     return o
