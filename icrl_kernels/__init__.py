@@ -5,6 +5,7 @@ from icrl_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_ref
 from icrl_kernels.gla import gla, gla_reference, gla_step
 from icrl_kernels.gsa import gsa, gsa_reference, gsa_step
 from icrl_kernels.model_based import model_based_q
+from icrl_kernels.packed import PackedTransition, pack_transition
 from icrl_kernels.rollout import (
     Behaviours,
     Rollout,
@@ -23,6 +24,7 @@ from icrl_kernels.value_iteration import ValueIteration, value_iteration
 
 __all__ = [
     "Behaviours",
+    "PackedTransition",
     "Rollout",
     "RolloutState",
     "RolloutTables",
@@ -39,6 +41,7 @@ __all__ = [
     "gsa_reference",
     "gsa_step",
     "model_based_q",
+    "pack_transition",
     "rollout",
     "rollout_reference",
     "rollout_start",

@@ -1,0 +1,80 @@
+"""Transition tables whose rows are windows: what a banded table of probabilities costs without its zeros."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icrl_kernels import _checks
+
+
+class PackedTransition(NamedTuple):
+    """N tables of S states and A actions; row (n, s, a) is zero outside one window of successors.
+
+    T[n, s, a, first + j] = probability[offset + j] for 0 ≤ j < length, with offset, first and length read at (n, s, a).
+    A length of 0 is an all-zero row, which ends the episode. Windows may lie in any order, and zeros may be inside them.
+    A reward of each transition, where one is given, is a tensor [M] laid out as `probability`.
+    """
+
+    probability: Tensor  # [M] float32 or float64
+    offset: Tensor  # [N,S,A] int64
+    first: Tensor  # [N,S,A] int32
+    length: Tensor  # [N,S,A] int32
+
+    def check(self) -> PackedTransition:
+        """Return self; ValueError if shapes, dtypes, devices are not as above or a window leaves its table."""
+        _checks.shape("probability", self.probability, ["M"])
+        _checks.dtype("probability", self.probability, [torch.float32, torch.float64])
+        _checks.shape("offset", self.offset, ["N", "S", "A"])
+        n, s, a = self.offset.shape
+        for name, tensor, dtype in (
+            ("offset", self.offset, torch.int64),
+            ("first", self.first, torch.int32),
+            ("length", self.length, torch.int32),
+        ):
+            _checks.shape(name, tensor, ["N", "S", "A"], N=n, S=s, A=a)
+            _checks.dtype(name, tensor, [dtype])
+        _checks.same_device(**self._asdict())
+        first, length = self.first.long(), self.length.long()
+        m = self.probability.numel()
+        wrong = (first < 0) | (length < 0) | (first + length > s)
+        wrong |= (length > 0) & ((self.offset < 0) | (self.offset > m - length))
+        if wrong.any():
+            i, j, k = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"transition: wanted windows within {s} states and {m} probabilities, got offset "
+                f"{int(self.offset[i, j, k])}, first {int(first[i, j, k])}, length {int(length[i, j, k])} in row "
+                f"[{i}, {j}, {k}]"
+            )
+        return self
+
+    def unpack(self, values: Tensor | None = None) -> Tensor:
+        """[N,S,A,S]: the table of `probability`, or of other `values` [M] in the same windows; zero elsewhere."""
+        values = self.probability if values is None else values
+        s = self.offset.shape[1]
+        j = torch.arange(s, device=values.device)
+        at = j - self.first[..., None].long()
+        inside = (at >= 0) & (at < self.length[..., None])
+        if not values.numel():
+            return values.new_zeros(inside.shape)
+        return torch.where(inside, values[torch.where(inside, self.offset[..., None] + at, 0)], 0)
+
+
+def pack_transition(transition: Tensor) -> PackedTransition:
+    """Windows of a dense table [N,S,A,S]: from the first to the last entry of each row that is not zero."""
+    _checks.shape("transition", transition, ["N", "S", "A", "S"])
+    n, s, a, _ = transition.shape
+    _checks.shape("transition", transition, ["N", "S", "A", "S"], N=n, S=s, A=a)
+    _checks.dtype("transition", transition, [torch.float32, torch.float64])
+    filled = transition != 0
+    some = filled.any(-1)
+    first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
+    length = torch.where(some, s - filled.flip(-1).to(torch.int8).argmax(-1) - first, 0)
+    ends = length.flatten().cumsum(0)
+    j = torch.arange(s, device=transition.device)
+    inside = (j >= first[..., None]) & (j < (first + length)[..., None])
+    return PackedTransition(
+        transition[inside], (ends.view_as(length) - length), first.to(torch.int32), length.to(torch.int32)
+    )
