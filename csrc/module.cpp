@@ -12,6 +12,7 @@ void bind_gla(pybind11::module_& m);
 void bind_gsa(pybind11::module_& m);
 void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
+void bind_rollout_tables(pybind11::module_& m);
 void bind_rwkv7(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
 void bind_value_iteration_cuda(pybind11::module_& m);
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   icrl::bind_gsa(m);
   icrl::bind_model_based(m);
   icrl::bind_rollout(m);
+  icrl::bind_rollout_tables(m);
   icrl::bind_rwkv7(m);
   icrl::bind_value_iteration(m);
 #ifdef ICRL_WITH_CUDA

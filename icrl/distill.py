@@ -22,7 +22,7 @@ from torch import Tensor
 from icrl import worlds
 from icrl.worlds import TabularTasks
 from icrl_kernels import Behaviours, rollout, set_threads_here
-from icrl_kernels.rollout import BUILTIN
+from icrl_kernels.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
 

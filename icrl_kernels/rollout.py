@@ -19,52 +19,9 @@ from torch import Tensor
 
 from icrl_kernels import _C, _checks
 from icrl_kernels._registry import define
-
-BUILTIN = ("uniform", "random_policy", "q_learning", "model_based")
-"""Behaviours that need no table; with P policy tables they have the indices P, P+1, P+2, P+3."""
-
-
-_OUT = (torch.int16, torch.int16, torch.float32, torch.uint8, torch.uint8, torch.int16)  # as in Rollout
-
-
-class RolloutTables(NamedTuple):
-    """Tasks made ready for simulation by `rollout_tables`: N tasks of at most S states and A actions."""
-
-    cumulative: Tensor  # [N,S,A,S] float32, written inside the window only
-    window: Tensor  # [N,S,A,2] int16: first successor, how many
-    reward: Tensor  # [N,S,A,S] float32
-    noise_state: Tensor  # [N,S] float32
-    noise_action: Tensor  # [N,S,A] float32
-    start: Tensor  # [N,S] float32, cumulative
-    terminal: Tensor  # [N,S] bool
-    max_steps: Tensor  # [N] int64
-    num_states: Tensor  # [N] int64
-    num_actions: Tensor  # [N] int64
-
-
-class Behaviours(NamedTuple):
-    """Who acts in each of R records, all float32. M = P + 4 behaviours: P policy tables, then `BUILTIN`.
-
-    A record's first behaviour is drawn by `initial`; at the end of an episode, with probability `switch`, another is
-    drawn by `later`. Whoever acts, with probability max(0, epsilon - epsilon_decay·step) the action is uniform.
-
-    `random_policy` is a softmax of policy_scale·N(0,1) logits, one policy a record. `q_learning` has the rate
-    (H+1)/(H+n), H = 1/(1-q_discount) (Jin et al., 2018) and takes argmax Q + q_bonus·σ·sqrt(log(1+Σn)/n).
-    `model_based` counts, and sweeps optimistic value iteration once over the states a step, with the bonus
-    model_bonus·σ/sqrt(n); an untried action is worth (the best mean reward + bonus seen + σ)/(1-model_discount). σ is
-    the root mean square of the record's rewards. Both learners observe every step, whoever acted.
-    """
-
-    initial: Tensor  # [R,M] weights
-    later: Tensor  # [R,M] weights
-    switch: Tensor  # [R]
-    epsilon: Tensor  # [R]
-    epsilon_decay: Tensor  # [R], per step
-    policy_scale: Tensor  # [R]
-    q_bonus: Tensor  # [R]
-    q_discount: Tensor  # [R]
-    model_bonus: Tensor  # [R]
-    model_discount: Tensor  # [R]
+from icrl_kernels.behaviours import BUILTIN, Behaviours, check_behaviours, constant_behaviours
+from icrl_kernels.rollout_reference import OUT_DTYPES, thresholds
+from icrl_kernels.rollout_tables import RolloutTables, on_cpu
 
 
 class RolloutState(NamedTuple):
@@ -98,84 +55,6 @@ class Rollout(NamedTuple):
     final: RolloutState
 
 
-def rollout_tables(
-    transition: Tensor,
-    reward: Tensor,
-    noise_state: Tensor,
-    noise_action: Tensor,
-    start: Tensor,
-    terminal: Tensor,
-    max_steps: Tensor,
-    num_states: Tensor,
-    num_actions: Tensor,
-) -> RolloutTables:
-    """Check N tasks and sum their rows for sampling: once per set of tasks.
-
-    Args:
-        transition: [N,S,A,S] float32; rows of terminal states, and past a task's own states and actions, are not read.
-        reward: [N,S,A,S] float32, mean. noise_state: [N,S], noise_action: [N,S,A] float32, their sum is the reward's
-            standard deviation. start: [N,S] float32, probabilities. terminal: [N,S] bool.
-        max_steps, num_states, num_actions: [N] int64.
-
-    Raises:
-        ValueError: a shape, dtype or device is not as above; a row is not a distribution over the task's own states
-            (negative, NaN, or a sum off 1 by more than 1e-4); a start state is terminal; a reward or noise is not
-            finite or a noise is negative; a size is out of range.
-    """
-    _checks.shape("transition", transition, ["N", "S", "A", "S"])
-    N, S, A, _ = transition.shape
-    _checks.shape("transition", transition, [N, S, A, S])
-    if S > 32767:
-        raise ValueError(f"transition: at most 32767 states, got {S}")
-    named = {
-        "transition": (transition, [N, S, A, S], torch.float32),
-        "reward": (reward, [N, S, A, S], torch.float32),
-        "noise_state": (noise_state, [N, S], torch.float32),
-        "noise_action": (noise_action, [N, S, A], torch.float32),
-        "start": (start, [N, S], torch.float32),
-        "terminal": (terminal, [N, S], torch.bool),
-        "max_steps": (max_steps, [N], torch.int64),
-        "num_states": (num_states, [N], torch.int64),
-        "num_actions": (num_actions, [N], torch.int64),
-    }
-    for name, (tensor, wanted, dtype) in named.items():
-        _checks.shape(name, tensor, wanted)
-        _checks.dtype(name, tensor, [dtype])
-    _on_cpu(**{name: tensor for name, (tensor, _, _) in named.items()})
-    for name, size, most in (
-        ("max_steps", max_steps, None),
-        ("num_states", num_states, S),
-        ("num_actions", num_actions, A),
-    ):
-        if N and (int(size.min()) < 1 or (most is not None and int(size.max()) > most)):
-            raise ValueError(f"{name}: wanted 1 to {most or 'any'}, got {int(size.min())} to {int(size.max())}")
-    for name, noise in (("noise_state", noise_state), ("noise_action", noise_action)):
-        if not bool(((noise >= 0) & noise.isfinite()).all()):
-            raise ValueError(f"{name}: wanted finite values >= 0")
-
-    transition, start, num_states, num_actions = (t.contiguous() for t in (transition, start, num_states, num_actions))
-    reward, noise_state, noise_action = (t.contiguous() for t in (reward, noise_state, noise_action))
-    terminal, max_steps = terminal.contiguous(), max_steps.contiguous()
-    cumulative, window = torch.empty_like(transition), torch.empty(N, S, A, 2, dtype=torch.int16)
-    start_cumulative = torch.empty_like(start)
-    inputs = (transition, reward, start, terminal, num_states, num_actions, cumulative, window, start_cumulative)
-    kind, index = _C.rollout_tables(*(t.data_ptr() for t in inputs), N, S, A, torch.get_num_threads())
-    if kind == 3:
-        raise ValueError(
-            f"start[{index}]: wanted probabilities with sum 1 on the task's own states that are not terminal"
-        )
-    if kind:
-        place = f"[{index // A // S}, {index // A % S}, {index % A}]"
-        if kind == 2:
-            raise ValueError(f"reward{place}: wanted finite values where transition is positive")
-        total = float(transition.view(-1, S)[index].double().sum())
-        raise ValueError(
-            f"transition{place}: wanted probabilities with sum 1 on the task's own states, got sum {total:g}"
-        )
-    rest = (reward, noise_state, noise_action, start_cumulative, terminal, max_steps, num_states, num_actions)
-    return RolloutTables(cumulative, window, *rest)
-
-
 def rollout_start(
     tables: RolloutTables,
     *,
@@ -194,7 +73,7 @@ def rollout_start(
     Raises:
         ValueError: a shape, dtype or device is not as above, or task_index is out of range.
     """
-    N, S, A, _ = tables.reward.shape
+    N, S, A = tables.offset.shape
     task = torch.arange(N) if task_index is None else task_index
     _checks.shape("task_index", task, ["R"])
     R = task.shape[0]
@@ -206,7 +85,7 @@ def rollout_start(
     for name, tensor in (("task_index", task), ("record", record), ("seed", seed)):
         _checks.shape(name, tensor, ["R"], R=R)
         _checks.dtype(name, tensor, [torch.int64])
-    _on_cpu(task_index=task, record=record, seed=seed)
+    on_cpu(task_index=task, record=record, seed=seed)
     uses_q = uses_model = False
     if behaviours is not None:
         weights = behaviours.initial + behaviours.later
@@ -268,12 +147,12 @@ def rollout(
         _checks.shape("task_index", task_index, ["R"])
     P = 0 if policies is None else policies.shape[1]
     task = (
-        state.task if state is not None else torch.arange(tables.reward.shape[0]) if task_index is None else task_index
+        state.task if state is not None else torch.arange(tables.offset.shape[0]) if task_index is None else task_index
     )
     R = task.shape[0]
     if behaviours is None:
         behaviours = constant_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0})
-    _check_behaviours(behaviours, R, P)
+    check_behaviours(behaviours, R, P)
     if state is None:
         assert seed is not None
         final = rollout_start(tables, seed=seed, task_index=task, behaviours=behaviours)
@@ -306,149 +185,6 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
 
 
-def constant_behaviours(
-    num_records: int, num_policies: int, weights: dict[int | str, float], **settings: float
-) -> Behaviours:
-    """The same `Behaviours` for every record: weights by policy index or `BUILTIN` name, the rest by field name."""
-    names = {**{i: i for i in range(num_policies)}, **{name: num_policies + i for i, name in enumerate(BUILTIN)}}
-    row = torch.zeros(num_policies + len(BUILTIN))
-    for name, weight in weights.items():
-        if name not in names:
-            raise ValueError(f"weights: wanted a policy below {num_policies} or one of {BUILTIN}, got {name!r}")
-        row[names[name]] = weight
-    values = {"switch": 0.0, "epsilon": 0.0, "epsilon_decay": 0.0, "policy_scale": 1.0}
-    values |= {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.3, "model_discount": 0.9}
-    if unknown := set(settings) - set(values):
-        raise ValueError(f"settings: wanted {', '.join(values)}, got {', '.join(sorted(unknown))}")
-    values |= settings
-    rows = row.expand(num_records, -1).contiguous()
-    return Behaviours(rows, rows, **{name: torch.full((num_records,), float(v)) for name, v in values.items()})
-
-
-def rollout_reference(
-    transition: Tensor,
-    reward: Tensor,
-    noise_state: Tensor,
-    noise_action: Tensor,
-    start: Tensor,
-    terminal: Tensor,
-    max_steps: Tensor,
-    num_states: Tensor,
-    num_actions: Tensor,
-    *,
-    steps: int,
-    seed: Tensor,
-    record: Tensor,
-    task_index: Tensor,
-    policies: Tensor | None = None,
-    behaviours: Behaviours | None = None,
-    actions: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The specification in plain torch, rewards in float64 arithmetic: the fields of `Rollout` but the last.
-
-    The same bits as `rollout`, for behaviours that are policy tables or uniform, or for outside `actions` [R,T].
-    """
-    R = task_index.shape[0]
-
-    def sample(cumulative: Tensor, x: Tensor) -> Tensor:
-        return (cumulative <= _uniform(x)[:, None]).sum(1)
-
-    def draw(weights: Tensor, x: Tensor) -> Tensor:
-        w = weights.double()
-        left = _uniform(x).double()[:, None] * w.sum(1, keepdim=True)
-        chosen = torch.full((R,), -1)
-        for m in range(w.shape[1]):
-            left[:, 0] -= w[:, m]
-            chosen = torch.where((chosen < 0) & (left[:, 0] < 0) & (w[:, m] > 0), m, chosen)
-        return chosen
-
-    cumulative, starts = _thresholds(transition), _thresholds(start)
-    P = 0 if policies is None else policies.shape[1]
-    if behaviours is None:
-        behaviours = constant_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0})
-    acts = None if policies is None else _thresholds(policies)
-    x = philox(seed, record, torch.tensor(0), 1)
-    state, elapsed = sample(starts[task_index], x[0]), torch.zeros(R, dtype=torch.int64)
-    who = draw(behaviours.initial, x[2])
-    out = []
-    for t in range(steps):
-        x = philox(seed, record, torch.tensor(t), 0)
-        if actions is not None:
-            action = actions[:, t]
-        else:
-            action = anything = x[2] * num_actions[task_index] >> 32
-            if acts is not None:
-                by_table = sample(acts[task_index, who.clamp_max(P - 1), state], x[2])
-                explore = _uniform(x[3]) < behaviours.epsilon - behaviours.epsilon_decay * float(t)
-                action = torch.where(explore | (who == P), anything, by_table)
-        following = sample(cumulative[task_index, state, action], x[0])
-        std = (noise_state[task_index, following] + noise_action[task_index, state, action]).double()
-        mean = reward[task_index, state, action, following].double()
-        elapsed = elapsed + 1
-        over = elapsed >= max_steps[task_index]
-        done = torch.where(terminal[task_index, following], 1, 2 * over)
-        gain = torch.where(std > 0, mean + std * _normal(x[1]), mean).float()
-        outside = torch.full_like(who, 255)
-        out.append((state, action, gain, done, who if actions is None else outside, following))
-        x = philox(seed, record, torch.tensor(t + 1), 1)
-        ended = done > 0
-        state = torch.where(ended, sample(starts[task_index], x[0]), following)
-        elapsed = elapsed.masked_fill(ended, 0)
-        who = torch.where(ended & (_uniform(x[1]) < behaviours.switch), draw(behaviours.later, x[2]), who)
-    columns = [torch.stack(column, 1) for column in zip(*out, strict=True)]
-    return tuple(column.to(dtype) for column, dtype in zip(columns, _OUT, strict=True))
-
-
-def philox(seed: Tensor, record: Tensor, step: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 in plain torch: four numbers below 2³² (int64) for int64 seeds, records and steps (steps < 2⁵⁶)."""
-    low = 0xFFFFFFFF
-    c = [step & low, step >> 32 | stream << 24, record & low, record >> 32 & low]
-    k0, k1 = seed & low, seed >> 32 & low
-    for _ in range(10):
-        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # int64 wraps round: the low 64 bits are right
-        c = [p1 >> 32 & low ^ c[1] ^ k0, p1 & low, p0 >> 32 & low ^ c[3] ^ k1, p0 & low]
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    return c[0], c[1], c[2], c[3]
-
-
-def _uniform(x: Tensor) -> Tensor:
-    return (x >> 8).float() * 2.0**-24
-
-
-def _normal(x: Tensor) -> Tensor:
-    """The normal quantile of (x + ½)/2³², float64: Wichura's AS 241 PPND7 by + - * / sqrt and frexp: portable bits."""
-
-    p = (x.double() + 0.5) * 2.0**-32
-    q = p - 0.5
-    r = 0.180625 - q * q
-    over = ((5.9109374720e1 * r + 1.5929113202e2) * r + 5.0434271938e1) * r + 3.3871327179
-    under = ((6.7187563600e1 * r + 7.8757757664e1) * r + 1.7895169469e1) * r + 1
-    middle = q * over / under
-
-    m, e = torch.frexp(torch.where(q < 0, p, 1 - p))
-    small = m < 0.70710678118654752
-    m, e = torch.where(small, m * 2, m), torch.where(small, e - 1, e).double()
-    z = (m - 1) / (m + 1)
-    log = torch.full_like(z, 1.0 / 21)
-    for k in range(19, 0, -2):
-        log = log * (z * z) + 1.0 / k
-    log = 2 * z * log + e * 0.69314718055994531
-    r = torch.sqrt(-log)
-    n, f = r - 1.6, r - 5
-    near = ((1.7023821103e-1 * n + 1.3067284816) * n + 2.7568153900) * n + 1.4234372777
-    near = near / ((1.2021132975e-1 * n + 7.3700164250e-1) * n + 1)
-    far = ((1.7337203997e-2 * f + 4.2868294337e-1) * f + 3.0812263860) * f + 6.6579051150
-    far = far / ((1.2258202635e-2 * f + 2.4197894225e-1) * f + 1)
-    tail = torch.where(r <= 5, near, far)
-    return torch.where(q.abs() <= 0.425, middle, torch.where(q < 0, -tail, tail))
-
-
-def _thresholds(p: Tensor) -> Tensor:
-    """Cumulative sums of p's rows, 2 from the last positive entry on: no rounding can run past it."""
-    past = p.flip(-1).cumsum(-1).flip(-1) <= p
-    return torch.where(past, 2.0, p.double().cumsum(-1)).float()
-
-
 def _as_int64(seed: int) -> int:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: wanted 64 bits, got {seed}")
@@ -461,17 +197,11 @@ def _steps(steps: int) -> int:
     return steps
 
 
-def _on_cpu(**tensors: Tensor) -> None:
-    device = _checks.same_device(**tensors)
-    if device.type != "cpu":
-        raise ValueError(f"rollout runs on the CPU; a kernel for {device.type!r} is not written yet")
-
-
 def _cumulative_policies(policies: Tensor, tables: RolloutTables) -> Tensor:
-    N, S, A, _ = tables.reward.shape
+    N, S, A = tables.offset.shape
     _checks.shape("policies", policies, [N, "P", S, A], N=N, S=S, A=A)
     _checks.dtype("policies", policies, [torch.float32])
-    _on_cpu(policies=policies, reward=tables.reward)
+    on_cpu(policies=policies, offset=tables.offset)
     own_action = torch.arange(A) < tables.num_actions[:, None]
     acts = ((torch.arange(S) < tables.num_states[:, None]) & ~tables.terminal)[:, None].expand(policies.shape[:3])
     ok = (policies.double().sum(3) - 1).abs() <= 1e-4
@@ -479,31 +209,11 @@ def _cumulative_policies(policies: Tensor, tables: RolloutTables) -> Tensor:
     if bool((acts & ~ok).any()):
         n, p, s = (acts & ~ok).nonzero()[0].tolist()
         raise ValueError(f"policies[{n}, {p}, {s}]: wanted probabilities with sum 1 on the task's own actions")
-    return _thresholds(policies)
-
-
-def _check_behaviours(behaviours: Behaviours, R: int, P: int) -> None:
-    for name, tensor in behaviours._asdict().items():
-        _checks.shape(name, tensor, [R, P + len(BUILTIN)] if name in ("initial", "later") else [R])
-        _checks.dtype(name, tensor, [torch.float32])
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: wanted contiguous")
-        if name in ("q_discount", "model_discount"):
-            ok, wanted = (tensor >= 0) & (tensor < 1), "values in [0, 1)"
-        elif name in ("switch", "epsilon"):
-            ok, wanted = (tensor >= 0) & (tensor <= 1), "values in [0, 1]"
-        else:
-            ok, wanted = (tensor >= 0) & tensor.isfinite(), "finite values >= 0"
-        if not bool(ok.all()):
-            raise ValueError(f"{name}: wanted {wanted}")
-    if not bool((behaviours.initial.sum(1) > 0).all()):
-        raise ValueError("initial: wanted a positive weight in every record")
-    if not bool(((behaviours.later.sum(1) > 0) | (behaviours.switch == 0)).all()):
-        raise ValueError("later: wanted a positive weight in every record that switches")
+    return thresholds(policies)
 
 
 def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
-    _, S, A, _ = tables.reward.shape
+    _, S, A = tables.offset.shape
     sizes = {
         "visits": [S, A],
         "q": [S, A],
@@ -517,13 +227,14 @@ def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
         if i < 7 or tensor.numel():
             _checks.shape(f"state.{name}", tensor, [R, *sizes.get(name, [])])
         _checks.dtype(f"state.{name}", tensor, [torch.int64 if i < 7 else dtypes.get(name, torch.float32)])
-    _on_cpu(**state._asdict())
+    on_cpu(**state._asdict())
 
 
 def _rollout_cpu(
     cumulative: Tensor,
-    window: Tensor,
     reward: Tensor,
+    offset: Tensor,
+    window: Tensor,
     noise_state: Tensor,
     noise_action: Tensor,
     start: Tensor,
@@ -537,7 +248,7 @@ def _rollout_cpu(
     state: list[Tensor],
     steps: int,
 ) -> tuple[Tensor, ...]:
-    N, S, A, _ = reward.shape
+    N, S, A = offset.shape
     P = 0 if policies is None else policies.shape[1]
     records = state[0].shape
     if any(t.shape != records or t.dtype != torch.int64 or t.device.type != "cpu" for t in state[:7]):
@@ -557,11 +268,12 @@ def _rollout_cpu(
         for i, names in ((-2, ("visits", "q", "reward_square")), (-1, RolloutState._fields[9:])):
             if bool((weights[:, i] > 0).any()) and any(not state[RolloutState._fields.index(n)].numel() for n in names):
                 raise ValueError(f"state: was started without {BUILTIN[i]}, which the behaviours use")
-    out = tuple(torch.empty(state[0].shape[0], steps, dtype=dtype) for dtype in _OUT)
+    out = tuple(torch.empty(state[0].shape[0], steps, dtype=dtype) for dtype in OUT_DTYPES)
     tables = (
         cumulative,
-        window,
         reward,
+        offset,
+        window,
         noise_state,
         noise_action,
         start,
@@ -584,12 +296,12 @@ def _rollout_cpu(
 
 def _rollout_fake(cumulative: Tensor, *args: Any) -> tuple[Tensor, ...]:
     state, steps = args[-3], args[-2]
-    return tuple(cumulative.new_empty(state[0].shape[0], steps, dtype=dtype) for dtype in _OUT)
+    return tuple(cumulative.new_empty(state[0].shape[0], steps, dtype=dtype) for dtype in OUT_DTYPES)
 
 
 define(
-    "rollout(Tensor cumulative, Tensor window, Tensor reward, Tensor noise_state, Tensor noise_action, Tensor start, "
-    "Tensor terminal, Tensor max_steps, Tensor num_states, Tensor num_actions, Tensor? policies, Tensor[] behaviours, "
+    "rollout(Tensor cumulative, Tensor reward, Tensor offset, Tensor window, Tensor noise_state, Tensor noise_action, "
+    "Tensor start, Tensor terminal, Tensor max_steps, Tensor num_states, Tensor num_actions, Tensor? policies, Tensor[] behaviours, "
     "Tensor? actions, Tensor(a!)[] state, int steps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"cpu": (("cpu",), _rollout_cpu)},

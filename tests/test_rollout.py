@@ -4,15 +4,18 @@ from tabular import random_tasks
 
 from icrl.worlds import sample_anymdp
 from icrl_kernels import (
+    PackedTransition,
     RolloutState,
     constant_behaviours,
+    pack_transition,
     rollout,
     rollout_reference,
     rollout_start,
     rollout_step,
     rollout_tables,
 )
-from icrl_kernels.rollout import BUILTIN, Behaviours, _normal, philox
+from icrl_kernels.behaviours import BUILTIN, Behaviours
+from icrl_kernels.rollout_reference import _normal, philox
 
 MIXED = {0: 1.0, 1: 1.0, **dict.fromkeys(BUILTIN, 1.0)}
 
@@ -278,6 +281,54 @@ def test_refuses_bad_tasks(case):
     BAD_TASKS[case][1](tasks)
     with pytest.raises(ValueError, match=BAD_TASKS[case][2]):
         rollout_tables(**tasks.raw())
+
+
+def test_packed_and_dense_tasks_give_the_same_tables():
+    tasks = random_tasks(5, 40, 3, width=6, seed=3)
+    tasks.transition[0, 1, 0, 7:10] = 0  # zeros inside a window
+    tasks.transition[0, 1, 0] /= tasks.transition[0, 1, 0].sum()
+    dense = rollout_tables(**tasks.raw())
+    packed = pack_transition(tasks.transition)
+    reward = tasks.reward[packed.unpack(torch.ones_like(packed.probability)) > 0]
+    same = rollout_tables(**{**tasks.raw(), "transition": packed, "reward": reward})
+    assert_same(same, dense)
+    assert same.reward.data_ptr() == reward.data_ptr()
+
+    # the rows shuffled, with zeros about each window and gaps between
+    n, s, a = packed.offset.shape
+    order = torch.randperm(n * s * a, generator=torch.Generator().manual_seed(0))
+    first = (packed.first - 2).clamp_min(0)
+    lead = packed.first - first
+    length = torch.where(packed.length > 0, (packed.length + lead + 3).minimum(s - first), 0)
+    room = torch.zeros(n * s * a, dtype=torch.int64)
+    room[order] = (length.flatten()[order] + 1).cumsum(0) - length.flatten()[order] - 1
+    offset = room.view(n, s, a)
+    wide = PackedTransition(torch.full((int(length.sum()) + n * s * a,), torch.nan), offset, first, length)
+    full_reward = torch.full_like(wide.probability, torch.nan)
+    for i, j, k in torch.cartesian_prod(torch.arange(n), torch.arange(s), torch.arange(a)).tolist():
+        f, l, o = int(first[i, j, k]), int(length[i, j, k]), int(offset[i, j, k])
+        wide.probability[o : o + l] = tasks.transition[i, j, k, f : f + l]
+        full_reward[o : o + l] = tasks.reward[i, j, k, f : f + l]
+    assert_same(rollout_tables(**{**tasks.raw(), "transition": wide, "reward": full_reward}), dense)
+
+
+def test_refuses_bad_packed_tasks():
+    tasks = random_tasks(2, 8, 4)
+    packed = pack_transition(tasks.transition)
+    reward = torch.ones_like(packed.probability)
+    last = int(packed.offset.flatten()[packed.length.flatten() > 0][-1])
+    for match, changes in {
+        "transition: wanted windows within": {"transition": packed._replace(first=packed.first + 8)},
+        r"transition\[0, 0, 0\]: wanted probabilities.*sum 0": {
+            "transition": packed._replace(length=packed.length.clone().index_fill_(2, torch.tensor([0]), 0))
+        },
+        "past the task's own": {"num_states": tasks.num_states - 2, "terminal": tasks.terminal.roll(-2, 1)},
+        "transition: wanted dtype": {"transition": packed._replace(probability=packed.probability.double())},
+        r"^reward: wanted shape": {"reward": tasks.reward},
+        r"^reward\[1, ": {"reward": reward.clone().index_fill_(0, torch.tensor([last]), torch.nan)},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            rollout_tables(**{**tasks.raw(), "transition": packed, "reward": reward, **changes})
 
 
 def test_refuses_wrong_tensors():

@@ -32,9 +32,10 @@ T* at(const Pointers& p, int i) {
 }
 
 struct Tables {
-  const float* cumulative;     // [N,S,A,S]
+  const float* cumulative;     // rows one after another
+  const float* reward;         // as cumulative
+  const int64_t* offset;       // [N,S,A] of a row in the two above
   const int16_t* window;       // [N,S,A,2] first, length
-  const float* reward;         // [N,S,A,S]
   const float* noise_state;    // [N,S]
   const float* noise_action;   // [N,S,A]
   const float* start;          // [N,S] cumulative
@@ -175,7 +176,7 @@ void simulate(const Call& c, int64_t r) {
   const int64_t S = tb.S, A = tb.A, P = c.P, M = P + 4, n = st.task[r];
   const int64_t ns = tb.num_states[n], na = tb.num_actions[n], horizon = tb.max_steps[n];
   const uint64_t seed = static_cast<uint64_t>(st.seed[r]), record = static_cast<uint64_t>(st.record[r]);
-  const float *reward = tb.reward + n * S * A * S, *cumulative = tb.cumulative + n * S * A * S;
+  const int64_t* offset = tb.offset + n * S * A;
   const int16_t* window = tb.window + n * S * A * 2;
   const float *noise_state = tb.noise_state + n * S, *noise_action = tb.noise_action + n * S * A;
   const uint8_t* terminal = tb.terminal + n * S;
@@ -245,9 +246,9 @@ void simulate(const Call& c, int64_t r) {
     else
       a = learner.act_model(s, x.v[2], step);
 
-    const int64_t sa = s * A + a, first = window[2 * sa];
-    const int64_t next = first + search(cumulative + sa * S + first, window[2 * sa + 1], uniform(x.v[0]));
-    float gain = reward[sa * S + next];
+    const int64_t sa = s * A + a;
+    const int64_t j = search(tb.cumulative + offset[sa], window[2 * sa + 1], uniform(x.v[0])), next = window[2 * sa] + j;
+    float gain = tb.reward[offset[sa] + j];
     const float std = noise_state[next] + noise_action[sa];
     if (std > 0) gain = static_cast<float>(gain + static_cast<double>(std) * normal(x.v[1]));
     ++step, ++elapsed;
@@ -289,9 +290,9 @@ void rollout(const Pointers& tables, uintptr_t policies, const Pointers& behavio
              const Pointers& state, const Pointers& out, int64_t N, int64_t S, int64_t A, int64_t P, int64_t R,
              int64_t T, int threads) {
   Call c{};
-  c.tables = {at<float>(tables, 0), at<int16_t>(tables, 1), at<float>(tables, 2),   at<float>(tables, 3),
-              at<float>(tables, 4), at<float>(tables, 5),   at<uint8_t>(tables, 6), at<int64_t>(tables, 7),
-              at<int64_t>(tables, 8), at<int64_t>(tables, 9), N, S, A};
+  c.tables = {at<float>(tables, 0), at<float>(tables, 1),   at<int64_t>(tables, 2), at<int16_t>(tables, 3),
+              at<float>(tables, 4), at<float>(tables, 5),   at<float>(tables, 6),   at<uint8_t>(tables, 7),
+              at<int64_t>(tables, 8), at<int64_t>(tables, 9), at<int64_t>(tables, 10), N, S, A};
   c.policies = reinterpret_cast<const float*>(policies);
   if (!behaviours.empty())
     c.behaviours = {at<float>(behaviours, 0), at<float>(behaviours, 1), at<float>(behaviours, 2), at<float>(behaviours, 3),
@@ -311,80 +312,11 @@ void rollout(const Pointers& tables, uintptr_t policies, const Pointers& behavio
   });
 }
 
-// Cumulative sums of a row's nonzero window; the last nonzero entry becomes 2, so that no rounding can run past it.
-// Returns false for negative, NaN or infinite entries or a sum that is not 1.
-bool accumulate(const float* p, int64_t n, float* c, int16_t* window) {
-  int64_t first = 0, last = n - 1;
-  const auto zeros = [&](int64_t j) {  // eight at a time: most of a row lies outside its window
-    bool any = false;
-    for (int64_t k = j; k < j + 8; ++k) any |= p[k] != 0;
-    return !any;
-  };
-  while (first + 8 <= n && zeros(first)) first += 8;
-  while (first < n && p[first] == 0) ++first;
-  while (last - 7 > first && zeros(last - 7)) last -= 8;
-  while (last > first && p[last] == 0) --last;
-  if (first == n) return false;
-  double sum = 0;
-  bool ok = true;
-  for (int64_t j = first; j <= last; ++j) {
-    ok &= p[j] >= 0;
-    sum += p[j];
-    c[j] = static_cast<float>(sum);
-  }
-  c[last] = 2;
-  window[0] = static_cast<int16_t>(first), window[1] = static_cast<int16_t>(last - first + 1);
-  return ok && std::fabs(sum - 1) <= 1e-4;
-}
-
-// Returns (kind, flat index) of the first bad entry; kind: 0 none, 1 transition row, 2 reward row, 3 start row.
-std::pair<int, int64_t> rollout_tables(uintptr_t transition_, uintptr_t reward_, uintptr_t start_, uintptr_t terminal_,
-                                       uintptr_t num_states, uintptr_t num_actions, uintptr_t cumulative_,
-                                       uintptr_t window_, uintptr_t start_cumulative_, int64_t N, int64_t S, int64_t A,
-                                       int threads) {
-  const auto *transition = reinterpret_cast<const float*>(transition_), *reward = reinterpret_cast<const float*>(reward_);
-  const auto* start = reinterpret_cast<const float*>(start_);
-  const auto* terminal = reinterpret_cast<const uint8_t*>(terminal_);
-  auto *cumulative = reinterpret_cast<float*>(cumulative_), *start_cumulative = reinterpret_cast<float*>(start_cumulative_);
-  auto* window = reinterpret_cast<int16_t*>(window_);
-  std::vector<std::pair<int, int64_t>> bad(static_cast<size_t>(N));
-  parallel_for(N, threads, [&](int64_t n) {
-    const int64_t ns = reinterpret_cast<const int64_t*>(num_states)[n], na = reinterpret_cast<const int64_t*>(num_actions)[n];
-    float* c = start_cumulative + n * S;
-    int16_t own[2] = {0, 0};
-    bool ok = accumulate(start + n * S, ns, c, own);
-    std::fill(c, c + own[0], 0.f);
-    std::fill(c + own[0] + own[1], c + S, 2.f);
-    for (int64_t s = 0; s < ns; ++s) ok &= !(terminal[n * S + s] && start[n * S + s] > 0);
-    for (int64_t s = ns; s < S; ++s) ok &= start[n * S + s] == 0;
-    if (!ok) bad[n] = {3, n};
-    for (int64_t s = 0; s < S && !bad[n].first; ++s)
-      for (int64_t a = 0; a < A && !bad[n].first; ++a) {
-        const int64_t row = (n * S + s) * A + a;
-        int16_t* w = window + 2 * row;
-        w[0] = w[1] = 0;
-        if (s >= ns || a >= na || terminal[n * S + s]) continue;  // never left
-        ok = accumulate(transition + row * S, ns, cumulative + row * S, w);
-        for (int64_t j = ns; j < S; ++j) ok &= transition[row * S + j] == 0;
-        if (!ok) {
-          bad[n] = {1, row};
-          continue;
-        }
-        for (int64_t j = w[0]; j < w[0] + w[1]; ++j) ok &= std::isfinite(reward[row * S + j]);
-        if (!ok) bad[n] = {2, row};
-      }
-  });
-  for (const auto& b : bad)
-    if (b.first) return b;
-  return {0, 0};
-}
-
 }  // namespace
 
 void bind_rollout(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("rollout", &rollout, py::call_guard<py::gil_scoped_release>());
-  m.def("rollout_tables", &rollout_tables, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace icrl

@@ -1,0 +1,154 @@
+"""Tabular tasks made ready for simulation: their rows checked, summed and packed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icrl_kernels import _C, _checks
+from icrl_kernels.packed import PackedTransition
+
+READ_PAST = 16  # elements that a reader of a row of `cumulative` may load past its end
+
+
+class RolloutTables(NamedTuple):
+    """Tasks made ready for simulation by `rollout_tables`: N tasks of at most S states and A actions.
+
+    Row (n, s, a) leads to successor window[..., 0] + j for 0 ≤ j < window[..., 1], and its numbers are at offset + j.
+    """
+
+    cumulative: Tensor  # [M + 16] float32
+    reward: Tensor  # [M] float32
+    offset: Tensor  # [N,S,A] int64
+    window: Tensor  # [N,S,A,2] int16: first successor, how many
+    noise_state: Tensor  # [N,S] float32
+    noise_action: Tensor  # [N,S,A] float32
+    start: Tensor  # [N,S] float32, cumulative
+    terminal: Tensor  # [N,S] bool
+    max_steps: Tensor  # [N] int64
+    num_states: Tensor  # [N] int64
+    num_actions: Tensor  # [N] int64
+
+
+def rollout_tables(
+    transition: Tensor | PackedTransition,
+    reward: Tensor,
+    noise_state: Tensor,
+    noise_action: Tensor,
+    start: Tensor,
+    terminal: Tensor,
+    max_steps: Tensor,
+    num_states: Tensor,
+    num_actions: Tensor,
+) -> RolloutTables:
+    """Check N tasks, pack their rows and sum them for sampling: once per set of tasks.
+
+    Packed and dense tables of the same tasks give the same result. The rewards of packed tasks whose rows lie in order,
+    without gaps and without zeros at their ends are not copied.
+
+    Args:
+        transition: [N,S,A,S] float32, or float32 windows; rows of terminal states, and past a task's own states and
+            actions, are not read.
+        reward: mean of each transition, float32: [N,S,A,S], or with packed transitions [M], laid out as their
+            probabilities. noise_state: [N,S], noise_action: [N,S,A] float32, their sum is the reward's standard deviation.
+            start: [N,S] float32, probabilities. terminal: [N,S] bool.
+        max_steps, num_states, num_actions: [N] int64.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above; a window leaves its table; a row is not a distribution over
+            the task's own states (negative, NaN, or a sum off 1 by more than 1e-4); a start state is terminal; a reward or
+            noise is not finite or a noise is negative; a size is out of range.
+    """
+    packed = isinstance(transition, PackedTransition)
+    if packed:
+        transition.check()
+        N, S, A = transition.offset.shape
+        table, layout = transition.probability, list(transition.probability.shape)
+    else:
+        _checks.shape("transition", transition, ["N", "S", "A", "S"])
+        N, S, A, _ = transition.shape
+        table, layout = transition, [N, S, A, S]
+    if S > 32767:
+        raise ValueError(f"transition: at most 32767 states, got {S}")
+    named = {
+        "transition": (table, layout, torch.float32),
+        "reward": (reward, layout, torch.float32),
+        "noise_state": (noise_state, [N, S], torch.float32),
+        "noise_action": (noise_action, [N, S, A], torch.float32),
+        "start": (start, [N, S], torch.float32),
+        "terminal": (terminal, [N, S], torch.bool),
+        "max_steps": (max_steps, [N], torch.int64),
+        "num_states": (num_states, [N], torch.int64),
+        "num_actions": (num_actions, [N], torch.int64),
+    }
+    for name, (tensor, wanted, dtype) in named.items():
+        _checks.shape(name, tensor, wanted)
+        _checks.dtype(name, tensor, [dtype])
+    on_cpu(**{name: tensor for name, (tensor, _, _) in named.items()})
+    for name, size, most in (
+        ("max_steps", max_steps, None),
+        ("num_states", num_states, S),
+        ("num_actions", num_actions, A),
+    ):
+        if N and (int(size.min()) < 1 or (most is not None and int(size.max()) > most)):
+            raise ValueError(f"{name}: wanted 1 to {most or 'any'}, got {int(size.min())} to {int(size.max())}")
+    for name, noise in (("noise_state", noise_state), ("noise_action", noise_action)):
+        if noise.numel() and not (float(noise.min()) >= 0 and float(noise.max()) < torch.inf):
+            raise ValueError(f"{name}: wanted finite values >= 0")
+
+    table, reward, start, terminal = (t.contiguous() for t in (table, reward, start, terminal))
+    noise_state, noise_action = noise_state.contiguous(), noise_action.contiguous()
+    max_steps, num_states, num_actions = (t.contiguous() for t in (max_steps, num_states, num_actions))
+    rows = [t.contiguous() for t in transition[1:]] if packed else []
+    places = [t.data_ptr() for t in rows] if packed else [0, 0, 0]
+    sizes = [t.data_ptr() for t in (terminal, num_states, num_actions)]
+    threads = torch.get_num_threads()
+    window = torch.empty(N, S, A, 2, dtype=torch.int16)
+    bad = _C.rollout_windows(table.data_ptr(), *places, *sizes, window.data_ptr(), N, S, A, threads)
+    if bad >= 0:
+        raise ValueError(
+            f"transition{_place(bad, S, A)}: wanted zeros past the task's own {int(num_states[bad // A // S])}"
+        )
+    length = window[..., 1].flatten().long()
+    ends = length.cumsum(0)
+    offset = (ends - length).view(N, S, A)
+    total = int(ends[-1]) if ends.numel() else 0
+    cumulative = torch.empty(total + READ_PAST)
+    cumulative[total:] = 2
+    as_given = packed and bool(((window[..., 1] == 0) | (rows[0] + window[..., 0] - rows[1] == offset)).all())
+    own_reward = reward if as_given else torch.empty(total)
+    start_cumulative = torch.empty_like(start)
+    out = (start, window, offset, cumulative)
+    kind, index = _C.rollout_tables(
+        *(table.data_ptr(), reward.data_ptr(), *places, *sizes),
+        *(t.data_ptr() for t in out),
+        0 if as_given else own_reward.data_ptr(),
+        *(start_cumulative.data_ptr(), N, S, A, threads),
+    )
+    if kind == 3:
+        raise ValueError(
+            f"start[{index}]: wanted probabilities with sum 1 on the task's own states that are not terminal"
+        )
+    if kind == 2:
+        raise ValueError(f"reward{_place(index, S, A)}: wanted finite values where transition is positive")
+    if kind:
+        first, size = (int(x) for x in window.view(-1, 2)[index])
+        begin = int(rows[0].flatten()[index]) + first - int(rows[1].flatten()[index]) if packed else index * S + first
+        total = float(table.flatten()[begin : begin + size].double().sum())
+        raise ValueError(
+            f"transition{_place(index, S, A)}: wanted probabilities with sum 1 on the task's own states, got sum {total:g}"
+        )
+    rest = (noise_state, noise_action, start_cumulative, terminal, max_steps, num_states, num_actions)
+    return RolloutTables(cumulative, own_reward, offset, window, *rest)
+
+
+def on_cpu(**tensors: Tensor) -> None:
+    device = _checks.same_device(**tensors)
+    if device.type != "cpu":
+        raise ValueError(f"rollout runs on the CPU; a kernel for {device.type!r} is not written yet")
+
+
+def _place(row: int, S: int, A: int) -> str:
+    return f"[{row // A // S}, {row // A % S}, {row % A}]"
