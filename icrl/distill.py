@@ -169,7 +169,7 @@ def sample_tasks(
 
 def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Records:
     """One record of `config.steps` steps in each task."""
-    N, _, A, _ = tasks.reward.shape
+    N, _, A = tasks.noise_action.shape
     tables = tasks.tables()
     own_action = torch.arange(A) < tasks.num_actions[:, None]
     q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)  # [N,G,S,A]

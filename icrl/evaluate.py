@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from icrl.omnirl import EXPLORER, Agent, OmniRL, Temperature
 from icrl.worlds.tables import TabularTasks
+from icrl.worlds.windows import dense_blocks
 from icrl_kernels import (
     RolloutTables,
     constant_behaviours,
@@ -93,9 +94,15 @@ def run_baseline(tasks: TabularTasks, name: str, steps: int, seed: int, tables: 
 
 def best_reward_q(tasks: TabularTasks) -> Tensor:
     """`[N,S,A]` values, at discount .999, of the task that starts anew at each end: its policy earns most per step."""
+    parts = [_best_reward_q(tasks[block]) for block in dense_blocks(*tasks.shape)]
+    return torch.cat(parts) if parts else torch.zeros(tasks.shape, dtype=torch.float64)
+
+
+def _best_reward_q(tasks: TabularTasks) -> Tensor:
+    transition = tasks.dense_tables()[0]
     ends = tasks.terminal[:, None, None, :]
-    restarts = (tasks.transition * ends).sum(-1, keepdim=True) * tasks.start[:, None, None, :]
-    endless = tasks.transition.masked_fill(ends, 0.0) + restarts
+    restarts = (transition * ends).sum(-1, keepdim=True) * tasks.start[:, None, None, :]
+    endless = transition.masked_fill(ends, 0.0) + restarts
     reward = tasks.expected_reward()[..., None].expand_as(endless)
     return replace(tasks, transition=endless, reward=reward).solve(REWARD_DISCOUNT).q
 

@@ -164,7 +164,7 @@ def test_damaged_files(tasks, tmp_path):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"t\.safetensors"):
             TabularTasks.load(path)
-    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"9"'))
+    path.write_bytes(whole.replace(b'"version":"2"', b'"version":"9"'))
     with pytest.raises(ValueError, match="version '9'"):
         TabularTasks.load(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -243,7 +243,8 @@ def test_validate_names_the_field(tasks, field, change):
         (lambda: sample_garnet(2, 8, 5, 2, seed=0, sigma=-1.0), "branching, num_actions, sigma"),
         (lambda: sample_bandit(2, 1, seed=0), "num_actions"),
         (lambda: TabularTasks.from_gymnasium(gymnasium.make("CartPole-v1")), "env"),
-        (lambda: TabularTasks.from_xenoverse({"task_type": "POMDP"}), "task_type"),
+        (lambda: TabularTasks.from_xenoverse({"task_type": "PDP"}), "task_type"),
+        (lambda: TabularTasks.from_xenoverse({"task_type": "POMDP", "no": 3}), "observation_transition"),
     ],
 )
 def test_refusals(call, named):

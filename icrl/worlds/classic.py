@@ -7,7 +7,7 @@ publishes (`env.unwrapped.P`), which is exactly its dynamics. The shaping is one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
@@ -50,9 +50,9 @@ class ClassicTask:
         env = self.make()
         tasks = TabularTasks.from_gymnasium(env)
         env.close()
-        end = tasks.terminal[:, None, None, :].expand_as(tasks.reward)
-        tasks.reward = torch.where(tasks.transition > 0, self.shape(tasks.reward, end), 0.0)
-        return tasks
+        transition, reward = tasks.dense_tables()
+        end = tasks.terminal[:, None, None, :].expand_as(reward)
+        return replace(tasks, reward=torch.where(transition > 0, self.shape(reward, end), 0.0))
 
 
 CLASSIC = {

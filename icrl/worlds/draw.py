@@ -38,8 +38,9 @@ def draw_task(
     best = task.solve(float(gamma))
     value, policy = best.v[0, :ns].numpy(), best.policy[0, :ns]
     every = torch.arange(ns)
-    p = task.transition[0, every, policy, :ns].double().numpy()
-    r = task.reward[0, every, policy, :ns].double().numpy()
+    transition, reward = task.dense_tables()
+    p = transition[0, every, policy, :ns].double().numpy()
+    r = reward[0, every, policy, :ns].double().numpy()
     start, terminal = task.start[0, :ns].double().numpy(), task.terminal[0, :ns].numpy()
 
     figure = Figure(figsize=(11, 6.2), dpi=110, layout="constrained")

@@ -55,9 +55,10 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         if len(task) != 1:
             raise ValueError(f"task: wanted one task, got {len(task)}")
         self.task = task.validate().to("cpu")
-        self._cumulative = self.task.transition[0].cumsum(-1, dtype=torch.float64).numpy()
+        transition, reward = self.task.dense_tables()
+        self._cumulative = transition[0].cumsum(-1, dtype=torch.float64).numpy()
         self._start = self.task.start[0].cumsum(-1, dtype=torch.float64).numpy()
-        self._reward, self._ids = self.task.reward[0].numpy(), self.task.state_mapping[0].numpy()
+        self._reward, self._ids = reward[0].numpy(), self.task.state_mapping[0].numpy()
         self._noise_state, self._noise_action = self.task.noise_state[0].numpy(), self.task.noise_action[0].numpy()
         self._terminal, self._horizon = self.task.terminal[0].numpy(), int(self.task.max_steps[0])
 

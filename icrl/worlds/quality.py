@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from icrl.worlds.tables import TabularTasks
+from icrl.worlds.windows import dense_blocks
 
 MIN_ADVANTAGE, MIN_GINI, MIN_ENTROPY = 2.0, 0.7, 0.35
 
@@ -31,8 +32,7 @@ class Quality(NamedTuple):
 
 def quality(tasks: TabularTasks) -> Quality:
     """AnyMDP's quality numbers (arXiv 2502.02869); entropy is NaN for one-state tasks."""
-    block = max(1, (1 << 22) // max(1, tasks.transition[:1].numel()))  # float64 copies of at most 32 MB
-    parts = [_quality(tasks[i : i + block]) for i in range(0, len(tasks), block)]
+    parts = [_quality(tasks[block].dense()) for block in dense_blocks(*tasks.shape)]
     return Quality(*(torch.cat(x) for x in zip(*parts, strict=True))) if parts else Quality(*torch.zeros(3, 0))
 
 
@@ -40,7 +40,7 @@ def _quality(tasks: TabularTasks) -> Quality:
     ns = tasks.num_states.double()
     gamma = torch.exp2(-1 / ns)
     best = tasks.solve(gamma[:, None])
-    t, start = tasks.transition.double(), tasks.start.double()
+    t, start = tasks.dense_tables()[0].double(), tasks.start.double()
     lacking = ~tasks.action_mask()
     share = (~lacking).double() / tasks.num_actions[:, None]
     mean_reward = tasks.expected_reward().double()

@@ -106,8 +106,9 @@ def sample_garnet(
     live = tasks.state_mask()[:, :, None, None]
     weights = edges.diff(dim=-1) * live
     rewards = sigma * normals(keys, 5, width * num_actions * branching).view(*shape, branching) * live
-    tasks.transition.scatter_(3, chosen, weights.float())
-    tasks.reward.scatter_(3, chosen, rewards.float())
+    transition, reward = tasks.dense_tables()
+    transition.scatter_(3, chosen, weights.float())
+    reward.scatter_(3, chosen, rewards.float())
     tasks.start[:, 0] = 1
     low = (4.0 * sizes).clamp(min=100)
     high = torch.maximum((8.0 * sizes).clamp(max=500), low + 1)
@@ -140,8 +141,9 @@ def sample_bandit(
         left[left.clone()] = fresh.std(-1, correction=0) <= 0.01
         attempt += 1
     noise = (0.6 * uniforms(keys, 4, 1) - 0.3).clamp(min=0)
-    tasks.transition.fill_(1)
-    tasks.reward.copy_(means[:, None, :, None])
+    transition, reward = tasks.dense_tables()
+    transition.fill_(1)
+    reward.copy_(means[:, None, :, None])
     tasks.noise_action.copy_((noise * means)[:, None])
     tasks.start.fill_(1)
     tasks.max_steps.fill_(1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icrl.checkpoint import checksum
+from icrl.worlds import exchange, windows
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
+from icrl_kernels.packed import PackedTransition
 
-FORMAT, VERSION = "icrl.TabularTasks", "1"
+FORMAT, VERSION = "icrl.TabularTasks", "2"  # version 1 had dense tables only and is still read
 ROW_TOLERANCE = 1e-4  # of a probability row's sum: float32 tables of a thousand entries, and hand-written ones
 
-# field -> (symbols of its shape, dtype)
+# field -> (symbols of its shape, dtype); a packed transition is four tensors, and its reward is [M]
 LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "transition": ("NSAS", torch.float32),
     "reward": ("NSAS", torch.float32),
@@ -33,6 +35,7 @@ LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "num_states": ("N", torch.int64),
     "num_actions": ("N", torch.int64),
 }
+PARTS = tuple(f"transition.{name}" for name in PackedTransition._fields)  # their names in files
 
 
 @dataclass(eq=False)
@@ -43,19 +46,31 @@ class TabularTasks:
     from s by a leads to s' ~ transition[s, a] with a reward of mean reward[s, a, s'] and of Gaussian noise of deviation
     noise_state[s'] + noise_action[s, a]; it terminates in a terminal s' and is truncated after max_steps steps.
 
+    The tables are *dense* or *packed*: windows of the rows' successors, for batches that would not fit otherwise. All
+    methods take both forms and keep to the size of the one they are given; `dense()` and `pack()` convert.
+
+    With `emission`, an agent sees K tokens instead of a state's id, each drawn on its own in every state that it comes
+    to (K = 1: a POMDP). With action_tokens = D > 1, a step of the environment is D actions, each one a step as above;
+    their rewards are summed, those after a terminal state are not taken, and max_steps counts the environment's steps.
+
     Attributes:
-        transition: [N,S,A,S] float32; rows sum to 1, zero at terminal states and in the padding.
-        reward: [N,S,A,S] float32, mean reward of (s, a, s').
+        transition: [N,S,A,S] float32, or a PackedTransition of N, S, A with float32 probabilities; rows sum to 1, and
+            are zero at terminal states and in the padding. Windows stay within a task's own states.
+        reward: [N,S,A,S] float32, mean reward of (s, a, s'); packed, [M] as the probabilities are.
         noise_state: [N,S] float32, and noise_action: [N,S,A] float32: the two parts of the standard deviation.
         start: [N,S] float32, probabilities of the first state.
         terminal: [N,S] bool.
         max_steps: [N] int64, steps after which an episode is truncated.
-        state_mapping: [N,S] int64, inner → observed id, injective in each task, -1 in the padding.
+        state_mapping: [N,S] int64, inner → observed id, injective in each task, -1 in the padding. With `emission` no
+            agent sees it, and num_observations is no bound on it.
         num_states, num_actions: [N] int64, each task's own sizes.
         num_observations: observed ids lie in [0, num_observations).
+        emission: [N,K,S,O] float32, O = num_observations, probabilities of token k in state s (terminal ones too);
+            zero in the padding. None: the state's id is observed.
+        action_tokens: actions in a step of the environment.
     """
 
-    transition: Tensor
+    transition: Tensor | PackedTransition
     reward: Tensor
     noise_state: Tensor
     noise_action: Tensor
@@ -66,103 +81,254 @@ class TabularTasks:
     num_states: Tensor
     num_actions: Tensor
     num_observations: int
+    emission: Tensor | None = None
+    action_tokens: int = 1
 
     def __len__(self) -> int:
-        return self.transition.shape[0]
+        return self.noise_action.shape[0]
 
     def __repr__(self) -> str:
-        n, s, a, _ = self.transition.shape
-        return f"TabularTasks({n} tasks, {s} states, {a} actions, {self.num_observations} observed ids, {self.device})"
+        n, s, a = self.shape
+        tokens = f", {self.observation_tokens} observation and {self.action_tokens} action tokens" * self.multi_token
+        form = ", packed" * self.packed
+        return (
+            f"TabularTasks({n} tasks, {s} states, {a} actions, {self.num_observations} observed ids{tokens}{form}, "
+            f"{self.device})"
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, S, A)."""
+        n, s, a = self.noise_action.shape
+        return n, s, a
 
     @property
     def device(self) -> torch.device:
-        return self.transition.device
+        return self.noise_action.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether the tables are windows."""
+        return isinstance(self.transition, PackedTransition)
+
+    @property
+    def observation_tokens(self) -> int:
+        """K, or 1 where the state's id is observed."""
+        return 1 if self.emission is None else self.emission.shape[1]
+
+    @property
+    def multi_token(self) -> bool:
+        return self.observation_tokens > 1 or self.action_tokens > 1
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in LAYOUT}
+        """Every tensor by its field's name; of a packed transition "transition.probability" and so on."""
+        named = {name: getattr(self, name) for name in LAYOUT}
+        if isinstance(self.transition, PackedTransition):
+            del named["transition"]
+            named = dict(zip(PARTS, self.transition, strict=True)) | named
+        return named if self.emission is None else named | {"emission": self.emission}
 
-    def _map(self, f: Any) -> TabularTasks:
-        return replace(self, **{name: f(t) for name, t in self.tensors().items()})
+    def _replaced(self, tensors: dict[str, Tensor], **changes: Any) -> TabularTasks:
+        """With these tensors, named as `tensors()` names them."""
+        return replace(self, **_fields(tensors), **changes)
+
+    def _rows(self, f: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """f of each name and tensor that has a dimension N, the dense tables among them, the windows not."""
+        skip = {*PARTS, "reward"} if self.packed else {}
+        return {name: f(name, t) for name, t in self.tensors().items() if name not in skip}
 
     def to(self, device: torch.device | str) -> TabularTasks:
-        return self._map(lambda t: t.to(device))
+        return self._replaced({name: t.to(device) for name, t in self.tensors().items()})
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> TabularTasks:
-        """The tasks at `index`, always as a batch: an int gives a batch of one."""
+        """The tasks at `index`, always as a batch: an int gives a batch of one.
+
+        Of a packed batch that leaves tasks behind, the entries are copied: nothing of the others is kept alive.
+        """
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"task {index} of {len(self)}")
             index = slice(index % len(self), index % len(self) + 1)
         elif not isinstance(index, (slice, Tensor)):
             index = torch.as_tensor(index, device=self.device)
-        return self._map(lambda t: t[index])
+        rest = self._replaced(self._rows(lambda _, t: t[index]))
+        if not isinstance(self.transition, PackedTransition):
+            return rest
+        chosen = torch.arange(len(self), device=self.device)[index]
+        transition, reward = windows.take(self.transition, self.reward, chosen)
+        return replace(rest, transition=transition, reward=reward)
+
+    def pack(self) -> TabularTasks:
+        """The same tasks as windows; rewards of transitions that cannot happen are dropped. Self if packed."""
+        if isinstance(self.transition, PackedTransition):
+            return self
+        transition, reward = windows.pack(self.transition, self.reward)
+        return replace(self, transition=transition, reward=reward)
+
+    def dense(self) -> TabularTasks:
+        """The same tasks in dense tables [N,S,A,S], zero outside the windows. Self if dense."""
+        transition, reward = self.dense_tables()
+        return replace(self, transition=transition, reward=reward) if self.packed else self
+
+    def dense_tables(self) -> tuple[Tensor, Tensor]:
+        """transition and reward [N,S,A,S], whichever form the batch has."""
+        if isinstance(self.transition, PackedTransition):
+            return windows.unpack(self.transition, self.reward)
+        return self.transition, self.reward
 
     def pad(self, states: int, actions: int) -> TabularTasks:
         """The same tasks in tables of `states` states and `actions` actions, neither fewer than now."""
-        _, s, a, _ = self.transition.shape
+        n, s, a = self.shape
         if states < s or actions < a:
             raise ValueError(f"states, actions: wanted at least {s}, {a}, got {states}, {actions}")
         if (states, actions) == (s, a):
             return self
-        size = {"N": len(self), "S": states, "A": actions}
+        size = {"N": n, "S": states, "A": actions}
+        if self.emission is not None:
+            size |= {"K": self.emission.shape[1], "O": self.emission.shape[3]}
 
         def grow(name: str, tensor: Tensor) -> Tensor:
-            out = tensor.new_full([size[d] for d in LAYOUT[name][0]], -1 if name == "state_mapping" else 0)
+            symbols = "NKSO" if name == "emission" else LAYOUT[name][0]
+            out = tensor.new_full([size[d] for d in symbols], -1 if name == "state_mapping" else 0)
             out[tuple(slice(n) for n in tensor.shape)] = tensor
             return out
 
-        return replace(self, **{name: grow(name, t) for name, t in self.tensors().items()})
+        rest = self._replaced(self._rows(grow))
+        if not isinstance(self.transition, PackedTransition):
+            return rest
+        return replace(rest, transition=windows.pad(self.transition, states, actions))
 
     @classmethod
     def concatenate(cls, batches: Sequence[TabularTasks]) -> TabularTasks:
-        """All tasks of all batches, padded to the largest; ValueError for none."""
+        """All tasks of all batches, padded to the largest; packed if any of them is.
+
+        ValueError for none, or for batches of unlike tokens.
+        """
         if not batches:
             raise ValueError("batches: wanted at least one TabularTasks, got none")
-        states, actions = (max(b.transition.shape[d] for b in batches) for d in (1, 2))
+        tokens = [(b.emission is not None, b.observation_tokens, b.action_tokens) for b in batches]
+        if len(set(tokens)) > 1:
+            raise ValueError(
+                "batches: wanted the same (partially observed, observation tokens, action tokens) in all, got "
+                + ", ".join(map(str, sorted(set(tokens))))
+            )
+        if any(b.packed for b in batches):
+            batches = [b.pack() for b in batches]
+        states, actions = (max(b.shape[d] for b in batches) for d in (1, 2))
+        ids = max(b.num_observations for b in batches)
         padded = [b.pad(states, actions) for b in batches]
-        joined = {name: torch.cat([getattr(b, name) for b in padded]) for name in LAYOUT}
-        return cls(**joined, num_observations=max(b.num_observations for b in batches))
+        parts = [b._rows(lambda _, t: t) for b in padded]
+        if tokens[0][0]:
+            for p in parts:
+                p["emission"] = torch.nn.functional.pad(p["emission"], (0, ids - p["emission"].shape[3]))
+        joined = _fields({name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+        if padded[0].packed:
+            joined["transition"] = windows.concatenate(
+                [b.transition for b in padded if isinstance(b.transition, PackedTransition)]
+            )
+            joined["reward"] = torch.cat([b.reward for b in padded])
+        return cls(**joined, num_observations=ids, action_tokens=batches[0].action_tokens)
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def state_mask(self) -> Tensor:
         """[N,S] bool: states that exist."""
-        return torch.arange(self.transition.shape[1], device=self.device) < self.num_states[:, None]
+        return torch.arange(self.shape[1], device=self.device) < self.num_states[:, None]
 
     def action_mask(self) -> Tensor:
         """[N,A] bool: actions that exist."""
-        return torch.arange(self.transition.shape[2], device=self.device) < self.num_actions[:, None]
+        return torch.arange(self.shape[2], device=self.device) < self.num_actions[:, None]
 
     def validate(self) -> TabularTasks:
         """Return self if every field holds what the class promises, else raise a ValueError that names the field."""
-        if self.transition.dim() != 4:
-            raise ValueError(f"transition: wanted shape [N, S, A, S], got {list(self.transition.shape)}")
-        n, s, a, _ = self.transition.shape
-        size = {"N": n, "S": s, "A": a}
-        for name, (symbols, dtype) in LAYOUT.items():
-            tensor, wanted = getattr(self, name), [size[d] for d in symbols]
-            if list(tensor.shape) != wanted:
-                raise ValueError(f"{name}: wanted shape [{', '.join(symbols)}] = {wanted}, got {list(tensor.shape)}")
-            if tensor.dtype != dtype:
-                raise ValueError(f"{name}: wanted dtype {dtype}, got {tensor.dtype}")
-            if tensor.device != self.device:
-                raise ValueError(f"{name}: is on {tensor.device}, but transition is on {self.device}")
-            if dtype == torch.float32 and not tensor.isfinite().all():
-                raise ValueError(f"{name}: holds NaN or infinity, first in task {_first(~tensor.isfinite())}")
-            if dtype == torch.float32 and name != "reward" and (tensor < 0).any():
-                raise ValueError(f"{name}: holds negative entries, first in task {_first(tensor < 0)}")
-        for name, most in (("num_states", s), ("num_actions", a)):
+        size = self._check_shapes()
+        for name, t in self.tensors().items():
+            if t.dtype != torch.float32:
+                continue
+            bad = ~t.isfinite()
+            if bad.any() and (where := self._first(bad)) is not None:
+                raise ValueError(f"{_field(name)}: holds NaN or infinity, first in task {where}")
+            if name != "reward" and (bad := t < 0).any() and (where := self._first(bad)) is not None:
+                raise ValueError(f"{_field(name)}: holds negative entries, first in task {where}")
+        for name, most in (("num_states", size["S"]), ("num_actions", size["A"])):
             sizes = getattr(self, name)
             if ((sizes < 1) | (sizes > most)).any():
                 raise ValueError(f"{name}: wanted 1 to {most}, got {sizes.min().item()} to {sizes.max().item()}")
         if (self.max_steps < 1).any():
             raise ValueError(f"max_steps: wanted at least 1, got {self.max_steps.min().item()}")
 
-        states, actions = self.state_mask(), self.action_mask()
+        states = self.state_mask()
         if (bad := self.terminal & ~states).any():
-            raise ValueError(f"terminal: marks padding states, first in task {_first(bad)}")
-        rows = self.transition.sum(-1, dtype=torch.float64)
-        live = (states & ~self.terminal)[:, :, None] & actions[:, None, :]
+            raise ValueError(f"terminal: marks padding states, first in task {_task(bad)}")
+        self._check_rows(states)
+        if (bad := (self.start.sum(-1, dtype=torch.float64) - 1).abs() > ROW_TOLERANCE).any():
+            raise ValueError(f"start: must sum to 1, does not in task {_task(bad)}")
+        if (bad := (self.start > 0) & (self.terminal | ~states)).any():
+            raise ValueError(f"start: is positive at a terminal or padding state, first in task {_task(bad)}")
+
+        ids, most = self.state_mapping, self.num_observations
+        if self.emission is not None:
+            most = torch.iinfo(torch.int64).max
+            wrong = (self.emission.sum(-1, dtype=torch.float64) - states[:, None].double()).abs() > ROW_TOLERANCE
+            if wrong.any():
+                raise ValueError(
+                    "emission: wanted rows that sum to 1, zero in the padding, not so in (task, token, state) "
+                    f"{tuple(wrong.nonzero()[0].tolist())}"
+                )
+        if (bad := ((ids == -1) == states) | (ids >= most) | (ids < -1)).any():
+            raise ValueError(
+                f"state_mapping: wanted ids in [0, {most}), -1 in the padding, not so in task {_task(bad)}"
+            )
+        if size["S"] > 1:
+            ordered = ids.sort(-1).values
+            if (bad := (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+                raise ValueError(f"state_mapping: two states share an id in task {_task(bad)}")
+        return self
+
+    def _check_shapes(self) -> dict[str, int]:
+        """Shapes, dtypes, devices, tokens; the sizes by their symbols."""
+        layout = dict(LAYOUT)
+        if isinstance(self.transition, PackedTransition):
+            if self.transition.probability.dtype != torch.float32:
+                raise ValueError(f"transition: wanted dtype torch.float32, got {self.transition.probability.dtype}")
+            self.transition.check()
+            layout["reward"] = "M", torch.float32
+            size = dict(zip("NSA", self.transition.offset.shape, strict=True))
+            size["M"], device = len(self.transition.probability), self.transition.probability.device
+        else:
+            if self.transition.dim() != 4:
+                raise ValueError(f"transition: wanted shape [N, S, A, S], got {list(self.transition.shape)}")
+            size, device = dict(zip("NSA", self.transition.shape, strict=False)), self.transition.device
+        if self.emission is not None:
+            if self.emission.dim() != 4 or not self.emission.shape[1]:
+                raise ValueError(
+                    f"emission: wanted shape [N, K, S, O] with a token or more, got {list(self.emission.shape)}"
+                )
+            layout["emission"] = "NKSO", torch.float32
+            size |= {"K": self.emission.shape[1], "O": self.num_observations}
+        if self.action_tokens < 1:
+            raise ValueError(f"action_tokens: wanted at least 1, got {self.action_tokens}")
+        for name, (symbols, dtype) in layout.items():
+            tensor, wanted = getattr(self, name), [size[d] for d in symbols]
+            if isinstance(tensor, PackedTransition):
+                continue
+            if list(tensor.shape) != wanted:
+                raise ValueError(f"{name}: wanted shape [{', '.join(symbols)}] = {wanted}, got {list(tensor.shape)}")
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name}: wanted dtype {dtype}, got {tensor.dtype}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: is on {tensor.device}, but transition is on {device}")
+        return size
+
+    def _check_rows(self, states: Tensor) -> None:
+        if isinstance(self.transition, PackedTransition):
+            rows = windows.row_sums(self.transition, self.transition.probability)
+            past = self.transition.first + self.transition.length > self.num_states[:, None, None]
+            outside = (past & (self.transition.length > 0)).flatten(1)
+        else:
+            rows = self.transition.sum(-1, dtype=torch.float64)
+            outside = self.transition.amax((1, 2)) * ~states > 0
+        live = (states & ~self.terminal)[:, :, None] & self.action_mask()[:, None, :]
         wrong = (rows - live.double()).abs() > ROW_TOLERANCE
         if wrong.any():
             task, state, action = (int(i) for i in wrong.nonzero()[0])
@@ -170,52 +336,59 @@ class TabularTasks:
             raise ValueError(
                 f"transition: row ({task}, {state}, {action}) sums to {rows[task, state, action]:.6g}; {kind}"
             )
-        if (bad := self.transition.amax((1, 2)) * ~states > 0).any():
-            raise ValueError(f"transition: leads to padding states, first in task {_first(bad)}")
-        if (bad := (self.start.sum(-1, dtype=torch.float64) - 1).abs() > ROW_TOLERANCE).any():
-            raise ValueError(f"start: must sum to 1, does not in task {_first(bad)}")
-        if (bad := (self.start > 0) & (self.terminal | ~states)).any():
-            raise ValueError(f"start: is positive at a terminal or padding state, first in task {_first(bad)}")
+        if outside.any():
+            raise ValueError(f"transition: leads to padding states, first in task {_task(outside)}")
 
-        ids = self.state_mapping
-        if (bad := (ids == -1) == states).any() or (ids[states] >= self.num_observations).any() or (ids < -1).any():
-            where = _first(bad) if bad.any() else _first((ids >= self.num_observations) | (ids < -1))
-            raise ValueError(
-                f"state_mapping: wanted ids in [0, {self.num_observations}), -1 in the padding, not so in task {where}"
-            )
-        if s > 1:
-            ordered = ids.sort(-1).values
-            if (bad := (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-                raise ValueError(f"state_mapping: two states share an id in task {_first(bad)}")
-        return self
+    def _first(self, bad: Tensor) -> int | None:
+        """The first task with a bad entry; None where it is of no window."""
+        if bad.dim() > 1 or not isinstance(self.transition, PackedTransition):
+            return _task(bad)
+        for tasks, index in windows.blocks(self.transition):
+            if (found := bad[index]).any():
+                ends = self.transition.length[tasks].sum((1, 2)).cumsum(0)
+                return tasks.start + int((ends <= _task(found)).sum())
+        return None
 
     # --- states and observations --------------------------------------------------------------------------------------
 
     def observe(self, states: Tensor) -> Tensor:
-        """Observed ids of inner states [N, ...]."""
+        """Observed ids of inner states [N, ...]; ValueError for partially observed tasks, whose states `emit` shows."""
+        self._require_observed("observe")
         return self.state_mapping.gather(1, states.reshape(len(self), -1)).view_as(states)
 
     def state_of(self) -> Tensor:
         """[N, num_observations] int64: the inner state behind each observed id, -1 for ids that no state has."""
+        self._require_observed("state_of")
         inverse = torch.full((len(self), self.num_observations + 1), -1, device=self.device)
         where = self.state_mapping.where(self.state_mapping >= 0, self.num_observations)
         index = torch.arange(where.shape[1], device=self.device).expand_as(where)
         return inverse.scatter_(1, where, index)[:, :-1]
 
+    def _require_observed(self, name: str) -> None:
+        if self.emission is not None:
+            raise ValueError(f"{name}: these tasks are partially observed, no id stands for a state; use emit")
+
     # --- values -------------------------------------------------------------------------------------------------------
 
     def expected_reward(self) -> Tensor:
         """r̄[s, a] = Σ_s' transition·reward, [N,S,A] float32 (summed in float64 and rounded once)."""
-        n, s, a, _ = self.transition.shape
-        out = torch.zeros(n, s, a, device=self.device)
-        block = max(1, (1 << 23) // (s * a * s))  # keeps the float64 copies to 64 MB
-        for i in range(0, n, block):
-            t, r = self.transition[i : i + block].double(), self.reward[i : i + block].double()
-            out[i : i + block] = (t * r).sum(-1)
+        if isinstance(self.transition, PackedTransition):
+            return windows.row_sums(self.transition, self.transition.probability, self.reward).float()
+        out = torch.zeros(self.shape, device=self.device)
+        for block in windows.dense_blocks(*self.shape):
+            out[block] = (self.transition[block].double() * self.reward[block].double()).sum(-1)
         return out
+
+    def num_successors(self) -> Tensor:
+        """[N,S,A] int64: states that (s, a) can lead to."""
+        if isinstance(self.transition, PackedTransition):
+            return windows.row_sums(self.transition, self.transition.probability > 0).long()
+        return (self.transition > 0).sum(-1)
 
     def solve(self, discounts: float | Sequence[float] | Tensor, **options: Any) -> ValueIteration:
         """Optimal values at each discount: `icrl_kernels.value_iteration` on these tables.
+
+        Of partially observed tasks, the values where states are seen; of several action tokens, those of an action each.
 
         Args:
             discounts: γ in [0, 1]: a float; or G of them, a sequence or a tensor [G] or [N,G].
@@ -227,11 +400,17 @@ class TabularTasks:
         if not isinstance(discounts, (float, int, Tensor)):
             discounts = torch.tensor(list(discounts), dtype=torch.float64, device=self.device)
         lacking = ~self.action_mask()
-        transition, reward = self.transition, self.reward
+        transition: Any = self.transition
+        reward = self.reward
         if lacking.any():  # a copy of action 0 changes no value and, coming later, no policy
-            absent = lacking[:, None, :, None]
-            transition = torch.where(absent, transition[:, :, :1], transition)
-            reward = torch.where(absent, reward[:, :, :1], reward)
+            if isinstance(transition, PackedTransition):
+                absent = lacking[:, None, :]
+                rows = (torch.where(absent, x[:, :, :1], x) for x in transition[1:])
+                transition = PackedTransition(transition.probability, *rows)
+            else:
+                absent = lacking[:, None, :, None]
+                transition = torch.where(absent, transition[:, :, :1], transition)
+                reward = torch.where(absent, reward[:, :, :1], reward)
         found = value_iteration(
             transition, reward, discounts, terminal=self.terminal, num_states=self.num_states, **options
         )
@@ -241,18 +420,26 @@ class TabularTasks:
         return found
 
     def tables(self) -> RolloutTables:
-        """The simulator's form of these tasks, for `icrl_kernels.rollout` and `rollout_step`."""
-        return rollout_tables(**{name: t for name, t in self.tensors().items() if name != "state_mapping"})
+        """The simulator's form of these tasks, for `icrl_kernels.rollout` and `rollout_step`.
+
+        Its steps are single actions: with several action tokens its horizon is max_steps·action_tokens, and
+        `icrl.worlds.pomdp.regroup` makes the environment's steps of them.
+        """
+        given = {name: getattr(self, name) for name in LAYOUT if name != "state_mapping"}
+        return rollout_tables(**given | {"max_steps": self.max_steps * self.action_tokens})
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all, in the form that the tables have."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
+        if len({t.untyped_storage().data_ptr() for t in tensors.values()}) < len(tensors):
+            tensors = {name: t.clone() for name, t in tensors.items()}  # the format has no shared storage
         metadata = {
             "format": FORMAT,
             "version": VERSION,
             "num_observations": str(self.num_observations),
+            "action_tokens": str(self.action_tokens),
             "crc32": str(checksum(tensors)),
         }
         path = Path(path)
@@ -276,49 +463,33 @@ class TabularTasks:
             raise ValueError(f"{os.fspath(path)}: damaged or not a safetensors file ({error})") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)}: holds no TabularTasks (format {metadata.get('format')!r})")
-        if metadata.get("version") != VERSION:
-            raise ValueError(f"{os.fspath(path)}: version {metadata.get('version')!r}, this code reads {VERSION!r}")
-        if tensors.keys() != LAYOUT.keys() or metadata.get("crc32") != str(checksum(tensors)):
+        if metadata.get("version") not in ("1", VERSION):
+            raise ValueError(
+                f"{os.fspath(path)}: version {metadata.get('version')!r}, this code reads '1' to {VERSION!r}"
+            )
+        names = set(LAYOUT) - {"transition"} | {*PARTS} if PARTS[0] in tensors else set(LAYOUT)
+        if tensors.keys() - {"emission"} != names or metadata.get("crc32") != str(checksum(tensors)):
             raise ValueError(f"{os.fspath(path)}: damaged (its tensors are not those that were saved)")
-        return cls(**tensors, num_observations=int(metadata["num_observations"])).validate().to(device)
+        ids, tokens = int(metadata["num_observations"]), int(metadata.get("action_tokens", 1))
+        return cls(**_fields(tensors), num_observations=ids, action_tokens=tokens).validate().to(device)
 
     # --- other libraries ----------------------------------------------------------------------------------------------
 
     def to_xenoverse(self, i: int) -> dict[str, Any]:
-        """Task i as the dict that xenoverse's AnyMDPEnv.set_task takes (numpy, float64).
+        """Task i as the dict that xenoverse's AnyMDPEnv.set_task takes (numpy, float64): MDP, POMDP or MTPOMDP.
 
         xenoverse demands rows that sum to 1 in float64 to about 1e-8, so the float32 rows are renormalised.
         """
-        ns, na = int(self.num_states[i]), int(self.num_actions[i])
-        t = self.transition[i, :ns, :na, :ns].double().cpu().numpy()
-        mass = t.sum(-1, keepdims=True)
-        t = np.divide(t, mass, out=np.zeros_like(t), where=mass > 0)
-        start = self.start[i, :ns].double().cpu().numpy()
-        s_0 = np.flatnonzero(start)
-        noise = self.noise_state[i, None, None, :ns] + self.noise_action[i, :ns, :na, None]
-        terminal = self.terminal[i, :ns].cpu().numpy()
-        return {
-            "ns": self.num_observations,
-            "na": na,
-            "max_steps": int(self.max_steps[i]),
-            "state_mapping": self.state_mapping[i, :ns].cpu().numpy(),
-            "task_type": "MDP",
-            "transition": t,
-            "reward": self.reward[i, :ns, :na, :ns].double().cpu().numpy(),
-            "reward_noise": noise.double().cpu().numpy(),
-            "s_0": s_0,
-            "s_0_prob": start[s_0] / start[s_0].sum(),
-            "s_e": np.flatnonzero(terminal).tolist(),
-            "final_goal_terminate": bool(terminal[-1]),
-        }
+        return exchange.to_xenoverse(self[i].dense())
 
     @classmethod
     def from_xenoverse(cls, tasks: dict[str, Any] | Sequence[dict[str, Any]]) -> TabularTasks:
-        """From xenoverse's task dict or a list of them (`task_type` "MDP").
+        """From xenoverse's task dict or a list of them (`task_type` "MDP", "POMDP" or "MTPOMDP", all of the same).
 
-        Raises ValueError for partially observed tasks and for reward noise that is not of the form n(s') + n(s, a).
+        Raises ValueError for reward noise that is not of the form n(s') + n(s, a).
         """
-        return cls.concatenate([_from_dict(t) for t in ([tasks] if isinstance(tasks, dict) else tasks)])
+        given = [tasks] if isinstance(tasks, dict) else tasks
+        return cls.concatenate([cls._one(exchange.from_xenoverse(t)) for t in given])
 
     @classmethod
     def from_gymnasium(cls, env: Any, max_steps: int | None = None) -> TabularTasks:
@@ -328,83 +499,31 @@ class TabularTasks:
         terminal state appended for it, whose observed id comes after the environment's own.
         The horizon is `max_steps`, else the environment's TimeLimit; ValueError where there is neither.
         """
-        table = getattr(env.unwrapped, "P", None)
-        if not isinstance(table, dict):
-            raise ValueError(f"env: {env} has no transition table env.unwrapped.P")
-        spec = getattr(env, "spec", None)
-        horizon = max_steps if max_steps is not None else getattr(spec, "max_episode_steps", None)
-        if horizon is None:
-            raise ValueError("max_steps: the environment has no TimeLimit, so give the horizon")
-        ns, na = len(table), len(table[0])
-        start = np.asarray(getattr(env.unwrapped, "initial_state_distrib", np.zeros(ns)), dtype=np.float64)
-        if not start.any():
-            raise ValueError("env: env.unwrapped has no initial_state_distrib")
-        edges: list[tuple[int, int, float, int, float, bool]]
-        edges = [(s, a, *e) for s, row in table.items() for a, out in row.items() for e in out if e[0] > 0]
-        following: dict[int, set[int]] = {s: set() for s in table}
-        for s, _, _, s2, _, done in edges:
-            if not done:
-                following[s].add(s2)
-        live: set[int] = set()
-        frontier = {int(s) for s in np.flatnonzero(start)}
-        while frontier:  # rows that no episode reaches (those of ended states) say nothing about ends
-            live |= frontier
-            frontier = set().union(*(following[s] for s in frontier)) - live
-        ends = {e[3] for e in edges if e[5] and e[0] in live}
-        mixed = sorted(ends & live)
-        own: dict[int, int] = {s: ns + k for k, s in enumerate(mixed)}
-        terminal_states = [own.get(s, s) for s in ends]
-        total = ns + len(mixed)
-        t, r = np.zeros((total, na, total)), np.zeros((total, na, total))
-        for s, a, p, s2, reward, done in edges:
-            target = own.get(s2, s2) if done else s2
-            t[s, a, target] += p
-            r[s, a, target] += p * reward
-        r = np.divide(r, t, out=np.zeros_like(r), where=t > 0)
-        t[terminal_states], r[terminal_states] = 0, 0
-        start = np.pad(start, (0, total - ns))
-        terminal = np.zeros(total, dtype=bool)
-        terminal[terminal_states] = True
-        zeros = np.zeros(total), np.zeros((total, na))
-        return _one(t, r, *zeros, start / start.sum(), terminal, int(horizon), np.arange(total), total).validate()
+        return cls._one(exchange.from_gymnasium(env, max_steps))
+
+    @classmethod
+    def _one(cls, fields: dict[str, Any]) -> TabularTasks:
+        """A batch of one from a task's fields as arrays."""
+        fields = dict(fields)
+        fields["num_states"], fields["num_actions"] = np.shape(fields["transition"])[:2]
+        types = {name: dtype for name, (_, dtype) in LAYOUT.items()} | {"emission": torch.float32}
+        for name in types.keys() & fields.keys():
+            fields[name] = torch.as_tensor(np.asarray(fields[name])).to(types[name])[None]
+        return cls(**fields).validate()
 
 
-def _first(bad: Tensor) -> int:
+def _task(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
 
 
-def _one(
-    t: Any, r: Any, ns: Any, nsa: Any, start: Any, end: Any, steps: int, ids: Any, observations: int
-) -> TabularTasks:
-    """A batch of one from arrays in the order of the fields."""
-    values = (t, r, ns, nsa, start, end, steps, ids, np.shape(t)[0], np.shape(t)[1])
-    made = {
-        name: torch.as_tensor(np.asarray(v)).to(dtype)[None]
-        for (name, (_, dtype)), v in zip(LAYOUT.items(), values, strict=True)
-    }
-    return TabularTasks(**made, num_observations=observations)
+def _field(name: str) -> str:
+    """The field of a tensor."""
+    return name.split(".")[0]
 
 
-def _from_dict(task: dict[str, Any]) -> TabularTasks:
-    kind = task.get("task_type", "MDP")
-    if kind != "MDP":
-        raise ValueError(f"task_type: wanted 'MDP', got {kind!r}")
-    t, r = np.asarray(task["transition"], dtype=np.float64), np.asarray(task["reward"], dtype=np.float64)
-    size = t.shape[0]
-    ends = np.asarray(task["s_e"], dtype=np.int64)
-    terminal, start = np.zeros(size, dtype=bool), np.zeros(size)
-    terminal[ends] = True
-    start[np.asarray(task["s_0"], dtype=np.int64)] = task["s_0_prob"]
-    noise = np.broadcast_to(np.asarray(task["reward_noise"], dtype=np.float64), t.shape)
-    # n(s') + n(s, a): the smallest entry over s' is n(s, a) up to a constant, which belongs to either
-    by_action = noise.min(-1)
-    by_state = (noise - by_action[..., None]).max((0, 1))
-    if not np.allclose(by_state + by_action[..., None], noise, atol=1e-9):
-        raise ValueError("reward_noise: is not of the form n(s') + n(s, a)")
-    t = np.where(terminal[:, None, None], 0.0, t)
-    ids = np.asarray(task["state_mapping"])
-    steps = int(np.ceil(task["max_steps"]))
-    return _one(t, r, by_state, by_action, start, terminal, steps, ids, int(task["ns"])).validate()
-
-
-assert list(LAYOUT) == [f.name for f in fields(TabularTasks)][:-1]
+def _fields(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fields from tensors named as `TabularTasks.tensors` names them."""
+    fields: dict[str, Any] = {name: t for name, t in tensors.items() if name not in PARTS}
+    if PARTS[0] in tensors:
+        fields["transition"] = PackedTransition(*(tensors[name] for name in PARTS))
+    return fields

@@ -1,0 +1,146 @@
+"""Tasks from and to other libraries' forms: xenoverse's dicts, Gymnasium's tables. `TabularTasks` has the methods.
+
+What comes in is a dict of one task's fields by name, as arrays without the batch dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def to_xenoverse(task: Any) -> dict[str, Any]:
+    """The dict of a dense batch of one task."""
+    ns, na, O = int(task.num_states[0]), int(task.num_actions[0]), task.num_observations
+    t = task.transition[0, :ns, :na, :ns].double().cpu().numpy()
+    start = task.start[0, :ns].double().cpu().numpy()
+    s_0 = np.flatnonzero(start)
+    noise = task.noise_state[0, None, None, :ns] + task.noise_action[0, :ns, :na, None]
+    terminal = task.terminal[0, :ns].cpu().numpy()
+    ids = task.state_mapping[0, :ns].cpu().numpy()
+    out = {
+        "ns": O,
+        "na": na,
+        "max_steps": int(task.max_steps[0]),
+        "state_mapping": ids,
+        "task_type": "MDP",
+        "transition": _normalised(t),
+        "reward": task.reward[0, :ns, :na, :ns].double().cpu().numpy(),
+        "reward_noise": noise.double().cpu().numpy(),
+        "s_0": s_0,
+        "s_0_prob": start[s_0] / start[s_0].sum(),
+        "s_e": np.flatnonzero(terminal).tolist(),
+        "final_goal_terminate": bool(terminal[-1]),
+    }
+    if task.emission is None and task.action_tokens == 1:
+        return out
+    if task.emission is None:  # what is seen is the state's id, with certainty
+        emission = np.eye(O)[ids][None]
+    else:
+        emission = _normalised(task.emission[0, :, :ns].double().cpu().numpy())
+        out["ns"] = max(ns, int(ids.max()) + 1)
+    if len(emission) == 1 and task.action_tokens == 1:
+        return out | {"task_type": "POMDP", "no": O, "observation_transition": emission[0]}
+    tokens = {"do": len(emission), "da": task.action_tokens}
+    return out | {"task_type": "MTPOMDP", "no": O, **tokens, "observation_transition": list(emission)}
+
+
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    mass = rows.sum(-1, keepdims=True)
+    return np.divide(rows, mass, out=np.zeros_like(rows), where=mass > 0)
+
+
+def from_xenoverse(task: dict[str, Any]) -> dict[str, Any]:
+    """One task's fields; ValueError where it has no place in them."""
+    kind = task.get("task_type", "MDP")
+    if kind not in ("MDP", "POMDP", "MTPOMDP"):
+        raise ValueError(f"task_type: wanted 'MDP', 'POMDP' or 'MTPOMDP', got {kind!r}")
+    wanted = {"transition", "reward", "reward_noise", "s_0", "s_0_prob", "s_e", "max_steps", "state_mapping", "ns"}
+    wanted |= {"no", "observation_transition"} if kind != "MDP" else set()
+    wanted |= {"do", "da"} if kind == "MTPOMDP" else set()
+    if lacking := wanted - task.keys():
+        raise ValueError(f"tasks: a task_type {kind!r} without {', '.join(sorted(lacking))}")
+    t, r = np.asarray(task["transition"], dtype=np.float64), np.asarray(task["reward"], dtype=np.float64)
+    size = t.shape[0]
+    ends = np.asarray(task["s_e"], dtype=np.int64)
+    terminal, start = np.zeros(size, dtype=bool), np.zeros(size)
+    terminal[ends] = True
+    start[np.asarray(task["s_0"], dtype=np.int64)] = task["s_0_prob"]
+    noise = np.broadcast_to(np.asarray(task["reward_noise"], dtype=np.float64), t.shape)
+    # n(s') + n(s, a): the smallest entry over s' is n(s, a) up to a constant, which belongs to either
+    by_action = noise.min(-1)
+    by_state = (noise - by_action[..., None]).max((0, 1))
+    if not np.allclose(by_state + by_action[..., None], noise, atol=1e-9):
+        raise ValueError("reward_noise: is not of the form n(s') + n(s, a)")
+    fields = {
+        "transition": np.where(terminal[:, None, None], 0.0, t),
+        "reward": r,
+        "noise_state": by_state,
+        "noise_action": by_action,
+        "start": start,
+        "terminal": terminal,
+        "max_steps": int(np.ceil(task["max_steps"])),
+        "state_mapping": np.asarray(task["state_mapping"]),
+        "num_observations": int(task["ns"]),
+    }
+    if kind != "MDP":
+        emission = np.asarray(task["observation_transition"], dtype=np.float64)
+        emission = emission[None] if kind == "POMDP" else emission
+        shape = (int(task["do"]) if kind == "MTPOMDP" else 1, size, int(task["no"]))
+        if emission.shape != shape:
+            raise ValueError(f"observation_transition: wanted shape {list(shape)}, got {list(emission.shape)}")
+        tokens = int(task["da"]) if kind == "MTPOMDP" else 1
+        fields |= {"emission": emission, "action_tokens": tokens, "num_observations": int(task["no"])}
+    return fields
+
+
+def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
+    """One task's fields from `env.unwrapped.P`."""
+    table = getattr(env.unwrapped, "P", None)
+    if not isinstance(table, dict):
+        raise ValueError(f"env: {env} has no transition table env.unwrapped.P")
+    spec = getattr(env, "spec", None)
+    horizon = max_steps if max_steps is not None else getattr(spec, "max_episode_steps", None)
+    if horizon is None:
+        raise ValueError("max_steps: the environment has no TimeLimit, so give the horizon")
+    ns, na = len(table), len(table[0])
+    start = np.asarray(getattr(env.unwrapped, "initial_state_distrib", np.zeros(ns)), dtype=np.float64)
+    if not start.any():
+        raise ValueError("env: env.unwrapped has no initial_state_distrib")
+    edges: list[tuple[int, int, float, int, float, bool]]
+    edges = [(s, a, *e) for s, row in table.items() for a, out in row.items() for e in out if e[0] > 0]
+    following: dict[int, set[int]] = {s: set() for s in table}
+    for s, _, _, s2, _, done in edges:
+        if not done:
+            following[s].add(s2)
+    live: set[int] = set()
+    frontier = {int(s) for s in np.flatnonzero(start)}
+    while frontier:  # rows that no episode reaches (those of ended states) say nothing about ends
+        live |= frontier
+        frontier = set().union(*(following[s] for s in frontier)) - live
+    ends = {e[3] for e in edges if e[5] and e[0] in live}
+    mixed = sorted(ends & live)
+    own: dict[int, int] = {s: ns + k for k, s in enumerate(mixed)}
+    terminal_states = [own.get(s, s) for s in ends]
+    total = ns + len(mixed)
+    t, r = np.zeros((total, na, total)), np.zeros((total, na, total))
+    for s, a, p, s2, reward, done in edges:
+        target = own.get(s2, s2) if done else s2
+        t[s, a, target] += p
+        r[s, a, target] += p * reward
+    r = np.divide(r, t, out=np.zeros_like(r), where=t > 0)
+    t[terminal_states], r[terminal_states] = 0, 0
+    terminal = np.zeros(total, dtype=bool)
+    terminal[terminal_states] = True
+    return {
+        "transition": t,
+        "reward": r,
+        "noise_state": np.zeros(total),
+        "noise_action": np.zeros((total, na)),
+        "start": np.pad(start, (0, total - ns)) / start.sum(),
+        "terminal": terminal,
+        "max_steps": int(horizon),
+        "state_mapping": np.arange(total),
+        "num_observations": total,
+    }
