@@ -9,19 +9,18 @@ Tags name policies: 0..3 greedy at the discounts, 4 model-based learner, 5 Q-lea
 
 from __future__ import annotations
 
-import queue
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from icrl import worlds
+from icrl.stream import Stream, hash_seed
 from icrl.worlds import TabularTasks
-from icrl_kernels import Behaviours, rollout, set_threads_here
+from icrl_kernels import Behaviours, rollout
 from icrl_kernels.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -127,17 +126,6 @@ class Records(NamedTuple):
     q: Tensor  # [B,T,G,A] float32, optimal values at each discount; -inf past a task's own actions
 
 
-def hash_seed(*parts: int) -> int:
-    """SplitMix64 over the parts, 63 bits: close-by seeds and counters give unrelated ones."""
-    mask, x = 2**64 - 1, 0
-    for part in parts:
-        x = (x ^ (part & mask)) + 0x9E3779B97F4A7C15 & mask
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-        x ^= x >> 31
-    return x >> 1
-
-
 def sample_tasks(
     config: DPDConfig, n: int, seed: int, *, kind: str | None = None, num_states: int | None = None
 ) -> TabularTasks:
@@ -200,14 +188,13 @@ def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[
     return prompt, records.q.argmax(3).gather(2, prompt[..., None])[..., 0]
 
 
-class DPDStream(Iterator[Records]):
+class DPDStream(Stream[Records]):
     """Batches 0, 1, 2, ... of a seed, made in a background thread a few ahead of their use (C++ releases the GIL).
 
     Args:
         sampler: (config, n, seed) -> n tasks; by default new tasks every batch. A function that ignores the seed
             trains on a fixed set.
-        prefetch: how many batches may wait; 0 makes each when it is asked for, in the caller's thread.
-        threads: of the background thread's own work. More than one would contend with training's at every operator.
+        prefetch, threads: see `icrl.stream.Stream`.
 
     Raises (from next): whatever making the batch raised.
     """
@@ -221,53 +208,17 @@ class DPDStream(Iterator[Records]):
         prefetch: int = 2,
         threads: int = 1,
     ) -> None:
-        if prefetch < 0 or threads < 1:
-            raise ValueError(f"prefetch, threads: wanted at least 0 and 1, got {prefetch}, {threads}")
-        self.config, self.seed, self.sampler, self.prefetch, self.threads = config, seed, sampler, prefetch, threads
-        self._next = 0
-        self._ready: queue.Queue[Records | BaseException] | None = None
-        self._close: weakref.finalize[..., Any] | None = None
+        super().__init__(seed, prefetch=prefetch, threads=threads, name="dpd")
+        self.config, self.sampler = config, sampler
 
-    def batch(self, index: int) -> Records:
-        """Batch number `index`, whatever the stream has given so far."""
-        return _make(self.config, self.sampler, self.seed, index)
+    def _maker(self) -> Callable[[int], Records]:
+        return partial(make_batch, self.config, self.seed, sampler=self.sampler)
 
-    def __next__(self) -> Records:
-        if self.prefetch == 0:
-            batch = self.batch(self._next)
-        else:
-            if self._ready is None:
-                self._start()
-            assert self._ready is not None
-            batch = self._ready.get()
-            if isinstance(batch, BaseException):
-                self.close()  # the next call begins anew at the same batch
-                raise batch
-        self._next += 1
-        return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of the batch that comes next, and the seed."""
-        return {"seed": self.seed, "next_batch": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.close()
-        self.seed, self._next = state["seed"], state["next_batch"]
-
-    def close(self) -> None:
-        """Stop the thread; the next call of next starts another."""
-        if self._close is not None:
-            self._close()
-        self._ready = self._close = None
-
-    def _start(self) -> None:
-        ready: queue.Queue[Records | BaseException] = queue.Queue(self.prefetch)
-        stop = threading.Event()
-        # the thread must not keep self alive, or a forgotten stream would run for ever
-        args = (self.config, self.sampler, self.seed, self._next, ready, stop, self.threads)
-        thread = threading.Thread(target=_produce, args=args, name="dpd", daemon=True)
-        thread.start()
-        self._ready, self._close = ready, weakref.finalize(self, _stop, stop, thread)
+def make_batch(config: DPDConfig, seed: int, index: int, *, sampler: Sampler = sample_tasks) -> Records:
+    """Batch `index` of a seed: what the streams give and the data sets hold."""
+    tasks = sampler(config, config.batch, hash_seed(seed, index, 0))
+    return make_records(config, tasks, seed=hash_seed(seed, index, 1))
 
 
 def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Generator) -> Behaviours:
@@ -327,39 +278,3 @@ def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.G
     masked = (torch.rand(R, T, generator=generator) < config.mask_episode).gather(1, episode)
     masked |= torch.rand(R, 1, generator=generator) < config.mask_record
     return tags.masked_fill(masked, TAG_UNKNOWN)
-
-
-def _make(config: DPDConfig, sampler: Sampler, seed: int, index: int) -> Records:
-    tasks = sampler(config, config.batch, hash_seed(seed, index, 0))
-    return make_records(config, tasks, seed=hash_seed(seed, index, 1))
-
-
-def _produce(
-    config: DPDConfig,
-    sampler: Sampler,
-    seed: int,
-    index: int,
-    ready: queue.Queue[Records | BaseException],
-    stop: threading.Event,
-    threads: int,
-) -> None:
-    set_threads_here(threads)
-    while not stop.is_set():
-        try:
-            item: Records | BaseException = _make(config, sampler, seed, index)
-        except BaseException as error:  # goes to the consumer, which raises it
-            item = error
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
-            return
-        index += 1
-
-
-def _stop(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    thread.join()
