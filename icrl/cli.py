@@ -1,4 +1,4 @@
-"""The `icrl` command: demo, context, train, eval, worlds. Wrong input ends in one line and exit code 2."""
+"""The `icrl` command: demo, context, train, eval, distill, dataset, worlds. Wrong input ends in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def context(
 def train_omnirl(
     out: Path = Path("runs/omnirl"),
     config: Path | None = None,
+    records: Path | None = None,
     seed: int | None = None,
     updates: int | None = None,
     threads: int | None = None,
@@ -98,6 +99,8 @@ def train_omnirl(
     Args:
         out: the run's folder.
         config: a JSON file {"training": {...}, "loop": {...}} over the defaults; a run's own config.json is one.
+        records: a folder written by `icrl distill` to train from; over the configuration, whose default makes them on
+            the fly.
         seed: over the configuration.
         updates: over the configuration.
         threads: over the configuration.
@@ -118,6 +121,8 @@ def train_omnirl(
             raise ValueError(f"config: {config} has {', '.join(sorted(unknown))}; wanted training, loop")
     training = configured(OmniRLTraining, given.get("training", {}), "training")
     loop = configured(LoopConfig, given.get("loop", {}), "loop")
+    if records is not None:
+        training = replace(training, records=str(records))
     if seed is not None:
         training, loop = replace(training, seed=seed), replace(loop, seed=seed)
     loop = replace(
@@ -137,6 +142,73 @@ def train_omnirl(
         print(f"model: {path}\npicture: {out / 'curve.png'}")
     if json is not None and rank() == 0:
         _write_json(json, {"model": str(path), **learner.evaluate()})
+
+
+def distill(
+    out: Positional[Path],
+    tasks: int = 1000,
+    steps: int = 12_000,
+    states: tuple[int, int] | None = None,
+    batch: int = 32,
+    published: bool = False,
+    config: Path | None = None,
+    labels: bool = False,
+    seed: int = 0,
+    workers: int | None = None,
+    shard_range: tuple[int, int] | None = None,
+    full: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Write training records as shards. Kill it whenever you like: the same command goes on, in as many processes as you start.
+
+    Args:
+        out: the data set's folder.
+        tasks: how many records, each in a task of its own. More than the folder has makes it grow.
+        steps: of each record.
+        states: the fewest and the most states of a task; over the configuration.
+        batch: how many tasks are made together. A training run of this batch size reads what it would have made.
+        published: the public record generator's mixture: AnyMDP tasks alone, twelve behaviours.
+        config: a JSON file of DPDConfig's fields, over the defaults.
+        labels: also store the optimal actions, 4 bytes a step; training looks them up in the table of values.
+        seed: of tasks and actions.
+        workers: shards made at once, one thread each; one a core unless given.
+        shard_range: only shards LOW to HIGH - 1, for machines that share a file system without locks.
+        full: read finished shards against their checksums, instead of their headers and lengths alone.
+        json: also write what was printed here.
+    """
+    from icrl.datasets import distill as run
+    from icrl.distill import PUBLISHED_BEHAVIOURS, DPDConfig
+    from icrl.train import configured
+
+    _new_file("json", json)
+    given: dict[str, Any] = {} if config is None else read_json("config", config)
+    if published:
+        given |= {"tasks": {"anymdp": 1.0}, "behaviours": PUBLISHED_BEHAVIOURS}
+    if states is not None:
+        given |= {"least_states": states[0], "states": states[1]}
+    data = configured(DPDConfig, {**given, "batch": batch, "steps": steps}, "config")
+    chosen = None if shard_range is None else range(*shard_range)
+    numbers = run(
+        out, data, tasks, seed, labels=labels, workers=workers or os.cpu_count() or 1, shards=chosen, full=full
+    )
+    _write_json(json, numbers)
+
+
+def dataset(folder: Positional[Path], full: bool = False, json: Path | None = None) -> None:
+    """What a folder of shards holds, and whether it is whole.
+
+    Args:
+        folder: written by `icrl distill` or `icrl worlds shards`.
+        full: read every byte against the checksums.
+        json: also write what was printed here.
+    """
+    from icrl.datasets import describe
+
+    _new_file("json", json)
+    numbers = describe(folder, full)
+    _write_json(json, numbers)
+    if numbers["wrong"]:
+        raise ValueError(f"{folder}: {len(numbers['wrong'])} of {numbers['shards']} shards are not whole")
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:
@@ -254,6 +326,8 @@ COMMANDS = {
     "context": context,
     "train omnirl": train_omnirl,
     "eval": evaluate,
+    "distill": distill,
+    "dataset": dataset,
     "worlds sample": worlds_sample,
     "worlds filter": worlds_filter,
     "worlds inspect": worlds_inspect,

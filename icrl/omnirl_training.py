@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.datasets import RecordStream
 from icrl.distill import DPDConfig, DPDStream, Records, sample_tasks
 from icrl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl import EXPLORER, START, UNKNOWN, OmniRL, OmniRLConfig, Output, Temperature, Tokens
+from icrl.stream import Stream
 from icrl.train import LoopConfig, rank, world_size
 from icrl_kernels import model_based_q
 
@@ -46,6 +48,8 @@ class OmniRLTraining:
     """Records of one collection; the newest eight collections are kept."""
     evaluation_tasks: int = 64
     evaluation_steps: int = 1000
+    records: str = ""
+    """Folder of records (`icrl distill`) to train from; empty: made on the fly."""
     seed: int = 0
     """Of the data and of the model's initial weights."""
 
@@ -127,6 +131,15 @@ def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[T
     return total, {"loss": float(total.detach()), **metrics}
 
 
+def _stream(config: OmniRLTraining) -> Stream[Records]:
+    """This process's batches, from disk or made on the fly."""
+    if not config.records:
+        return DPDStream(config.data, seed=config.seed * world_size() + rank())
+    stream = RecordStream(config.records, config.data.batch, config.seed, rank=rank(), world=world_size())
+    stream.check(config.data)
+    return stream
+
+
 class OmniRLLearner:
     """What `icrl.train.train` drives."""
 
@@ -135,7 +148,7 @@ class OmniRLLearner:
         self.training = config
         self.model: OmniRL = OmniRL(config.model)
         self.forward = torch.compile(self.model, dynamic=False) if loop.compile else self.model
-        self.stream = DPDStream(config.data, seed=config.seed * world_size() + rank())
+        self.stream = _stream(config)
         self.own: Records | None = None
         self.collections = 0
         self._judge: Any = None

@@ -79,7 +79,7 @@ class DataSet:
         return json.loads(json.dumps({**facts, "rows_per_shard": self.rows_per_shard}))
 
     def identity(self) -> str:
-        return f"{zlib.crc32(json.dumps(self.facts(), sort_keys=True).encode()):08x}"
+        return f"{_crc(self.facts()):08x}"
 
 
 class Shard(NamedTuple):
@@ -126,11 +126,15 @@ def read_index(folder: Path) -> tuple[DataSet, list[Shard]]:
 # --- one shard --------------------------------------------------------------------------------------------------------
 
 
+class ForeignShard(ValueError):
+    """A sound shard of another data set, which is not to be overwritten."""
+
+
 def check_shard(folder: Path, dataset: DataSet, shard: int, *, full: bool = False) -> Shard:
     """Facts of a whole shard. `full` reads every byte against its checksum; else header, names, shapes and length.
 
     Raises:
-        ValueError: what is wrong with the file; LookupError: it is sound, but belongs to another data set.
+        ValueError: what is wrong with the file; ForeignShard: it is sound, but belongs to another data set.
     """
     path = shard_path(folder, shard)
     try:
@@ -138,15 +142,17 @@ def check_shard(folder: Path, dataset: DataSet, shard: int, *, full: bool = Fals
             metadata = f.metadata() or {}
             about = json.loads(metadata.get("icrl", "{}"))
             rows = len(dataset.rows_of(shard))
-            if about.get("format") != FORMAT or about.get("identity") != dataset.identity():
-                raise LookupError(f"{path}: belongs to another data set")
-            if about.get("shard") != shard or about.get("rows") != rows:
-                got = f"shard {about.get('shard')} of {about.get('rows')} rows"
+            if about.pop("facts_crc32", None) != _crc(about):
+                raise ValueError(f"{path}: damaged (its header's facts are not those that were written)")
+            if about["format"] != FORMAT or about["identity"] != dataset.identity():
+                raise ForeignShard(f"{path}: belongs to another data set")
+            if (about["shard"], about["rows"]) != (shard, rows):
+                got = f"shard {about['shard']} of {about['rows']} rows"
                 raise ValueError(f"{path}: holds {got}, wanted shard {shard} of {rows}")
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
             shapes = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
             _check_shapes(str(path), dataset, rows, shapes)
-            if full and checksum({name: f.get_tensor(name) for name in slices}) != about.get("crc32"):
+            if full and checksum({name: f.get_tensor(name) for name in slices}) != about["crc32"]:
                 raise ValueError(f"{path}: damaged (its bytes are not those that were written)")
     except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: cut short or damaged ({e})") from e
@@ -180,7 +186,12 @@ def _bytes_of(dataset: DataSet, shard: int, tensors: dict[str, Tensor]) -> bytes
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = {"format": FORMAT, "version": VERSION, "kind": dataset.kind, "identity": dataset.identity()}
     about |= {"shard": shard, "first_row": dataset.rows_of(shard).start, "rows": rows, "crc32": checksum(tensors)}
+    about["facts_crc32"] = _crc(about)
     return save(tensors, {"icrl": json.dumps(about)})  # one key: the order of several is not the same in every process
+
+
+def _crc(facts: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def _claim(part: Path) -> IO[bytes] | None:
@@ -222,11 +233,13 @@ def _write_shard(folder: Path, dataset: DataSet, shard: int, make: Maker, full: 
 
 
 def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> bool | str:
-    """Whether the shard is there and whole; else what is wrong with it. LookupError for another data set's."""
+    """Whether the shard is there and whole; else what is wrong with it."""
     if not shard_path(folder, shard).exists():
         return False
     try:
         check_shard(folder, dataset, shard, full=full)
+    except ForeignShard:
+        raise
     except ValueError as e:
         return str(e)
     return True
@@ -264,6 +277,8 @@ def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
         if shard_path(folder, shard).exists():
             try:
                 whole.append(check_shard(folder, dataset, shard))
+            except ForeignShard:
+                raise
             except ValueError:
                 continue  # a damaged one is not finished
     facts = {"format": FORMAT, "version": VERSION, "identity": dataset.identity(), **dataset.facts()}
@@ -299,7 +314,9 @@ def _enter(folder: Path, dataset: DataSet) -> DataSet:
             old, _ = read_index(folder)
             changed = _differences(old.facts(), dataset.facts())
             if changed:
-                raise ValueError(f"out: {folder} holds another data set ({'; '.join(changed)}); choose another folder")
+                more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+                what = "; ".join(changed[:4]) + more
+                raise ValueError(f"out: {folder} holds another data set ({what}); choose another folder")
             if dataset.rows < old.rows:
                 raise ValueError(f"out: {folder} holds a data set of {old.rows} rows, more than {dataset.rows}")
             if dataset.rows == old.rows:
@@ -352,10 +369,7 @@ def write_shards(
     if len(shards) and not 0 <= min(shards) <= max(shards) < dataset.num_shards:
         raise ValueError(f"shards: wanted some of 0 to {dataset.num_shards - 1}, got {min(shards)} to {max(shards)}")
     dataset = _enter(folder, dataset)
-    try:
-        states = {shard: _state(folder, dataset, shard, full) for shard in shards}
-    except LookupError as e:
-        raise ValueError(f"out: {e.args[0]}; choose another folder") from e
+    states = {shard: _state(folder, dataset, shard, full) for shard in shards}
     found = [shard for shard, state in states.items() if state is True]
     remade = [state for state in states.values() if isinstance(state, str)]
     for wrong in remade:
@@ -439,7 +453,7 @@ class ShardReader:
                 raise ValueError(f"{path}: {what}; run the data set's command again")
         if full:
             for shard in range(self.dataset.num_shards):
-                self._check(shard, full=True)
+                check_shard(self.folder, self.dataset, shard, full=True)
         self._lock = threading.Lock()
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -475,16 +489,10 @@ class ShardReader:
                 yield begin, rows[begin] // size, rows[begin] % size, i - begin
                 begin = i
 
-    def _check(self, shard: int, full: bool = False) -> None:
-        try:
-            check_shard(self.folder, self.dataset, shard, full=full)
-        except LookupError as e:
-            raise ValueError(e.args[0]) from e
-
     def _file(self, shard: int) -> Any:
         with self._lock:
             if shard not in self._open:
-                self._check(shard)
+                check_shard(self.folder, self.dataset, shard)
                 if len(self._open) >= self.open_files:
                     self._open.popitem(last=False)
                 self._open[shard] = safe_open(shard_path(self.folder, shard), framework="pt").__enter__()

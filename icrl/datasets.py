@@ -1,0 +1,218 @@
+"""Records of decoupled policy distillation on disk, and training from them (DATA.md has the format and its costs).
+
+A data set of records holds the batches that `DPDStream` makes on the fly, end to end and in small dtypes: batch i of a
+seed is rows i·batch to (i+1)·batch. The optimal values of a step depend on its observation alone, so they are kept once a
+record, as a table, and looked up when a batch is read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import icrl_kernels
+from icrl.distill import DPDConfig, Records, make_batch
+from icrl.shards import (
+    INDEX,
+    DataSet,
+    Field,
+    ShardReader,
+    Written,
+    batch_rows,
+    check_shard,
+    read_index,
+    shard_path,
+    write_shards,
+)
+from icrl.stream import Stream
+
+RECORDS = "dpd records"
+SHARD_BYTES = 64 << 20
+STEP = {
+    "observation": Field("int16", ("N", "T"), "what the agent sees before it acts"),
+    "action": Field("int8", ("N", "T"), "the behaviour's"),
+    "reward": Field("float32", ("N", "T"), "of the action"),
+    "done": Field("int8", ("N", "T"), "after the action: 0 no, 1 terminated, 2 truncated"),
+    "tag": Field(
+        "int8", ("N", "T"), "the behaviour's: 0.. optimal at that discount, 4 model-based, 5 Q, 6 random, 7 hidden"
+    ),
+}
+VALUES = Field("float32", ("N", "G", "O", "A"), "optimal value of each action where that is observed, at each discount")
+LABELS = Field("int8", ("N", "T", "G"), "the optimal action at each discount: where its value is largest")
+
+
+def records_dataset(config: DPDConfig, rows: int, seed: int, *, labels: bool = False) -> DataSet:
+    """The data set of `rows` records of `config.steps` steps, in shards of about 64 MB.
+
+    Raises:
+        ValueError: ids that int16 or int8 cannot hold.
+    """
+    for name, most in (("states", 2**15), ("actions", 2**7)):
+        if getattr(config, name) > most:
+            raise ValueError(f"{name}: records hold at most {most}, got {getattr(config, name)}")
+    sizes = {"T": config.steps, "G": len(config.discounts), "O": config.states, "A": config.actions}
+    fields = {**STEP, "value": VALUES, **({"label": LABELS} if labels else {})}
+    row = sum(_row_bytes(field, sizes) for field in fields.values())
+    batches = max(1, SHARD_BYTES // (row * config.batch))
+    made_by = {"icrl_kernels": icrl_kernels.__version__, **asdict(config)}
+    return DataSet(RECORDS, fields, sizes, made_by, seed, rows, batches * config.batch)
+
+
+def _row_bytes(field: Field, sizes: dict[str, int]) -> int:
+    count = 1
+    for symbol in field.shape[1:]:
+        count *= sizes[symbol]
+    return count * getattr(torch, field.dtype).itemsize
+
+
+def write_records(
+    folder: Path, config: DPDConfig, rows: int, seed: int, *, labels: bool = False, **options: Any
+) -> Written:
+    """Make the records that are not there yet: `icrl.shards.write_shards`, whose options these are."""
+    dataset = records_dataset(config, rows, seed, labels=labels)
+    return write_shards(folder, dataset, partial(_make, config, seed, labels), **options)
+
+
+def _make(config: DPDConfig, seed: int, labels: bool, first: int, count: int) -> dict[str, Tensor]:
+    parts = [
+        _compact(config, seed, index, labels)
+        for index in range(first // config.batch, -(-(first + count) // config.batch))
+    ]
+    return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
+
+
+def _compact(config: DPDConfig, seed: int, index: int, labels: bool) -> dict[str, Tensor]:
+    records = make_batch(config, seed, index)
+    tensors = {name: getattr(records, name).to(getattr(torch, field.dtype)) for name, field in STEP.items()}
+    N, T, G, A = records.q.shape
+    value = torch.zeros(N, config.states, G, A)  # of states that the record never visits: zero
+    value[torch.arange(N)[:, None], records.observation] = records.q
+    tensors["value"] = value.transpose(1, 2).contiguous()
+    if labels:
+        tensors["label"] = records.q.argmax(3).to(torch.int8)
+    return tensors
+
+
+class RecordStream(Stream[Records]):
+    """Batches of a data set of records, as `DPDStream` gives them; the batch's number says which rows it holds.
+
+    Args:
+        folder: a finished data set of records.
+        batch: how many records. shuffle: in a new order each epoch; else as they lie, which with the data set's own batch
+            size, rank 0 of 1, are the batches made on the fly.
+        rank, world: this process among those that train together: they share every epoch's rows.
+        prefetch, threads: see `icrl.stream.Stream`.
+    Raises:
+        ValueError: no finished data set of records, a damaged shard, or fewer rows than a batch for every process.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        batch: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        prefetch: int = 2,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(seed, prefetch=prefetch, threads=threads, name="records")
+        self.reader = ShardReader(folder, kind=RECORDS)
+        self.order = {"batch": batch, "shuffle": shuffle, "rank": rank, "world": world}
+        batch_rows(len(self.reader), index=0, seed=seed, **self.order)  # refuses here rather than in the thread
+
+    def _maker(self) -> Callable[[int], Records]:
+        return partial(_read, self.reader, self.seed, self.order)
+
+    def check(self, config: DPDConfig) -> None:
+        """ValueError where the data set's records are not what a learner of `config` takes; what differs is named."""
+        there = self.reader.dataset.config
+        for name in ("states", "actions", "steps", "discounts"):
+            wanted = getattr(config, name)
+            if (tuple(there[name]) if name == "discounts" else there[name]) != wanted:
+                raise ValueError(f"records: {self.reader.folder} has {name} {there[name]}, the configuration {wanted}")
+
+
+def _read(reader: ShardReader, seed: int, order: dict[str, Any], index: int) -> Records:
+    rows = batch_rows(len(reader), index=index, seed=seed, **order)
+    found = reader.read(rows, [*STEP, "value"])
+    observation = found["observation"].long()
+    value = found["value"].transpose(1, 2).contiguous()  # [B,O,G,A]
+    return Records(
+        observation=observation,
+        action=found["action"].long(),
+        reward=found["reward"],
+        done=found["done"].long(),
+        tag=found["tag"].long(),
+        q=value[torch.arange(len(rows))[:, None], observation],
+    )
+
+
+def distill(
+    out: Path, config: DPDConfig, tasks: int, seed: int, *, labels: bool, workers: int, shards: range | None, full: bool
+) -> dict[str, Any]:
+    """What `icrl distill` does: write records, say what they cost."""
+    begin = time.perf_counter()
+    written = write_records(
+        out, config, tasks, seed, labels=labels, workers=workers, shards=shards, full=full, progress=True, unit="task"
+    )
+    seconds = time.perf_counter() - begin
+    return report(out, written, seconds, per_row={"step": config.steps})
+
+
+def report(out: Path, written: Written, seconds: float, per_row: dict[str, int]) -> dict[str, Any]:
+    """Print and return what a writer did, and what a row and its parts cost in bytes."""
+    dataset, shards = read_index(out)
+    rows = sum(s.rows for s in shards)
+    numbers: dict[str, Any] = {"out": str(out), "kind": dataset.kind, "rows": rows, "of": dataset.rows}
+    numbers |= {"shards_made": written.made, "shards_found": written.found, "shards_left": written.left}
+    numbers |= {"made_again": written.remade, "bytes": written.bytes, "seconds": seconds}
+    numbers |= {f"bytes_per_{name}": written.bytes / max(rows, 1) / count for name, count in per_row.items()}
+    numbers["index_crc32"] = zlib.crc32((out / INDEX).read_bytes())
+    print(
+        f"{out}: {rows:,} of {dataset.rows:,} rows in {len(shards)} shards, {written.bytes / 1e9:.3f} GB; "
+        f"{written.made} shards made and {written.found} found in {seconds:.1f} s"
+    )
+    if written.left:
+        print(f"{written.left} shards are not finished; run the same command again")
+    return numbers
+
+
+def describe(folder: Path, full: bool) -> dict[str, Any]:
+    """What `icrl dataset` prints: what a folder of shards holds, and what is wrong with it."""
+    dataset, shards = read_index(folder)
+    print(
+        f"{folder}: {dataset.kind}, {dataset.rows:,} rows, seed {dataset.seed}, in shards of {dataset.rows_per_shard:,}"
+    )
+    for name, field in dataset.fields.items():
+        shape = ", ".join(f"{s}={dataset.sizes[s]}" if s in dataset.sizes else s for s in field.shape)
+        print(f"  {name:20} {field.dtype:8} [{shape}]  {field.meaning}")
+    print(f"  made by {json.dumps(dataset.config)}")
+    wrong = []
+    for shard in range(dataset.num_shards):
+        try:
+            if shard_path(folder, shard).exists():
+                check_shard(folder, dataset, shard, full=full)
+            else:
+                wrong.append(f"{shard_path(folder, shard)}: is missing")
+        except ValueError as e:
+            wrong.append(str(e))
+    size = sum(s.bytes for s in shards)
+    checked = "every byte checked" if full else "headers and lengths checked"
+    print(
+        f"  {dataset.num_shards - len(wrong)} of {dataset.num_shards} shards are whole, {size / 1e9:.3f} GB ({checked})"
+    )
+    for line in wrong[:10]:
+        print(f"  {line}")
+    return {"kind": dataset.kind, "rows": dataset.rows, "shards": dataset.num_shards, "bytes": size, "wrong": wrong}
