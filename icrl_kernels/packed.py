@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ class PackedTransition(NamedTuple):
     first: Tensor  # [N,S,A] int32
     length: Tensor  # [N,S,A] int32
 
-    def check(self) -> PackedTransition:
-        """Return self; ValueError if shapes, dtypes, devices are not as above or a window leaves its table."""
+    def check_shapes(self) -> PackedTransition:
+        """Return self; ValueError if shapes, dtypes or devices are not as above. Reads no values."""
         _checks.shape("probability", self.probability, ["M"])
         _checks.dtype("probability", self.probability, [torch.float32, torch.float64])
         _checks.shape("offset", self.offset, ["N", "S", "A"])
@@ -37,17 +37,17 @@ class PackedTransition(NamedTuple):
             _checks.shape(name, tensor, ["N", "S", "A"], N=n, S=s, A=a)
             _checks.dtype(name, tensor, [dtype])
         _checks.same_device(**self._asdict())
+        return self
+
+    def check(self) -> PackedTransition:
+        """Return self; ValueError if shapes, dtypes, devices are not as above or a window leaves its table."""
+        s = self.check_shapes().offset.shape[1]
         first, length = self.first.long(), self.length.long()
         m = self.probability.numel()
         wrong = (first < 0) | (length < 0) | (first + length > s)
         wrong |= (length > 0) & ((self.offset < 0) | (self.offset > m - length))
         if wrong.any():
-            i, j, k = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"transition: wanted windows within {s} states and {m} probabilities, got offset "
-                f"{int(self.offset[i, j, k])}, first {int(first[i, j, k])}, length {int(length[i, j, k])} in row "
-                f"[{i}, {j}, {k}]"
-            )
+            refuse_window(self, *wrong.nonzero()[0].tolist())
         return self
 
     def unpack(self, values: Tensor | None = None) -> Tensor:
@@ -62,19 +62,45 @@ class PackedTransition(NamedTuple):
         return torch.where(inside, values[torch.where(inside, self.offset[..., None] + at, 0)], 0)
 
 
-def pack_transition(transition: Tensor) -> PackedTransition:
-    """Windows of a dense table [N,S,A,S]: from the first to the last entry of each row that is not zero."""
+def refuse_window(packed: PackedTransition, n: int, s: int, a: int) -> NoReturn:
+    """Raise the ValueError for a window that leaves its table."""
+    offset, first, length = (int(x[n, s, a]) for x in packed[1:])
+    raise ValueError(
+        f"transition: wanted windows within {packed.offset.shape[1]} states and {packed.probability.numel()} "
+        f"probabilities, got offset {offset}, first {first}, length {length} in row [{n}, {s}, {a}]"
+    )
+
+
+@overload
+def pack_transition(transition: Tensor) -> PackedTransition: ...
+@overload
+def pack_transition(transition: Tensor, reward: Tensor) -> tuple[PackedTransition, Tensor]: ...
+def pack_transition(
+    transition: Tensor, reward: Tensor | None = None
+) -> PackedTransition | tuple[PackedTransition, Tensor]:
+    """Windows of a dense table [N,S,A,S]: from the first to the last entry of each row that is not zero.
+
+    A reward [N,S,A,S] is packed into the same windows and returned beside them, [M].
+    """
     _checks.shape("transition", transition, ["N", "S", "A", "S"])
     n, s, a, _ = transition.shape
     _checks.shape("transition", transition, ["N", "S", "A", "S"], N=n, S=s, A=a)
     _checks.dtype("transition", transition, [torch.float32, torch.float64])
+    if reward is not None:
+        _checks.shape("reward", reward, ["N", "S", "A", "S"], N=n, S=s, A=a)
+        _checks.same_dtype(transition=transition, reward=reward)
+        _checks.same_device(transition=transition, reward=reward)
     filled = transition != 0
     some = filled.any(-1)
-    first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
-    length = torch.where(some, s - filled.flip(-1).to(torch.int8).argmax(-1) - first, 0)
+    if s:
+        first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
+        length = torch.where(some, s - filled.flip(-1).to(torch.int8).argmax(-1) - first, 0)
+    else:
+        first = length = torch.zeros_like(some, dtype=torch.int64)
     ends = length.flatten().cumsum(0)
     j = torch.arange(s, device=transition.device)
     inside = (j >= first[..., None]) & (j < (first + length)[..., None])
-    return PackedTransition(
+    packed = PackedTransition(
         transition[inside], (ends.view_as(length) - length), first.to(torch.int32), length.to(torch.int32)
     )
+    return packed if reward is None else (packed, reward[inside])

@@ -341,7 +341,17 @@ def test_refuses_bad_arguments():
 def test_opcheck():
     t, r = banded(2, 6)
     for backend in ("cpu", "reference"):
-        arguments = (t, r, torch.tensor([0.9, 0.5]), t.sum((2, 3)) == 0, torch.tensor([6, 6]), 1e-6, "auto", backend)
+        arguments = (
+            t,
+            r,
+            [],
+            torch.tensor([0.9, 0.5]),
+            t.sum((2, 3)) == 0,
+            torch.tensor([6, 6]),
+            1e-6,
+            "auto",
+            backend,
+        )
         opcheck(torch.ops.icrl.value_iteration.default, arguments)
 
 
@@ -355,7 +365,7 @@ def gpu_algorithm(t, r, gamma, terminal=None, num_states=None, method="auto"):
     """The GPU's algorithm, run by one thread of the CPU."""
     gamma = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1)
     call = _C.value_iteration_cuda_host_check
-    return vi._compiled(call, t, r, gamma, terminal, num_states, 1e-6, method, ascending=True)
+    return vi._compiled(call, t, r, [], gamma, terminal, num_states, 1e-6, method, ascending=True)
 
 
 def test_gpu_algorithm_on_the_host():
@@ -400,7 +410,7 @@ def test_missing_cuda_is_said():
     with pytest.raises(ValueError, match=r"backend.*cuda"):
         value_iteration(*banded(1, 4), 0.9, backend="cuda")
     with pytest.raises(ValueError, match="ICRL_CUDA=1"):
-        vi._cuda(*banded(1, 4), torch.ones(1), None, None, 1e-6, "auto")
+        vi._cuda(*banded(1, 4), [], torch.ones(1), None, None, 1e-6, "auto")
 
 
 @pytest.mark.gpu

@@ -19,11 +19,12 @@ enum class Refusal : int {
   unbounded = 7,         // discount 1: never ending earns without bound from this state
   singular = 8,          // I - discount P could not be inverted
   no_contraction = 9,    // value iteration needs discount * (largest row sum) < 1
+  window = 10,           // a window of a packed table leaves it
 };
 
 // One task's tables, row-major. States from num_states on (up to `stride`) are padding and are not read. Packed tables
 // (`offset` is not null) hold for each row one window of successors, as icrl_kernels/packed.py says; then `transition`, and
-// with `reward_by_successor` `reward`, are the batch's values, which the offsets index.
+// with `reward_by_successor` `reward`, are the batch's values, which the offsets index; windows are within `stride` states.
 struct TaskTables {
   const void* transition;   // [num_states, num_actions, stride], float or double
   const void* reward;       // [num_states, num_actions], or with `reward_by_successor` shaped as transition; same type
@@ -32,6 +33,7 @@ struct TaskTables {
   bool is_double, reward_by_successor;
   const int64_t* offset = nullptr;                      // [num_states, num_actions]
   const int32_t *first = nullptr, *length = nullptr;  // [num_states, num_actions]
+  int64_t values = 0;                                   // how many values the batch has
 };
 
 struct PlanResult {

@@ -40,54 +40,92 @@ struct Scratch {
   }
 };
 
-// transition [N,S,A,S]; reward [N,S,A] or [N,S,A,S]; discount [N,G]; outputs q [N,G,S,A], v, policy [N,G,S],
-// bound, iterations [N,G]; refusal [N,3] = kind, row, discount index, where kind 0 is none.
-void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t terminal,
-           uintptr_t num_states, uintptr_t discount, int64_t n, int64_t ng, int64_t ns, int64_t na, int method, double tol,
-           uintptr_t q, uintptr_t v, uintptr_t policy, uintptr_t bound, uintptr_t iterations, uintptr_t refusal,
-           int threads) {
-  const int64_t element = is_double ? 8 : 4, need = planner_bytes(ns, na);
-  parallel_for(n, threads, [&](int64_t i) {
-    thread_local Scratch scratch;
-    thread_local std::vector<int64_t> order, warm;
-    void* work = scratch.get(need);
-    const int64_t states = num_states ? reinterpret_cast<const int64_t*>(num_states)[i] : ns;
-    TaskTables t;
-    t.transition = reinterpret_cast<const char*>(transition) + i * ns * na * ns * element;
-    t.reward = reinterpret_cast<const char*>(reward) + i * ns * na * (by_successor ? ns : 1) * element;
-    t.terminal = terminal ? reinterpret_cast<const uint8_t*>(terminal) + i * ns : nullptr;
-    t.num_states = states, t.num_actions = na, t.stride = ns;
-    t.is_double = is_double, t.reward_by_successor = by_successor;
-    int64_t* refused = reinterpret_cast<int64_t*>(refusal) + i * 3;
-    refused[0] = refused[1] = refused[2] = 0;
-    PlanResult packed = plan_pack(t, work);
-    if (packed.refusal != Refusal::none) {
-      refused[0] = static_cast<int64_t>(packed.refusal), refused[1] = packed.row;
+// A batch as it comes from Python. Dense: transition [N,S,A,S], reward [N,S,A] or [N,S,A,S]. Packed: transition [M], reward
+// [N,S,A] or [M], offset, first, length [N,S,A]. terminal [N,S] or null, num_states [N] or null, discount [N,G]; outputs
+// q [N,G,S,A], v, policy [N,G,S], bound, iterations [N,G]; refusal [N,3] = kind, row, discount index, where kind 0 is none.
+struct Batch {
+  const char *transition, *reward;
+  bool is_double, by_successor;
+  const int64_t* offset;
+  const int32_t *first, *length;
+  int64_t values;
+  const uint8_t* terminal;
+  const int64_t* num_states;
+  const double* discount;
+  int64_t n, ng, ns, na;
+  Method method;
+  double tol;
+  double *q, *v;
+  int64_t* policy;
+  double* bound;
+  int64_t *iterations, *refusal;
+};
+
+TaskTables tables_of(const Batch& b, int64_t i) {
+  const int64_t element = b.is_double ? 8 : 4, rows = b.ns * b.na;
+  TaskTables t;
+  t.transition = b.offset ? b.transition : b.transition + i * rows * b.ns * element;
+  t.reward = b.offset && b.by_successor ? b.reward : b.reward + i * rows * (b.by_successor ? b.ns : 1) * element;
+  t.terminal = b.terminal ? b.terminal + i * b.ns : nullptr;
+  t.num_states = b.num_states ? b.num_states[i] : b.ns, t.num_actions = b.na, t.stride = b.ns;
+  t.is_double = b.is_double, t.reward_by_successor = b.by_successor;
+  if (b.offset) t.offset = b.offset + i * rows, t.first = b.first + i * rows, t.length = b.length + i * rows;
+  t.values = b.values;
+  return t;
+}
+
+// Solves task i for all its discounts, in ascending order, each from the last one's policy.
+void solve_task(const Batch& b, int64_t i, int64_t bytes) {
+  thread_local Scratch scratch;
+  thread_local std::vector<int64_t> order, warm;
+  void* work = scratch.get(bytes);
+  const TaskTables t = tables_of(b, i);
+  const int64_t ng = b.ng, ns = b.ns, na = b.na, states = t.num_states;
+  int64_t* refused = b.refusal + i * 3;
+  refused[0] = refused[1] = refused[2] = 0;
+  const PlanResult packed = plan_pack(t, work);
+  if (packed.refusal != Refusal::none) {
+    refused[0] = static_cast<int64_t>(packed.refusal), refused[1] = packed.row;
+    return;
+  }
+  const double* gamma = b.discount + i * ng;
+  order.resize(ng), warm.resize(ns);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return gamma[x] < gamma[y]; });
+  warm[0] = -1;
+  for (int64_t g : order) {
+    const int64_t at = i * ng + g;
+    double *q = b.q + at * ns * na, *v = b.v + at * ns;
+    int64_t* policy = b.policy + at * ns;
+    const PlanResult r = plan(gamma[g], b.method, b.tol, warm.data(), q, v, work);
+    if (r.refusal != Refusal::none) {
+      refused[0] = static_cast<int64_t>(r.refusal), refused[1] = r.row, refused[2] = g;
       return;
     }
-    const double* gamma = reinterpret_cast<const double*>(discount) + i * ng;
-    order.resize(ng), warm.resize(ns);
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return gamma[a] < gamma[b]; });
-    warm[0] = -1;
-    for (int64_t g : order) {
-      const int64_t at = i * ng + g;
-      double* q_out = reinterpret_cast<double*>(q) + at * ns * na;
-      double* v_out = reinterpret_cast<double*>(v) + at * ns;
-      int64_t* policy_out = reinterpret_cast<int64_t*>(policy) + at * ns;
-      const PlanResult r = plan(gamma[g], static_cast<Method>(method), tol, warm.data(), q_out, v_out, work);
-      if (r.refusal != Refusal::none) {
-        refused[0] = static_cast<int64_t>(r.refusal), refused[1] = r.row, refused[2] = g;
-        return;
-      }
-      std::fill(q_out + states * na, q_out + ns * na, 0.0);
-      std::fill(v_out + states, v_out + ns, 0.0);
-      std::copy(warm.begin(), warm.begin() + states, policy_out);
-      std::fill(policy_out + states, policy_out + ns, 0);
-      reinterpret_cast<double*>(bound)[at] = r.bound;
-      reinterpret_cast<int64_t*>(iterations)[at] = r.iterations;
-    }
-  });
+    std::fill(q + states * na, q + ns * na, 0.0);
+    std::fill(v + states, v + ns, 0.0);
+    std::copy(warm.begin(), warm.begin() + states, policy);
+    std::fill(policy + states, policy + ns, 0);
+    b.bound[at] = r.bound, b.iterations[at] = r.iterations;
+  }
+}
+
+template <class T>
+T* pointer(uintptr_t p) {
+  return reinterpret_cast<T*>(p);
+}
+
+void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t offset, uintptr_t first,
+           uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states, uintptr_t discount, int64_t n,
+           int64_t ng, int64_t ns, int64_t na, int method, double tol, uintptr_t q, uintptr_t v, uintptr_t policy,
+           uintptr_t bound, uintptr_t iterations, uintptr_t refusal, int threads) {
+  const Batch b{pointer<char>(transition), pointer<char>(reward), is_double, by_successor, pointer<int64_t>(offset),
+                pointer<int32_t>(first), pointer<int32_t>(length), values, pointer<uint8_t>(terminal),
+                pointer<int64_t>(num_states), pointer<double>(discount), n, ng, ns, na, static_cast<Method>(method), tol,
+                pointer<double>(q), pointer<double>(v), pointer<int64_t>(policy), pointer<double>(bound),
+                pointer<int64_t>(iterations), pointer<int64_t>(refusal)};
+  const int64_t bytes = planner_bytes(ns, na);
+  parallel_for(n, threads, [&](int64_t i) { solve_task(b, i, bytes); });
 }
 
 // The GPU's algorithm on one CPU thread: tests compare it where there is no GPU.

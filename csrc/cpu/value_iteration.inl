@@ -1,7 +1,7 @@
 // Tabular control in float64. Included once for each instruction set, inside its namespace.
 //
-// States are taken in blocks of eight. A row is packed from its first block that is not zero on, over as many blocks as the
-// widest row of its state needs, so that a Bellman backup has no tails and one branch for each state. Policy evaluation factors I - discount P by block LU
+// States are taken in blocks of eight (value_iteration_tables.inl): a Bellman backup has no tails, and one branch for each
+// state. Policy evaluation factors I - discount P by block LU
 // without pivoting (it is an M-matrix: every pivot is positive, growth is at most 2), tile rows of eight at a time within
 // the envelope of the policy's rows; a banded table costs what its band costs, a dense one runs at GEMM speed. A policy that
 // changed only from state s on keeps the factors of the blocks before s.
@@ -48,203 +48,7 @@ inline v8 row_sums(const v8 (&a)[8]) {
 
 inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
-// A packed task and the planner's workspace, carved from the caller's scratch by plan_layout.
-struct Task {
-  int64_t ns, na, nb;       // states, actions, blocks of eight states
-  int64_t widest;           // blocks in the widest packed row
-  double row_sum;           // largest row sum, rounded up
-  double reward_magnitude;  // largest sum of |transition * reward|
-  bool is_double;
-  int32_t* blocks;  // for each state: the blocks in each of its packed rows, and where [num_actions, blocks, 8] begins
-  int64_t* offset;
-  // for each state and action: the blocks that are not zero, and the first block that is packed
-  int32_t *row_first, *row_end, *row_start;
-  double *reward, *magnitude;    // for each state and action: expected reward, sum of |transition * reward|
-  double *q, *v, *next, *rhs;
-  int32_t *low, *high;  // for each block row of the factors: its first and last block
-  int64_t* tile;        // and where its tiles begin
-  double *tiles, *inverse;  // U right of the diagonal and multipliers left of it; inverses of the diagonal blocks
-  int64_t* policy;
-  uint8_t* reached;
-  void* packed;
-};
-
-template <class T>
-T* take(char*& at, int64_t n) {
-  T* p = reinterpret_cast<T*>(at);
-  at += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  return p;
-}
-
-// Carves; with a null base it only measures. The packed tables come last: they have the only size that depends on the data.
-int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
-  char* at = base;
-  take<Task>(at, 1);
-  const int64_t nb = (ns + 7) / 8, rows = ns * na + 8;
-  t.ns = ns, t.na = na, t.nb = nb;
-  t.blocks = take<int32_t>(at, ns), t.offset = take<int64_t>(at, ns);
-  t.row_first = take<int32_t>(at, rows), t.row_end = take<int32_t>(at, rows), t.row_start = take<int32_t>(at, rows);
-  t.reward = take<double>(at, rows), t.magnitude = take<double>(at, rows), t.q = take<double>(at, rows);
-  t.v = take<double>(at, nb * 8), t.next = take<double>(at, nb * 8), t.rhs = take<double>(at, nb * 8);
-  t.low = take<int32_t>(at, nb), t.high = take<int32_t>(at, nb), t.tile = take<int64_t>(at, nb + 1);
-  t.tiles = take<double>(at, nb * nb * 64), t.inverse = take<double>(at, nb * 64);
-  t.policy = take<int64_t>(at, ns), t.reached = take<uint8_t>(at, ns);
-  t.packed = take<double>(at, ns * na * nb * 8);
-  return at - base;
-}
-
-// ---- packing ----------------------------------------------------------------------------------------------------------
-
-// Whether 32 floats, 16 doubles or one block of eight hold anything but zeros. NaN counts.
-#if defined(__AVX512F__)
-inline bool any_four(const float* p) {
-  const __m512i x = _mm512_or_si512(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16));
-  return _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x7fffffff)) != 0;
-}
-#else
-inline bool any_four(const float* p) {
-  uint64_t w[16], x = 0;
-  __builtin_memcpy(w, p, 128);
-  for (int i = 0; i < 16; ++i) x |= w[i];
-  return (x & 0x7fffffff7fffffffull) != 0;
-}
-#endif
-inline bool any_four(const double* p) {
-  uint64_t w[32], x = 0;
-  __builtin_memcpy(w, p, 256);
-  for (int i = 0; i < 32; ++i) x |= w[i];
-  return x << 1 != 0;
-}
-inline bool any_block(const float* p) {
-  uint64_t w[4];
-  __builtin_memcpy(w, p, 32);
-  return ((w[0] | w[1] | w[2] | w[3]) & 0x7fffffff7fffffffull) != 0;
-}
-inline bool any_block(const double* p) {
-  uint64_t w[8];
-  __builtin_memcpy(w, p, 64);
-  return ((w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) << 1) != 0;
-}
-
-// The blocks [lo, hi) of a row of n entries outside of which it is zero; lo = hi = 0 where all of it is.
-template <class T>
-inline void window(const T* row, int64_t n, int32_t& low, int32_t& high) {
-  const int64_t whole = n / 8;
-  int64_t lo = 0, hi = whole;
-  bool tail = false;
-  for (int64_t j = whole * 8; j < n; ++j) tail |= row[j] != 0;
-  while (lo + 4 <= whole && !any_four(row + lo * 8)) lo += 4;
-  while (lo < whole && !any_block(row + lo * 8)) ++lo;
-  if (tail) {
-    hi = whole + 1;
-  } else {
-    while (hi - 4 >= lo && !any_four(row + hi * 8 - 32)) hi -= 4;
-    while (hi > lo && !any_block(row + hi * 8 - 8)) --hi;
-  }
-  low = static_cast<int32_t>(lo < hi ? lo : 0), high = static_cast<int32_t>(lo < hi ? hi : 0);
-}
-
-// What is wrong with a task, row by row and slowly: called once something is.
-template <class T>
-PlanResult first_fault(const Task& t, const TaskTables& in) {
-  PlanResult r;
-  for (r.row = 0; r.row < t.ns * t.na; ++r.row) {
-    const T* row = static_cast<const T*>(in.transition) + r.row * in.stride;
-    const bool empty = t.row_first[r.row] == t.row_end[r.row];
-    double mass = 0;
-    bool finite = true, negative = false;
-    for (int64_t j = 0; j < t.ns; ++j) {
-      mass += row[j], negative |= row[j] < 0;
-      finite &= row[j] - row[j] == 0;
-    }
-    if (!finite) return r.refusal = Refusal::not_finite, r;
-    if (negative) return r.refusal = Refusal::negative, r;
-    if (!empty && !(mass - 1 <= 1e-4 && mass - 1 >= -1e-4)) return r.refusal = Refusal::row_sum, r;
-    if (!empty && in.terminal && in.terminal[r.row / t.na]) return r.refusal = Refusal::terminal_row, r;
-    if (!(t.magnitude[r.row] <= kLargest)) return r.refusal = Refusal::reward, r;
-  }
-  return r;
-}
-
-template <class T>
-PlanResult pack(Task& t, const TaskTables& in) {
-  const int64_t ns = t.ns, na = t.na, stride = in.stride, whole = ns / 8, rest = ns % 8;
-  const T* transition = static_cast<const T*>(in.transition);
-  const T* reward = static_cast<const T*>(in.reward);
-  T* out = static_cast<T*>(t.packed);
-  int64_t used = 0;
-  t.widest = 0, t.row_sum = 0, t.reward_magnitude = 0;
-  bool fault = false;
-  v8 least = splat(0);
-  for (int64_t s = 0; s < ns; ++s) {
-    int32_t* first = t.row_first + s * na;
-    int32_t* end = t.row_end + s * na;
-    int32_t n = 0;
-    for (int64_t a = 0; a < na; ++a) {
-      window(transition + (s * na + a) * stride, ns, first[a], end[a]);
-      n = end[a] - first[a] > n ? end[a] - first[a] : n;
-    }
-    const bool ends = in.terminal ? in.terminal[s] : n == 0;
-    fault |= in.terminal && in.terminal[s] && n > 0;
-    t.blocks[s] = n, t.offset[s] = used;
-    if (n > t.widest) t.widest = n;
-    for (int64_t a0 = 0; a0 < na; a0 += 8) {
-      const int64_t rows = na - a0 < 8 ? na - a0 : 8;
-      v8 total[8], mean[8], size[8];
-      clear(total), clear(mean), clear(size);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t k = s * na + a0 + r;
-        const T* row = transition + k * stride;
-        const T* gain = in.reward_by_successor ? reward + k * stride : nullptr;
-        // a row narrower than the state's widest takes in zeros next to it, all of it within the table
-        const int32_t start = t.row_first[k] + n <= t.nb ? t.row_first[k] : static_cast<int32_t>(t.nb) - n;
-        t.row_start[k] = start;
-        v8 sum = splat(0), gains = splat(0), sizes = splat(0);
-        for (int64_t b = start; b < start + n; ++b, used += 8) {
-          T* to = out + used;
-          const T *from = row + b * 8, *won = gain ? gain + b * 8 : from;
-          T last[8], last_won[8];
-          if (b == whole) {
-            for (int64_t j = 0; j < 8; ++j) last[j] = j < rest ? from[j] : T(0), last_won[j] = j < rest ? won[j] : T(0);
-            from = last, won = last_won;
-          }
-          const v8 p = load(from);
-          __builtin_memcpy(to, from, 8 * sizeof(T));
-          sum += p;
-          least = p < least ? p : least;
-          if (gain) {
-            // the reward of an impossible transition counts for nothing, even if it is NaN
-            const v8 x = p != 0 ? load(won) * p : splat(0);
-            gains += x;
-            sizes += x < 0 ? -x : x;
-          }
-        }
-        total[r] = sum, mean[r] = gains, size[r] = sizes;
-      }
-      alignas(64) double mass[8];
-      store(mass, row_sums(total));
-      alignas(64) double means[8], sizes[8];
-      store(means, row_sums(mean)), store(sizes, row_sums(size));
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t k = s * na + a0 + r;
-        if (!in.reward_by_successor) {
-          means[r] = static_cast<double>(reward[k]);
-          sizes[r] = means[r] < 0 ? -means[r] : means[r];
-        }
-        t.reward[k] = ends ? 0 : means[r];
-        t.magnitude[k] = ends ? 0 : sizes[r];
-        fault |= !(t.magnitude[k] <= kLargest);
-        fault |= first[a0 + r] != end[a0 + r] && !(mass[r] - 1 <= 1e-4 && mass[r] - 1 >= -1e-4);
-        t.row_sum = mass[r] > t.row_sum ? mass[r] : t.row_sum;
-        t.reward_magnitude = t.magnitude[k] > t.reward_magnitude ? t.magnitude[k] : t.reward_magnitude;
-      }
-    }
-  }
-  for (int j = 0; j < 8; ++j) fault |= least[j] < 0;
-  if (fault) return first_fault<T>(t, in);
-  t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
-  return {};
-}
+#include "cpu/value_iteration_tables.inl"
 
 // ---- Bellman backup ----------------------------------------------------------------------------------------------------
 
@@ -552,7 +356,8 @@ PlanResult vi_pack(const TaskTables& in, void* scratch) {
   Task& t = *static_cast<Task*>(scratch);
   layout(t, static_cast<char*>(scratch), in.num_states, in.num_actions);
   t.is_double = in.is_double;
-  return in.is_double ? pack<double>(t, in) : pack<float>(t, in);
+  if (in.offset) return in.is_double ? pack<double, WindowRows<double>>(t, in) : pack<float, WindowRows<float>>(t, in);
+  return in.is_double ? pack<double, DenseRows<double>>(t, in) : pack<float, DenseRows<float>>(t, in);
 }
 
 PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch) {

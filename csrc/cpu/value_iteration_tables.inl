@@ -1,0 +1,275 @@
+// The tables of one task as the planner wants them, from dense ones or from windows.
+//
+// A row is packed from its first block of eight that is not zero on, over as many blocks as the widest row of its state needs.
+
+// A packed task and the planner's workspace, carved from the caller's scratch by plan_layout.
+struct Task {
+  int64_t ns, na, nb;       // states, actions, blocks of eight states
+  int64_t widest;           // blocks in the widest packed row
+  double row_sum;           // largest row sum, rounded up
+  double reward_magnitude;  // largest sum of |transition * reward|
+  bool is_double;
+  int32_t* blocks;  // for each state: the blocks in each of its packed rows, and where [num_actions, blocks, 8] begins
+  int64_t* offset;
+  // for each state and action: the blocks that are not zero, and the first block that is packed
+  int32_t *row_first, *row_end, *row_start;
+  double *reward, *magnitude;    // for each state and action: expected reward, sum of |transition * reward|
+  double *q, *v, *next, *rhs;
+  int32_t *low, *high;  // for each block row of the factors: its first and last block
+  int64_t* tile;        // and where its tiles begin
+  double *tiles, *inverse;  // U right of the diagonal and multipliers left of it; inverses of the diagonal blocks
+  int64_t* policy;
+  uint8_t* reached;
+  void* packed;
+};
+
+template <class T>
+T* take(char*& at, int64_t n) {
+  T* p = reinterpret_cast<T*>(at);
+  at += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  return p;
+}
+
+// Carves; with a null base it only measures. The packed tables come last: they have the only size that depends on the data.
+int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
+  char* at = base;
+  take<Task>(at, 1);
+  const int64_t nb = (ns + 7) / 8, rows = ns * na + 8;
+  t.ns = ns, t.na = na, t.nb = nb;
+  t.blocks = take<int32_t>(at, ns), t.offset = take<int64_t>(at, ns);
+  t.row_first = take<int32_t>(at, rows), t.row_end = take<int32_t>(at, rows), t.row_start = take<int32_t>(at, rows);
+  t.reward = take<double>(at, rows), t.magnitude = take<double>(at, rows), t.q = take<double>(at, rows);
+  t.v = take<double>(at, nb * 8), t.next = take<double>(at, nb * 8), t.rhs = take<double>(at, nb * 8);
+  t.low = take<int32_t>(at, nb), t.high = take<int32_t>(at, nb), t.tile = take<int64_t>(at, nb + 1);
+  t.tiles = take<double>(at, nb * nb * 64), t.inverse = take<double>(at, nb * 64);
+  t.policy = take<int64_t>(at, ns), t.reached = take<uint8_t>(at, ns);
+  t.packed = take<double>(at, ns * na * nb * 8);
+  return at - base;
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------------
+
+// Whether 32 floats, 16 doubles or one block of eight hold anything but zeros. NaN counts.
+#if defined(__AVX512F__)
+inline bool any_four(const float* p) {
+  const __m512i x = _mm512_or_si512(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16));
+  return _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x7fffffff)) != 0;
+}
+#else
+inline bool any_four(const float* p) {
+  uint64_t w[16], x = 0;
+  __builtin_memcpy(w, p, 128);
+  for (int i = 0; i < 16; ++i) x |= w[i];
+  return (x & 0x7fffffff7fffffffull) != 0;
+}
+#endif
+inline bool any_four(const double* p) {
+  uint64_t w[32], x = 0;
+  __builtin_memcpy(w, p, 256);
+  for (int i = 0; i < 32; ++i) x |= w[i];
+  return x << 1 != 0;
+}
+inline bool any_block(const float* p) {
+  uint64_t w[4];
+  __builtin_memcpy(w, p, 32);
+  return ((w[0] | w[1] | w[2] | w[3]) & 0x7fffffff7fffffffull) != 0;
+}
+inline bool any_block(const double* p) {
+  uint64_t w[8];
+  __builtin_memcpy(w, p, 64);
+  return ((w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) << 1) != 0;
+}
+
+// The blocks [lo, hi) of a row of n entries outside of which it is zero; lo = hi = 0 where all of it is.
+template <class T>
+inline void window(const T* row, int64_t n, int32_t& low, int32_t& high) {
+  const int64_t whole = n / 8;
+  int64_t lo = 0, hi = whole;
+  bool tail = false;
+  for (int64_t j = whole * 8; j < n; ++j) tail |= row[j] != 0;
+  while (lo + 4 <= whole && !any_four(row + lo * 8)) lo += 4;
+  while (lo < whole && !any_block(row + lo * 8)) ++lo;
+  if (tail) {
+    hi = whole + 1;
+  } else {
+    while (hi - 4 >= lo && !any_four(row + hi * 8 - 32)) hi -= 4;
+    while (hi > lo && !any_block(row + hi * 8 - 8)) --hi;
+  }
+  low = static_cast<int32_t>(lo < hi ? lo : 0), high = static_cast<int32_t>(lo < hi ? hi : 0);
+}
+
+// Whether the window of row k leaves its table.
+inline bool outside(const TaskTables& in, int64_t k) {
+  const int64_t first = in.first[k], length = in.length[k];
+  if (first < 0 || length < 0 || first + length > in.stride) return true;
+  return length > 0 && (in.offset[k] < 0 || in.offset[k] > in.values - length);
+}
+
+// What is wrong with a task, row by row and slowly: called once something is.
+template <class T>
+PlanResult first_fault(const Task& t, const TaskTables& in) {
+  PlanResult r;
+  for (r.row = 0; r.row < t.ns * t.na; ++r.row) {
+    const T* row = static_cast<const T*>(in.transition);
+    int64_t count = t.ns;
+    if (in.offset) {
+      if (outside(in, r.row)) return r.refusal = Refusal::window, r;
+      const int64_t first = in.first[r.row], length = in.length[r.row];
+      row += in.offset[r.row];
+      count = first + length < t.ns ? length : t.ns - first;
+    } else {
+      row += r.row * in.stride;
+    }
+    double mass = 0;
+    bool finite = true, negative = false, empty = true;
+    for (int64_t j = 0; j < count; ++j) {
+      mass += row[j], negative |= row[j] < 0, empty &= row[j] == 0;
+      finite &= row[j] - row[j] == 0;
+    }
+    if (!finite) return r.refusal = Refusal::not_finite, r;
+    if (negative) return r.refusal = Refusal::negative, r;
+    if (!empty && !(mass - 1 <= 1e-4 && mass - 1 >= -1e-4)) return r.refusal = Refusal::row_sum, r;
+    if (!empty && in.terminal && in.terminal[r.row / t.na]) return r.refusal = Refusal::terminal_row, r;
+    if (!(t.magnitude[r.row] <= kLargest)) return r.refusal = Refusal::reward, r;
+  }
+  return r;
+}
+
+// Lanes [from, to) of a block that begins at p, zeros in the others, of which nothing is read.
+#if defined(__AVX512F__)
+inline v8 lanes(const double* p, int64_t from, int64_t to) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((0xffu >> (8 - to)) & (0xffu << from)), p);
+}
+inline v8 lanes(const float* p, int64_t from, int64_t to) {
+  const __mmask8 mask = static_cast<__mmask8>((0xffu >> (8 - to)) & (0xffu << from));
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_maskz_loadu_ps(mask, p));
+}
+inline void put(float* p, const v8& x) { _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(0xff, x)); }
+#else
+inline v8 lanes(const double* p, int64_t from, int64_t to) {
+  double x[8] = {};
+  for (int64_t j = from; j < to; ++j) x[j] = p[j];
+  return load(x);
+}
+inline v8 lanes(const float* p, int64_t from, int64_t to) {
+  float x[8] = {};
+  for (int64_t j = from; j < to; ++j) x[j] = p[j];
+  return load(x);
+}
+inline void put(float* p, const v8& x) { *reinterpret_cast<f8u*>(p) = __builtin_convertvector(x, f8u); }
+#endif
+inline void put(double* p, const v8& x) { store(p, x); }
+
+// Where rows come from: `find` sets the blocks outside of which row k is zero; `block` reads successors [8 b, 8 b + 8) of a
+// table laid out as the transitions, zero outside the row.
+template <class T>
+struct DenseRows {
+  const TaskTables& in;
+  const int64_t ns;
+  void find(int64_t k, int32_t& low, int32_t& high) const {
+    window(static_cast<const T*>(in.transition) + k * in.stride, ns, low, high);
+  }
+  __attribute__((always_inline)) v8 block(const void* table, int64_t k, int64_t b) const {
+    const T* p = static_cast<const T*>(table) + k * in.stride + b * 8;
+    return b * 8 + 8 <= ns ? load(p) : lanes(p, 0, ns - b * 8);
+  }
+};
+
+template <class T>
+struct WindowRows {  // successors from num_states on are left out
+  const TaskTables& in;
+  const int64_t ns;
+  int64_t end(int64_t k) const {
+    const int64_t e = static_cast<int64_t>(in.first[k]) + in.length[k];
+    return e < ns ? e : ns;
+  }
+  void find(int64_t k, int32_t& low, int32_t& high) const {
+    const int64_t begin = in.first[k], e = end(k);
+    low = begin < e ? static_cast<int32_t>(begin / 8) : 0, high = begin < e ? static_cast<int32_t>((e + 7) / 8) : 0;
+  }
+  __attribute__((always_inline)) v8 block(const void* table, int64_t k, int64_t b) const {
+    const int64_t begin = in.first[k] - b * 8, e = end(k) - b * 8;
+    const int64_t from = begin > 0 ? begin : 0, to = e < 8 ? e : 8;
+    return from < to ? lanes(static_cast<const T*>(table) + in.offset[k] - begin, from, to) : splat(0);
+  }
+};
+
+template <class T, class Rows>
+PlanResult pack(Task& t, const TaskTables& in) {
+  const int64_t ns = t.ns, na = t.na;
+  const Rows table{in, ns};
+  const T* reward = static_cast<const T*>(in.reward);
+  T* out = static_cast<T*>(t.packed);
+  t.widest = 0, t.row_sum = 0, t.reward_magnitude = 0;
+  if (in.offset)
+    for (int64_t k = 0; k < ns * na; ++k)
+      if (outside(in, k)) return first_fault<T>(t, in);
+  int64_t used = 0;
+  bool fault = false;
+  v8 least = splat(0);
+  for (int64_t s = 0; s < ns; ++s) {
+    int32_t* first = t.row_first + s * na;
+    int32_t* end = t.row_end + s * na;
+    int64_t n = 0;
+    for (int64_t a = 0; a < na; ++a) {
+      table.find(s * na + a, first[a], end[a]);
+      n = end[a] - first[a] > n ? end[a] - first[a] : n;
+    }
+    t.blocks[s] = static_cast<int32_t>(n), t.offset[s] = used;
+    t.widest = n > t.widest ? n : t.widest;
+    bool empty = true;
+    for (int64_t a0 = 0; a0 < na; a0 += 8) {
+      const int64_t rows = na - a0 < 8 ? na - a0 : 8;
+      v8 total[8], mean[8], size[8];
+      clear(total), clear(mean), clear(size);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t k = s * na + a0 + r;
+        // a row narrower than the state's widest takes in zeros next to it, all of it within the table
+        const int64_t start = t.row_first[k] + n <= t.nb ? t.row_first[k] : t.nb - n;
+        t.row_start[k] = static_cast<int32_t>(start);
+        v8 sum = splat(0), gains = splat(0), sizes = splat(0);
+        for (int64_t b = start; b < start + n; ++b, used += 8) {
+          const v8 p = table.block(in.transition, k, b);
+          put(out + used, p);
+          sum += p;
+          least = p < least ? p : least;
+          if (in.reward_by_successor) {
+            // the reward of an impossible transition counts for nothing, even if it is NaN
+            const v8 x = p != 0 ? table.block(reward, k, b) * p : splat(0);
+            gains += x;
+            sizes += x < 0 ? -x : x;
+          }
+        }
+        total[r] = sum, mean[r] = gains, size[r] = sizes;
+      }
+      alignas(64) double mass[8], means[8], sizes[8];
+      store(mass, row_sums(total)), store(means, row_sums(mean)), store(sizes, row_sums(size));
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t k = s * na + a0 + r;
+        if (!in.reward_by_successor) {
+          means[r] = static_cast<double>(reward[k]);
+          sizes[r] = means[r] < 0 ? -means[r] : means[r];
+        }
+        t.reward[k] = means[r], t.magnitude[k] = sizes[r];
+        if (mass[r] == 0) {  // of zeros only: otherwise there are negative ones, which are refused below
+          first[a0 + r] = end[a0 + r] = 0;
+          continue;
+        }
+        empty = false;
+        fault |= !(mass[r] - 1 <= 1e-4 && mass[r] - 1 >= -1e-4);
+        t.row_sum = mass[r] > t.row_sum ? mass[r] : t.row_sum;
+      }
+    }
+    const bool ends = in.terminal ? in.terminal[s] : empty;
+    fault |= ends && !empty;
+    for (int64_t k = s * na; k < (s + 1) * na; ++k) {
+      if (ends) t.reward[k] = t.magnitude[k] = 0;
+      fault |= !(t.magnitude[k] <= kLargest);
+      t.reward_magnitude = t.magnitude[k] > t.reward_magnitude ? t.magnitude[k] : t.reward_magnitude;
+    }
+  }
+  for (int j = 0; j < 8; ++j) fault |= least[j] < 0;
+  if (fault) return first_fault<T>(t, in);
+  t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
+  return {};
+}
