@@ -99,10 +99,19 @@ if NVCC:
     extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
 
+def read_by(source: str, found: set[str]) -> set[str]:
+    """A source and all that it includes of ours, however deep."""
+    if source not in found and os.path.exists(source):
+        found.add(source)
+        with open(source) as f:
+            for name in re.findall(r'^#include "([^"]+)"', f.read(), re.M):
+                read_by(f"csrc/{name}", found)
+    return found
+
+
 def changed(obj: str, src: str) -> bool:
-    """Whether an object is older than its source or than any header: a rebuild in place compiles only what it must."""
-    headers = [*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)]
-    return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, [src, *headers]))
+    """Whether an object is older than anything it is made of: a rebuild in place compiles only what it must."""
+    return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, read_by(src, set())))
 
 
 with ParallelCompile(default=0, needs_recompile=changed):
