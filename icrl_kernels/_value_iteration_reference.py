@@ -10,6 +10,8 @@ from torch import Tensor
 from icrl_kernels.packed import PackedTransition, refuse_window
 
 UNIT = 2.0**-53  # half a unit in the last place of float64
+UNDERFLOW = 2.0**-1073  # above what two products may lose to underflow
+MOST_SWEEPS, INNER_SWEEPS = 100_000, 20
 
 
 def dense(
@@ -57,8 +59,10 @@ def refuse(
             6: f"discount: 1 needs a policy that reaches an end, but none does from state {s} of task {n}",
             7: f"discount: 1 needs values that are finite, but in task {n} a policy that never ends, from state {s}, "
             "earns without bound",
-            8: f"discount: with {gamma!r} a policy of task {n} cannot be evaluated: I - discount P is singular",
-            9: f"method: value_iteration needs discount * (largest row sum) < 1, but task {n} has discount {gamma!r}",
+            8: f"discount: with {gamma!r} a policy of task {n} cannot be evaluated: I - discount P is singular, "
+            "or values leave float64's range",
+            9: "method: value_iteration and modified_policy_iteration need discount * (largest row sum) < 1, but task "
+            f"{n} has discount {gamma!r}",
         }[kind]
     )
 
@@ -129,6 +133,11 @@ def _roundings(t: Tensor) -> float:
     return (t.shape[-1] + 16) * 2 * UNIT
 
 
+def _underflow(t: Tensor) -> float:
+    """What underflow may add to that."""
+    return (t.shape[-1] + 16) * UNDERFLOW
+
+
 def policy_iteration(t: Tensor, r: Tensor, size: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, the v that it was backed up from, and iterations for γ [N]; last, refusals [N,2]: kind and state."""
     policy = r.argmax(-1)
@@ -171,18 +180,55 @@ def policy_iteration(t: Tensor, r: Tensor, size: Tensor, gamma: Tensor) -> tuple
     return q, v, iterations, refusal
 
 
-def sweeps(t: Tensor, r: Tensor, size: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sweeps(
+    t: Tensor, r: Tensor, size: Tensor, gamma: Tensor, tol: float, inner: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value iteration; with `inner` sweeps of the greedy policy after each backup, modified policy iteration.
+
+    The span rule (Puterman 1994, section 6.6): when max q - v is nearly the same everywhere, the middle of it over
+    1 - contraction is what is still missing; the values so corrected are what must pass the certificate.
+    """
     refusal = torch.zeros(t.shape[0], 2, dtype=torch.int64, device=t.device)
-    refusal[_contraction(t, gamma) >= 1, 0] = 9
+    kappa = _contraction(t, gamma)
+    refusal[kappa >= 1, 0] = 9
     done = refusal[:, 0] != 0
-    iterations = torch.zeros_like(done, dtype=torch.int64)
+    moves = (t != 0).any(-1).any(-1)
+    iterations, count = torch.zeros_like(done, dtype=torch.int64), 0
     q, v = r.clone(), torch.zeros_like(r[..., 0])
+    limit = torch.full_like(gamma, torch.inf)  # a correction that failed is not tried before the span has halved
     while not done.all():
         iterations += ~done
         q = torch.where(done[:, None, None], q, _backup(t, r, gamma, v))
+        after = q.amax(-1)
+        change = (after - v).abs().amax(-1)
+        bad = ~done & ~change.isfinite()
+        refusal[bad, 0], done = 8, done | bad
         bound, rounding = certificate(t, size, gamma, q, v)
-        done = done | (bound <= tol) | ((q.amax(-1) - v).abs().amax(-1) <= rounding)
-        v = torch.where(done[:, None], v, q.amax(-1))
+        done = done | (bound <= tol) | (change <= rounding) | (count >= MOST_SWEEPS)
+        high = (after - v).masked_fill(~moves, -torch.inf).amax(-1)
+        low = (after - v).masked_fill(~moves, torch.inf).amin(-1)
+        least = 2 * rounding / (1 - kappa)
+        predicted = kappa**2 * (high - low) / 2 / (1 - kappa) + least / 2
+        attempt = ~done & (predicted <= limit) & (predicted <= least.clamp_min(tol))
+        if attempt.any():
+            limit = torch.where(attempt, predicted / 2, limit)
+            shift = kappa / (1 - kappa) * (high + low) / 2
+            corrected = torch.where(moves & attempt[:, None], after + shift[:, None], after)
+            iterations += attempt
+            new = _backup(t, r, gamma, corrected)
+            closer = certificate(t, size, gamma, new, corrected)[0]
+            hit = attempt & (closer <= tol)
+            q, v = torch.where(hit[:, None, None], new, q), torch.where(hit[:, None], corrected, v)
+            done = done | hit
+            after = torch.where((attempt & (closer < bound))[:, None], new.amax(-1), after)
+        v = torch.where(done[:, None], v, after)
+        if inner and not done.all():
+            still, policy = (done | attempt)[:, None], q.argmax(-1)
+            p = t.gather(2, policy[:, :, None, None].expand(-1, -1, 1, t.shape[-1])).squeeze(2)
+            earned = r.gather(2, policy[..., None]).squeeze(2)
+            for _ in range(inner):
+                v = torch.where(still, v, earned + gamma[:, None] * torch.einsum("nsj,nj->ns", p, v))
+        count += 1 + inner
     return q, v, iterations, refusal
 
 
@@ -193,9 +239,9 @@ def _contraction(t: Tensor, gamma: Tensor) -> Tensor:
 def certificate(t: Tensor, size: Tensor, gamma: Tensor, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Given q = backup(v): ‖q − Q*‖ ≤ (rounding + κ‖v − max q‖)/(1 − κ), NaN where κ ≥ 1; and the rounding."""
     kappa = _contraction(t, gamma)
-    rounding = _roundings(t) * (size.amax((1, 2)) + kappa * v.abs().amax(1))
+    rounding = _roundings(t) * (size.amax((1, 2)) + kappa * v.abs().amax(1)) + _underflow(t)
     change = (q.amax(-1) - v).abs().amax(-1)
-    bound = (rounding + kappa * change) / (1 - kappa) * (1 + 16 * UNIT)
+    bound = (rounding + kappa * change) / (1 - kappa) * (1 + 16 * UNIT) + UNDERFLOW
     return torch.where(kappa < 1, bound, torch.nan), rounding
 
 
@@ -211,13 +257,14 @@ def certificate_by_hitting_times(t: Tensor, r: Tensor, size: Tensor, gamma: Tens
     greedy = q.argmax(-1)
     exact = _backup(t, r, gamma, v)
     rounding = c * (size + gamma[:, None, None] * torch.einsum("nsaj,nj->nsa", t, v.abs()) + v.abs()[..., None])
+    rounding = rounding + _underflow(t)
     least = v[..., None] - exact - rounding  # v − 𝒯_a v is at least this
     most = v[..., None] - exact + rounding
     policy, proven = greedy, torch.full_like(gamma, torch.inf)
     for _ in range(20):
         w = _evaluate(t, gamma, policy, torch.ones_like(v))
         kept = (gamma < 1) | _endings(t, policy)[0].all(-1)
-        kept &= w.isfinite().all(-1) & (w > 0).all(-1)
+        kept &= w.isfinite().all(-1) & (w > 0.5).all(-1)  # it is at least 1
         w = torch.where(kept[:, None], w, 1.0)
         after = gamma[:, None, None] * torch.einsum("nsaj,nj->nsa", t, w)
         drop = (w[..., None] - after) - c * (w[..., None] + after)  # w − γ P_a w is at least this
@@ -231,7 +278,7 @@ def certificate_by_hitting_times(t: Tensor, r: Tensor, size: Tensor, gamma: Tens
         bound = (exact - q).abs().amax((1, 2)) + (rounding.amax((1, 2)) + _contraction(t, gamma) * error) * (
             1 + 16 * UNIT
         )
-        bound = torch.maximum(bound, error)
+        bound = torch.maximum(bound, error) + UNDERFLOW
         good = kept & ~upper_fails.any(-1).any(-1) & bound.isfinite()
         proven = torch.where(good, torch.minimum(proven, bound), proven)
         retry = kept & ~good

@@ -11,7 +11,8 @@ from icrl_kernels import _C, _checks, _registry
 from icrl_kernels import _value_iteration_reference as specification
 from icrl_kernels.packed import PackedTransition
 
-METHODS = ("auto", "policy_iteration", "value_iteration")
+# The number is csrc/cpu/policy_iteration.h's Method.
+METHODS = {"auto": 0, "policy_iteration": 0, "value_iteration": 1, "modified_policy_iteration": 2}
 
 
 class ValueIteration(NamedTuple):
@@ -41,7 +42,8 @@ def value_iteration(
     are taken as given, never renormalised.
 
     Args:
-        transition: T, `[N, S, A, S]`, float32 or float64, or a PackedTransition. An all-zero row ends the episode.
+        transition: T, `[N, S, A, S]`, float32 or float64, or a PackedTransition. An all-zero row ends the episode
+            after its reward.
         reward: r̄, `[N, S, A]`, or R, `[N, S, A, S]` (read where T > 0 only); same dtype. With a PackedTransition R is
             `[M]`, laid out as its probabilities.
         discount: γ in [0, 1]: a float, or a tensor `[G]` (the same for every task) or `[N, G]`.
@@ -49,19 +51,21 @@ def value_iteration(
             states whose rows are zero for every action.
         num_states: `[N]` int64, for batches of unequal tasks: states from num_states[n] on are padding, are not read,
             and get value 0 and action 0. Nor are a window's probabilities of such states.
-        tol: the error_bound that value iteration stops at. Policy iteration is exact up to rounding and ignores it.
-            Where rounding in float64 does not allow `tol`, the bound that was reached is returned: look at it.
-        method: "policy_iteration" (Howard 1960), "value_iteration" (Jacobi sweeps from 0; needs γ < 1), or "auto",
-            which is policy iteration.
+        tol: the error_bound that the methods that sweep stop at. Policy iteration is exact up to rounding and ignores
+            it. Where rounding in float64 or 100,000 sweeps (γ near 1) do not allow `tol`, the bound that was reached
+            is returned: look at it.
+        method: "policy_iteration" (Howard 1960); "value_iteration", Jacobi sweeps from 0, stopped by the span rule
+            (Puterman 1994, section 6.6); "modified_policy_iteration", with 20 sweeps of the greedy policy between
+            backups (Puterman & Shin 1978); or "auto", policy iteration. The two that sweep need κ < 1 (below).
         backend: "cpu", "cuda", "reference" or None, the fastest that serves the device.
 
     Returns:
         q `[N, S, A]`, v = max_a q `[N, S]`, policy = argmax_a q (the lowest of equals) `[N, S]` int64, error_bound
-        `[N]`, iterations `[N]` int64 (policies evaluated, or sweeps). A tensor of discounts adds a dimension G after N.
+        `[N]`, iterations `[N]` int64 (policies evaluated, or backups). A tensor of discounts adds a dimension G after N.
         sup|q − Q*| ≤ error_bound and sup|v − V*| ≤ error_bound hold for the tables as given, rounding included. With
-        κ = γ·(largest row sum) < 1 the bound is (‖q − 𝒯q‖∞ + rounding)/(1 − κ) (Puterman 1994, section 6.3). Otherwise
-        it comes from the expected time to the end under the near-optimal actions (after Bertsekas & Tsitsiklis 1991),
-        and is inf where that proves nothing.
+        κ = γ·(largest row sum) < 1 the bound is (‖q − 𝒯q‖∞ + rounding)/(1 − κ) (Puterman 1994, section 6.3). With κ ≥ 1
+        or γ = 1 it comes from the expected time to the end under the near-optimal actions (after Bertsekas & Tsitsiklis
+        1991), and is inf where that proves nothing.
 
     With γ = 1, Q* is the best over policies that reach an end from every state; it is refused if there is none, or if a
     policy that never ends earns without bound. Not differentiable: inputs that require a gradient are refused.
@@ -69,7 +73,7 @@ def value_iteration(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; γ outside [0, 1]; a transition that is negative,
             not finite, or whose row sums to neither 0 nor, within 1e-4, 1; a window that leaves its table; a reward
-            that is not finite; γ = 1 as above.
+            that is not finite; values beyond float64; γ = 1 as above.
     """
     windows: list[Tensor] = []
     if isinstance(transition, PackedTransition):
@@ -166,15 +170,16 @@ def _certify_the_rest(
     terminal: Tensor | None,
     num_states: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Fill the bounds that are NaN because there is no contraction."""
+    """Improve the bounds that are NaN because there is no contraction, or large because there hardly is."""
     q, bound = out[0], out[3]
     for g in range(q.shape[1]):
-        i = bound[:, g].isnan().nonzero().squeeze(1)
+        i = (bound[:, g].isnan() | (discount[:, g] == 1)).nonzero().squeeze(1)
         if len(i):
             ends, sizes = (None if x is None else x[i] for x in (terminal, num_states))
             some = specification.dense(*specification.select(i, transition, reward, windows), sizes)
             t, r, size = specification.tables(*some, discount[i], ends, sizes)
-            bound[i, g] = specification.certificate_by_hitting_times(t, r, size, discount[i, g], q[i, g])
+            proven = specification.certificate_by_hitting_times(t, r, size, discount[i, g], q[i, g])
+            bound[i, g] = torch.fmin(bound[i, g], proven)
     return out
 
 
@@ -200,8 +205,9 @@ def _reference(
     out = _empty(n, gammas.shape[1], s, a, transition.device)
     for g in range(gammas.shape[1]):
         gamma = gammas[:, g]
-        if method == "value_iteration":
-            q, v, iterations, refusal = specification.sweeps(t, r, size, gamma, tol)
+        if METHODS[method]:
+            inner = specification.INNER_SWEEPS if method == "modified_policy_iteration" else 0
+            q, v, iterations, refusal = specification.sweeps(t, r, size, gamma, tol, inner)
         else:
             q, v, iterations, refusal = specification.policy_iteration(t, r, size, gamma)
         if (refusal[:, 0] != 0).any():
@@ -240,7 +246,7 @@ def _compiled(
         gammas.data_ptr(),
         *(() if order is None else (order.data_ptr(),)),
         *(n, gammas.shape[1], s, a),
-        1 if method == "value_iteration" else 0,
+        METHODS[method],
         tol,
         *(x.data_ptr() for x in out),
         refusal.data_ptr(),
@@ -268,6 +274,10 @@ def _cuda(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments)
             "transition: the cuda backend takes dense tables, got a PackedTransition: unpack() it, or use 'reference'"
         )
     _check(transition, reward, windows, *arguments)
+    if arguments[-1] == "modified_policy_iteration":
+        raise ValueError(
+            "method: the cuda backend has policy_iteration and value_iteration, got 'modified_policy_iteration'"
+        )
     n, s, a, _ = transition.shape
     device = transition.get_device()
     size = _C.value_iteration_cuda_workspace(n, s, a, transition.dtype == torch.float64, device)

@@ -5,7 +5,7 @@
 
 namespace icrl {
 
-enum class Method : int { policy_iteration = 0, value_iteration = 1 };
+enum class Method : int { policy_iteration = 0, value_iteration = 1, modified_policy_iteration = 2 };
 
 // Why a task was refused; `row` of the result is state * num_actions + action.
 enum class Refusal : int {
@@ -17,8 +17,8 @@ enum class Refusal : int {
   terminal_row = 5,      // a terminal state has an outgoing transition
   no_proper_policy = 6,  // discount 1: from this state no policy reaches an end
   unbounded = 7,         // discount 1: never ending earns without bound from this state
-  singular = 8,          // I - discount P could not be inverted
-  no_contraction = 9,    // value iteration needs discount * (largest row sum) < 1
+  singular = 8,          // I - discount P could not be inverted, or values leave float64's range
+  no_contraction = 9,    // methods that sweep need discount * (largest row sum) < 1
   window = 10,           // a window of a packed table leaves it
 };
 

@@ -1,5 +1,8 @@
 // Batched tabular control on the CPU: dispatch, threads over tasks, discounts of a task in ascending order.
 #include <pybind11/pybind11.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <memory>
@@ -74,8 +77,20 @@ TaskTables tables_of(const Batch& b, int64_t i) {
   return t;
 }
 
+// The bounds count on gradual underflow; a thread may have been told to flush (torch.set_flush_denormal).
+class GradualUnderflow {
+#if defined(__SSE2__)
+  const unsigned before_ = _mm_getcsr();
+
+ public:
+  GradualUnderflow() { _mm_setcsr(before_ & ~0x8040u); }
+  ~GradualUnderflow() { _mm_setcsr(before_); }
+#endif
+};
+
 // Solves task i for all its discounts, in ascending order, each from the last one's policy.
 void solve_task(const Batch& b, int64_t i, int64_t bytes) {
+  const GradualUnderflow guard;
   thread_local Scratch scratch;
   thread_local std::vector<int64_t> order, warm;
   void* work = scratch.get(bytes);

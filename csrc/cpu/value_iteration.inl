@@ -15,6 +15,8 @@ typedef float f8u __attribute__((vector_size(32), aligned(4)));
 typedef long long i8 __attribute__((vector_size(64)));
 
 constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
+constexpr double kUnderflow = 0x1p-1073;  // above what two products may lose to underflow
+constexpr int64_t kMostSweeps = 100000, kInnerSweeps = 20;
 
 inline v8 load(const double* p) { return *reinterpret_cast<const v8u*>(p); }
 #if defined(__AVX512F__)
@@ -89,16 +91,17 @@ void backup(Task& t, double discount, const double* v) {
   }
 }
 
-// A bound on the rounding error of one entry of backup(), given max |v|.
+// A bound on the rounding error of one entry of backup(), given max |v|: relative, and what underflow adds.
 double backup_rounding(const Task& t, double discount, double largest) {
-  return (t.widest * 8 + 16) * 2 * kUnit * (t.reward_magnitude + discount * t.row_sum * largest);
+  const double terms = t.widest * 8 + 16;
+  return terms * 2 * kUnit * (t.reward_magnitude + discount * t.row_sum * largest) + terms * kUnderflow;
 }
 
 double largest_magnitude(const double* x, int64_t n) {
   double m = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double a = x[i] < 0 ? -x[i] : x[i];
-    m = a > m ? a : m;
+    m = a > m || a != a ? a : m;  // once NaN, for ever NaN
   }
   return m;
 }
@@ -246,20 +249,39 @@ int64_t cannot_end(Task& t, int64_t* policy, bool choose) {
   return -1;
 }
 
-// ---- the two methods ---------------------------------------------------------------------------------------------------
+// ---- the methods -------------------------------------------------------------------------------------------------------
 
-// |t.q - Q*| given that t.q = backup(v) and t.next = max t.q: the residual q - (r + discount T next) is at most
-// rounding + contraction * max |v - next|.
-double certificate(const Task& t, double discount, const double* v) {
-  const double contraction = discount * t.row_sum * (1 + 4 * kUnit);
-  if (!(contraction < 1)) return __builtin_nan("");
-  double change = 0;
+// How far one backup moves the values: the largest |next - v|, and the least and the greatest next - v of states with a row.
+struct Change {
+  double size = 0, low = __builtin_inf(), high = -__builtin_inf();
+};
+
+inline bool moves(const Task& t, int64_t s) {
+  for (int64_t k = s * t.na; k < (s + 1) * t.na; ++k)
+    if (t.row_first[k] < t.row_end[k]) return true;
+  return false;
+}
+
+Change change(const Task& t, const double* v) {
+  Change c;
   for (int64_t s = 0; s < t.ns; ++s) {
-    const double d = t.next[s] > v[s] ? t.next[s] - v[s] : v[s] - t.next[s];
-    change = d > change ? d : change;
+    const double d = t.next[s] - v[s], size = d < 0 ? -d : d;
+    c.size = size > c.size || size != size ? size : c.size;
+    if (!moves(t, s)) continue;
+    c.low = d < c.low ? d : c.low, c.high = d > c.high ? d : c.high;
   }
+  return c;
+}
+
+double contraction(const Task& t, double discount) { return discount * t.row_sum * (1 + 4 * kUnit); }
+
+// |t.q - Q*| given that t.q = backup(v), t.next = max t.q and |t.next - v| <= change: the residual q - (r + discount T next)
+// is at most rounding + contraction * change. NaN where there is no contraction.
+double certificate(const Task& t, double discount, const double* v, double change) {
+  const double kappa = contraction(t, discount);
+  if (!(kappa < 1)) return __builtin_nan("");
   const double rounding = backup_rounding(t, discount, largest_magnitude(v, t.ns));
-  return (rounding + contraction * change) / (1 - contraction) * (1 + 16 * kUnit);
+  return (rounding + kappa * change) / (1 - kappa) * (1 + 16 * kUnit) + kUnderflow;
 }
 
 inline int64_t greedy(const double* q, int64_t na) {
@@ -295,9 +317,11 @@ PlanResult policy_iteration(Task& t, double discount) {
   int64_t from = 0, small_rounds = 0;
   for (;;) {
     ++out.iterations;
-    if (!evaluate<T>(t, discount, policy, from)) return out.refusal = Refusal::singular, out;
+    const bool solved = evaluate<T>(t, discount, policy, from);
+    const double largest = largest_magnitude(t.v, t.ns);
+    if (!solved || !(largest <= kLargest)) return out.refusal = Refusal::singular, out;
     backup<T>(t, discount, t.v);
-    const double coarse = backup_rounding(t, discount, largest_magnitude(t.v, t.ns)) * 2;
+    const double coarse = backup_rounding(t, discount, largest) * 2;
     bool changed = false, large = false;
     for (int64_t s = 0; s < t.ns; ++s) {
       const double* q = t.q + s * t.na;
@@ -321,28 +345,77 @@ PlanResult policy_iteration(Task& t, double discount) {
       if (s >= 0) return out.refusal = Refusal::unbounded, out.row = s * t.na, out;
     }
   }
-  out.bound = certificate(t, discount, t.v);
+  const Change c = change(t, t.v);
+  if (!(c.size <= kLargest)) return out.refusal = Refusal::singular, out;
+  out.bound = certificate(t, discount, t.v, c.size);
   return out;
 }
 
+// t.v = reward + discount P t.v for the policy of t.policy.
 template <class T>
-PlanResult value_iteration(Task& t, double discount, double tol) {
+void policy_sweep(Task& t, double discount) {
+  for (int64_t s0 = 0; s0 < t.ns; s0 += 8) {
+    v8 acc[8];
+    clear(acc);
+    const int64_t count = t.ns - s0 < 8 ? t.ns - s0 : 8;
+    alignas(64) double reward[8] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t s = s0 + r, k = s * t.na + t.policy[s], n = t.blocks[s] * 8;
+      const T* p = static_cast<const T*>(t.packed) + t.offset[s] + t.policy[s] * n;
+      const double* v = t.v + t.row_start[k] * 8;
+      v8 one = splat(0);
+      for (int64_t b = 0; b < n; b += 8) one += load(p + b) * load(v + b);
+      acc[r] = one, reward[r] = t.reward[k];
+    }
+    store(t.next + s0, load(reward) + discount * row_sums(acc));
+  }
+  __builtin_memcpy(t.v, t.next, t.nb * 8 * sizeof(double));
+}
+
+// Value iteration, and with `inner` sweeps of the greedy policy after each backup modified policy iteration (Puterman and
+// Shin 1978). The span rule (Puterman 1994, section 6.6): when next - v is nearly the same everywhere, the middle of it over
+// 1 - contraction is what is still missing, and the values so corrected are what must pass the certificate.
+template <class T>
+PlanResult sweeps(Task& t, double discount, double tol, int64_t inner) {
   PlanResult out;
-  for (int64_t s = 0; s < t.nb * 8; ++s) t.v[s] = 0;
-  for (;;) {
+  const double kappa = contraction(t, discount);
+  if (!(kappa < 1)) return out.refusal = Refusal::no_contraction, out;
+  for (int64_t s = 0; s < t.nb * 8; ++s) t.v[s] = t.next[s] = 0;
+  double limit = __builtin_inf();  // a correction that failed is not tried again before the span has halved
+  for (int64_t done = 0;; done += 1 + inner) {
     ++out.iterations;
     backup<T>(t, discount, t.v);
-    out.bound = certificate(t, discount, t.v);
-    if (!(out.bound == out.bound)) return out.refusal = Refusal::no_contraction, out;
-    double change = 0;
-    for (int64_t s = 0; s < t.ns; ++s) {
-      const double d = t.next[s] > t.v[s] ? t.next[s] - t.v[s] : t.v[s] - t.next[s];
-      change = d > change ? d : change;
-    }
+    const Change c = change(t, t.v);
+    if (!(c.size <= kLargest)) return out.refusal = Refusal::singular, out;
+    out.bound = certificate(t, discount, t.v, c.size);
     // below rounding nothing is to be gained
-    if (out.bound <= tol || change <= backup_rounding(t, discount, largest_magnitude(t.v, t.ns))) return out;
+    const double rounding = backup_rounding(t, discount, largest_magnitude(t.v, t.ns));
+    if (out.bound <= tol || c.size <= rounding || done >= kMostSweeps) return out;
+    const double least = 2 * rounding / (1 - kappa);
+    const double predicted = kappa * kappa * (c.high - c.low) / 2 / (1 - kappa) + least / 2;
+    if (predicted <= limit && predicted <= (tol > least ? tol : least)) {
+      limit = predicted / 2;
+      const double shift = kappa / (1 - kappa) * (c.high + c.low) / 2, before = out.bound;
+      for (int64_t s = 0; s < t.ns; ++s) t.rhs[s] = t.next[s], t.v[s] = moves(t, s) ? t.next[s] + shift : t.next[s];
+      ++out.iterations;
+      backup<T>(t, discount, t.v);
+      out.bound = certificate(t, discount, t.v, change(t, t.v).size);
+      if (out.bound <= tol) return out;
+      const double* better = out.bound < before ? t.next : t.rhs;
+      for (int64_t s = 0; s < t.ns; ++s) t.v[s] = better[s];
+      continue;
+    }
     for (int64_t s = 0; s < t.ns; ++s) t.v[s] = t.next[s];
+    if (inner)
+      for (int64_t s = 0; s < t.ns; ++s) t.policy[s] = greedy(t.q + s * t.na, t.na);
+    for (int64_t x = 0; x < inner; ++x) policy_sweep<T>(t, discount);
   }
+}
+
+template <class T>
+PlanResult solve(Task& t, double discount, Method method, double tol) {
+  if (method == Method::policy_iteration) return policy_iteration<T>(t, discount);
+  return sweeps<T>(t, discount, tol, method == Method::value_iteration ? 0 : kInnerSweeps);
 }
 
 }  // namespace
@@ -363,10 +436,7 @@ PlanResult vi_pack(const TaskTables& in, void* scratch) {
 PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch) {
   Task& t = *static_cast<Task*>(scratch);
   for (int64_t s = 0; s < t.ns; ++s) t.policy[s] = policy[0] < 0 ? greedy(t.reward + s * t.na, t.na) : policy[s];
-  const PlanResult out = method == Method::policy_iteration
-                             ? t.is_double ? policy_iteration<double>(t, discount) : policy_iteration<float>(t, discount)
-                         : t.is_double ? value_iteration<double>(t, discount, tol)
-                                       : value_iteration<float>(t, discount, tol);
+  const PlanResult out = t.is_double ? solve<double>(t, discount, method, tol) : solve<float>(t, discount, method, tol);
   if (out.refusal != Refusal::none) return out;
   __builtin_memcpy(q, t.q, t.ns * t.na * sizeof(double));
   for (int64_t s = 0; s < t.ns; ++s) v[s] = t.next[s], policy[s] = greedy(t.q + s * t.na, t.na);
