@@ -199,6 +199,11 @@ def run_agent(
     record: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Context:
     """The model in every task, one context each, from nothing. `record` is given (state, observation, action, reward, done) a step."""
+    if tasks.multi_token:
+        raise ValueError(
+            f"tasks: the model reads one token and takes one action a step, got {tasks.observation_tokens} and "
+            f"{tasks.action_tokens}"
+        )
     tables = tasks.tables()
     agent = Agent(
         model,
@@ -213,7 +218,7 @@ def run_agent(
     rewards, dones = torch.zeros(len(tasks), steps), torch.zeros(len(tasks), steps, dtype=torch.uint8)
     for t in tqdm(range(steps), desc=progress, unit="step", disable=progress is None):
         state = simulator.state.clone()
-        observation = tasks.observe(state)
+        observation = tasks.emit(state, seed=seed, step=t)[:, 0]
         action = agent.act(observation)
         reward, done, _ = rollout_step(tables, simulator, action)
         agent.observe(reward, done)

@@ -1,17 +1,21 @@
 """Tabular worlds: batches of tasks, their samplers, and environments over them."""
 
 from icrl.worlds.gym_env import TabularEnv, TabularVectorEnv
+from icrl.worlds.pomdp import EnvironmentSteps, regroup, sample_pomdp
 from icrl.worlds.quality import Quality, quality
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tables import TabularTasks
 
 __all__ = [
+    "EnvironmentSteps",
     "Quality",
     "TabularEnv",
     "TabularTasks",
     "TabularVectorEnv",
     "quality",
+    "regroup",
     "sample_anymdp",
     "sample_bandit",
     "sample_garnet",
+    "sample_pomdp",
 ]

@@ -27,11 +27,10 @@ def wrap(x: int) -> int:
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def keys_of(seed: int, index: Tensor, stream: int = 0) -> Tensor:
-    """One int64 key for each index under (seed, stream)."""
-    root = mix(
-        mix(torch.tensor(wrap(seed), device=index.device)) ^ torch.tensor(wrap(stream * GOLDEN), device=index.device)
-    )
+def keys_of(seed: int | Tensor, index: Tensor, stream: int = 0) -> Tensor:
+    """One int64 key for each index under (seed, stream); a tensor of seeds goes along with the indices."""
+    given = seed if isinstance(seed, Tensor) else torch.tensor(wrap(seed), device=index.device)
+    root = mix(mix(given) ^ torch.tensor(wrap(stream * GOLDEN), device=index.device))
     return mix(root + (index + 1) * GOLDEN)
 
 

@@ -17,12 +17,18 @@ from icrl.worlds.tables import TabularTasks
 from icrl_kernels import RolloutState, rollout_start, rollout_step
 
 
-class TabularEnv(gymnasium.Env[np.int64, np.int64]):
+def _space(size: int, tokens: int) -> spaces.Discrete | spaces.MultiDiscrete:
+    return spaces.Discrete(size) if tokens == 1 else spaces.MultiDiscrete([size] * tokens)
+
+
+class TabularEnv(gymnasium.Env[Any, Any]):
     """One tabular task, an AnyMDP task unless another is given.
 
-    Observations are observed ids (`state_mapping`), actions the task's own. It terminates on entering a terminal state,
-    is truncated after the task's max_steps otherwise, and is reproducible by `reset(seed=...)`. The info holds the inner `state`
-    and, after a step, `mean_reward`, the reward without its noise.
+    Observations are observed ids (`state_mapping`), or a partially observed task's tokens, drawn anew at each visit;
+    actions the task's own, all of several action tokens taken in turn in one step. Spaces are Discrete, MultiDiscrete
+    for several tokens. It terminates on entering a terminal state, is truncated after the task's max_steps otherwise,
+    and is reproducible by `reset(seed=...)`. The info holds the inner `state` and, after a step, `mean_reward`, the
+    reward without its noise.
 
     Args:
         task: a TabularTasks of one task, or the seed of an AnyMDP task with num_states states and num_actions actions.
@@ -44,10 +50,14 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         self.render_mode = render_mode
         self._sampled = num_states, num_actions
         self._set_task(task)
-        self._sizes = self.task.num_observations, int(self.task.num_actions[0])
-        self.observation_space, self.action_space = (spaces.Discrete(k) for k in self._sizes)
+        self.observation_space, self.action_space = self._spaces(self.task)
         self._state: int | None = None
         self._last: tuple[int, float] | None = None
+
+    @staticmethod
+    def _spaces(task: TabularTasks) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
+        seen = _space(task.num_observations, task.observation_tokens)
+        return seen, _space(int(task.num_actions[0]), task.action_tokens)
 
     def _set_task(self, task: TabularTasks | int) -> None:
         if not isinstance(task, TabularTasks):
@@ -60,43 +70,59 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         self._start = self.task.start[0].cumsum(-1, dtype=torch.float64).numpy()
         self._reward, self._ids = reward[0].numpy(), self.task.state_mapping[0].numpy()
         self._noise_state, self._noise_action = self.task.noise_state[0].numpy(), self.task.noise_action[0].numpy()
+        emission = self.task.emission
+        self._emission = None if emission is None else emission[0].cumsum(-1, dtype=torch.float64).numpy()
         self._terminal, self._horizon = self.task.terminal[0].numpy(), int(self.task.max_steps[0])
 
     def _draw(self, cumulative: np.ndarray) -> int:
         u = self.np_random.random() * (1 - 2.0**-52)  # so that rounding cannot reach the total
         return int(cumulative.searchsorted(u * cumulative[-1], side="right"))
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.int64, dict[str, Any]]:
+    def _see(self, state: int) -> Any:
+        if self._emission is None:
+            return self._ids[state]
+        tokens = np.array([self._draw(rows[state]) for rows in self._emission])
+        return tokens if len(tokens) > 1 else tokens[0]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         if options and (unknown := set(options) - {"task"}):
             raise ValueError(f"options: wanted 'task' only, got {sorted(unknown)}")
         if options and "task" in options:
             self._set_task(options["task"])
-            sizes = self.task.num_observations, int(self.task.num_actions[0])
-            if sizes != self._sizes:
-                raise ValueError(f"task: has (observed ids, actions) {sizes}, but the spaces are of {self._sizes}")
+            fresh = self._spaces(self.task)
+            if fresh != (self.observation_space, self.action_space):
+                raise ValueError(
+                    f"task: has observed ids and actions {fresh[0]}, {fresh[1]}, but the spaces are "
+                    f"{self.observation_space}, {self.action_space}"
+                )
         self._state, self._steps, self._last = self._draw(self._start), 0, None
-        return self._ids[self._state], {"state": self._state}
+        self._seen = self._see(self._state)
+        return self._seen, {"state": self._state}
 
-    def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("step: the episode has ended or not begun, call reset first")
-        if not 0 <= action < self._sizes[1]:
-            raise ValueError(f"action: wanted 0 to {self._sizes[1] - 1}, got {action}")
-        s, a = self._state, int(action)
-        following = self._draw(self._cumulative[s, a])
-        mean = float(self._reward[s, a, following])
-        deviation = float(self._noise_state[following] + self._noise_action[s, a])
-        reward = mean + deviation * self.np_random.standard_normal() if deviation else mean
+        na, tokens = self._reward.shape[1], self.task.action_tokens
+        actions = [action] if tokens == 1 else list(np.atleast_1d(action))
+        if len(actions) != tokens or not all(0 <= a < na for a in actions):
+            raise ValueError(f"action: wanted {tokens} of 0 to {na - 1}, got {action}")
+        state, reward, mean, terminated = self._state, 0.0, 0.0, False
+        for a in map(int, actions):
+            following = self._draw(self._cumulative[state, a])
+            expected = float(self._reward[state, a, following])
+            deviation = float(self._noise_state[following] + self._noise_action[state, a])
+            mean += expected
+            reward += expected + deviation * self.np_random.standard_normal() if deviation else expected
+            state, terminated = following, bool(self._terminal[following])
+            if terminated:
+                break
         self._steps += 1
-        terminated = bool(self._terminal[following])
         truncated = self._steps >= self._horizon and not terminated
-        self._last = a, reward
-        self._state = None if terminated or truncated else following
-        self._shown = following
-        return self._ids[following], reward, terminated, truncated, {"state": following, "mean_reward": mean}
+        self._last = action, reward
+        self._state = None if terminated or truncated else state
+        self._shown, self._seen = state, self._see(state)
+        return self._seen, reward, terminated, truncated, {"state": state, "mean_reward": mean}
 
     def render(self) -> Any:
         if self.render_mode is None:
@@ -107,7 +133,7 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         if self.render_mode == "ansi":
             end = " (terminal)" if self._terminal[state] else ""
             did = f"action {self._last[0]}, reward {self._last[1]:+.3f} -> " if self._last else ""
-            return f"step {self._steps}: {did}state {state}, observed as {self._ids[state]}{end}"
+            return f"step {self._steps}: {did}state {state}, observed as {self._seen}{end}"
         from icrl.worlds.draw import draw_task, to_rgb
 
         return to_rgb(draw_task(self.task, current=state))
@@ -118,7 +144,8 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Each has its own stream: `reset(seed=k)` gives environment i the seed k + i, and its trajectory then depends on that
     seed and its actions alone. Rewards are float32. Infos hold the inner `state` [N]; with SAME_STEP, where episodes
-    ended, `final_obs` [N] and `_final_obs` (the mask), as Gymnasium has it.
+    ended, `final_obs` and `_final_obs` (the mask), as Gymnasium has it. Observations are [N], or [N,K] for several
+    observation tokens, and actions [N] or [N,D], as `TabularEnv` has them.
 
     Args:
         tasks: a batch of tasks. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its action) or
@@ -134,10 +161,12 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.tasks = tasks.validate().to("cpu")
         self.num_envs = len(tasks)
         self.metadata = {"autoreset_mode": mode}
-        self.single_observation_space = spaces.Discrete(tasks.num_observations)
-        self.single_action_space = spaces.Discrete(int(tasks.num_actions.max()))
+        self.single_observation_space = _space(tasks.num_observations, tasks.observation_tokens)
+        self.single_action_space = _space(int(tasks.num_actions.max()), tasks.action_tokens)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = spaces.MultiDiscrete(self.tasks.num_actions.numpy())
+        own = self.tasks.num_actions.numpy()
+        D = tasks.action_tokens
+        self.action_space = spaces.MultiDiscrete(own if D == 1 else np.repeat(own[:, None], D, 1))
         self._same_step = mode == AutoresetMode.SAME_STEP
         self._tables = self.tasks.tables()
         self._keys: torch.Tensor | None = None
@@ -172,44 +201,52 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()
-        return self._observe(self._state.state), {"state": self._state.state.numpy().copy()}
+        return self._observe(self._state.state, self._state.step), {"state": self._state.state.numpy().copy()}
 
-    def _observe(self, states: torch.Tensor) -> np.ndarray:
-        return self.tasks.observe(states).numpy()
+    def _observe(self, states: torch.Tensor, step: torch.Tensor) -> np.ndarray:
+        assert self._keys is not None
+        tokens = self.tasks.emit(states, seed=self._keys, record=torch.zeros_like(self._keys), step=step)
+        return (tokens if tokens.shape[1] > 1 else tokens[:, 0]).numpy()
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("step: call reset first")
         actions = torch.as_tensor(actions).long()
-        if actions.shape != (self.num_envs,):
-            raise ValueError(f"actions: wanted shape [{self.num_envs}], got {list(actions.shape)}")
-        if ((actions < 0) | (actions >= self.tasks.num_actions)).any():
-            raise ValueError(f"actions: out of range, first in environment {self._bad(actions)}")
-        asleep, any_asleep = self._asleep, bool(self._asleep.any())
-        if any_asleep:  # their episode has begun already, within the step that ended the last one: it waits
-            waiting = [(t, t[asleep]) for t in (self._state.step, self._state.state, self._state.elapsed)]
-        reward, done, moved = rollout_step(self._tables, self._state, actions)
-        moved = moved.long()
-        if any_asleep:
-            for tensor, kept in waiting:
-                tensor[asleep] = kept
-            done, reward = done.masked_fill(asleep, 0), reward.masked_fill(asleep, 0)
-            moved = torch.where(asleep, self._state.state, moved)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions: wanted shape {list(self.action_space.shape or ())}, got {list(actions.shape)}")
+        actions = actions.view(self.num_envs, -1)
+        if (bad := (actions < 0) | (actions >= self.tasks.num_actions[:, None])).any():
+            i, d = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"actions: out of range, first in environment {i}: wanted 0 to {int(self.tasks.num_actions[i]) - 1}, "
+                f"got {int(actions[i, d])}"
+            )
+        state = self._state
+        waits = self._asleep.clone()  # their episode has begun already, within the step that ended the last one
+        reward, done = torch.zeros(self.num_envs, dtype=torch.float64), torch.zeros(self.num_envs, dtype=torch.uint8)
+        moved = state.state.clone()
+        for column in actions.unbind(1):
+            kept = [(t, t[waits]) for t in (state.step, state.state, state.elapsed)] if waits.any() else []
+            earned, over, following = rollout_step(self._tables, state, column.contiguous())
+            for tensor, values in kept:
+                tensor[waits] = values
+            reward += earned.double().masked_fill(waits, 0)
+            done = torch.where(waits, done, over)
+            moved = torch.where(waits, moved, following.long())
+            waits = waits | (over > 0)
         ended = done > 0
         info: dict[str, Any] = {}
-        shown = moved
+        after = torch.where(ended, -state.step, state.step)  # ~t for the state in which step t ended
+        shown, step = moved, after
         if self._same_step:
-            shown = self._state.state.clone()
+            shown, step = state.state.clone(), state.step
             if ended.any():
-                info = {"final_obs": self._observe(moved), "_final_obs": ended.numpy()}
+                info = {"final_obs": self._observe(moved, after), "_final_obs": ended.numpy()}
         else:
             self._asleep = ended
         info["state"] = shown.numpy()
-        return self._observe(shown), reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
-
-    def _bad(self, actions: torch.Tensor) -> str:
-        i = int(((actions < 0) | (actions >= self.tasks.num_actions)).nonzero()[0, 0])
-        return f"{i}: wanted 0 to {int(self.tasks.num_actions[i]) - 1}, got {int(actions[i])}"
+        seen = self._observe(shown, step)
+        return seen, reward.float().numpy(), (done == 1).numpy(), (done == 2).numpy(), info
 
 
 def make_anymdp_vec(

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icrl.checkpoint import checksum
-from icrl.worlds import exchange, windows
+from icrl.worlds import counter, exchange, windows
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.packed import PackedTransition
 
 FORMAT, VERSION = "icrl.TabularTasks", "2"  # version 1 had dense tables only and is still read
+EMISSIONS = 5  # stream of the tokens seen; samplers use those before
 ROW_TOLERANCE = 1e-4  # of a probability row's sum: float32 tables of a thousand entries, and hand-written ones
 
 # field -> (symbols of its shape, dtype); a packed transition is four tensors, and its reward is [M]
@@ -355,6 +356,51 @@ class TabularTasks:
         """Observed ids of inner states [N, ...]; ValueError for partially observed tasks, whose states `emit` shows."""
         self._require_observed("observe")
         return self.state_mapping.gather(1, states.reshape(len(self), -1)).view_as(states)
+
+    def emit(
+        self,
+        states: Tensor,
+        *,
+        seed: int | Tensor,
+        step: int | Tensor,
+        record: Tensor | None = None,
+        task_index: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens that are seen in inner states, [R, ..., K] int64; the states' ids, K = 1, where these are observed.
+
+        Token k is drawn from emission[task, k, state] by a hash of (seed, record, step, k): the same in any batch. A
+        simulation's state at step t is seen at `step` t; what its step t ended in is seen at ~t, as t + 1 is a reset.
+
+        Args:
+            states: [R, ...] integers; -1, no state, gives -1. seed: an int, or [R] int64. step: an int, or int64 that
+                broadcasts to the states' shape. record: [R] int64, 0..R-1 by default. task_index: [R] int64, each
+                record's task; 0..N-1 by default.
+        """
+        r = len(states)
+        task = torch.arange(r, device=self.device) if task_index is None else task_index
+        record = torch.arange(r, device=self.device) if record is None else record
+        for name, x in (("task_index", task), ("record", record), ("seed", seed)):
+            if isinstance(x, Tensor) and (x.shape != (r,) or x.dtype != torch.int64):
+                raise ValueError(f"{name}: wanted [{r}] of int64, got {list(x.shape)} of {x.dtype}")
+        if r and (int(task.min()) < 0 or int(task.max()) >= len(self)):
+            raise ValueError(f"task_index: wanted 0 to {len(self) - 1}, got {int(task.min())} to {int(task.max())}")
+        down = (r, *[1] * (states.dim() - 1))
+        flat, task = states.long().flatten(), task.view(down).expand(states.shape).flatten()
+        if ((flat < -1) | (flat >= self.num_states[task])).any():
+            raise ValueError("states: wanted the tasks' own states, or -1")
+        if self.emission is None:
+            return torch.where(flat < 0, -1, self.state_mapping[task, flat]).view(states.shape)[..., None]
+        keys = counter.keys_of(seed, record, EMISSIONS).view(down) + (torch.as_tensor(step) + 1) * counter.GOLDEN
+        keys = counter.mix(keys.expand(states.shape).flatten())
+        _, tokens, _, ids = self.emission.shape
+        out = torch.empty(len(flat), tokens, dtype=torch.int64, device=self.device)
+        block = max(1, windows.ENTRIES // (tokens * ids))
+        for i in range(0, len(flat), block):
+            some = slice(i, i + block)
+            total = self.emission[task[some], :, flat[some]].double().cumsum(-1)
+            u = counter.uniforms(keys[some], 0, tokens) * (1 - 2.0**-52)  # so that rounding cannot reach the total
+            out[some] = (total <= (u * total[..., -1])[..., None]).sum(-1)
+        return torch.where(flat[:, None] < 0, -1, out).view(*states.shape, tokens)
 
     def state_of(self) -> Tensor:
         """[N, num_observations] int64: the inner state behind each observed id, -1 for ids that no state has."""
