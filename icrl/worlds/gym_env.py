@@ -72,15 +72,15 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         self._noise_state, self._noise_action = self.task.noise_state[0].numpy(), self.task.noise_action[0].numpy()
         emission = self.task.emission
         self._emission = None if emission is None else emission[0].cumsum(-1, dtype=torch.float64).numpy()
+        self._tokens = self.task.action_tokens
         self._terminal, self._horizon = self.task.terminal[0].numpy(), int(self.task.max_steps[0])
 
     def _draw(self, cumulative: np.ndarray) -> int:
         u = self.np_random.random() * (1 - 2.0**-52)  # so that rounding cannot reach the total
         return int(cumulative.searchsorted(u * cumulative[-1], side="right"))
 
-    def _see(self, state: int) -> Any:
-        if self._emission is None:
-            return self._ids[state]
+    def _emit(self, state: int) -> Any:
+        assert self._emission is not None
         tokens = np.array([self._draw(rows[state]) for rows in self._emission])
         return tokens if len(tokens) > 1 else tokens[0]
 
@@ -97,32 +97,46 @@ class TabularEnv(gymnasium.Env[Any, Any]):
                     f"{self.observation_space}, {self.action_space}"
                 )
         self._state, self._steps, self._last = self._draw(self._start), 0, None
-        self._seen = self._see(self._state)
+        self._seen = self._ids[self._state] if self._emission is None else self._emit(self._state)
         return self._seen, {"state": self._state}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("step: the episode has ended or not begun, call reset first")
-        na, tokens = self._reward.shape[1], self.task.action_tokens
-        actions = [action] if tokens == 1 else list(np.atleast_1d(action))
-        if len(actions) != tokens or not all(0 <= a < na for a in actions):
-            raise ValueError(f"action: wanted {tokens} of 0 to {na - 1}, got {action}")
-        state, reward, mean, terminated = self._state, 0.0, 0.0, False
-        for a in map(int, actions):
-            following = self._draw(self._cumulative[state, a])
-            expected = float(self._reward[state, a, following])
-            deviation = float(self._noise_state[following] + self._noise_action[state, a])
-            mean += expected
-            reward += expected + deviation * self.np_random.standard_normal() if deviation else expected
-            state, terminated = following, bool(self._terminal[following])
-            if terminated:
-                break
+        if self._tokens == 1:
+            if not 0 <= action < self._reward.shape[1]:
+                raise ValueError(f"action: wanted 0 to {self._reward.shape[1] - 1}, got {action}")
+            state, reward, mean = self._act(self._state, int(action))
+            terminated = self._terminal.item(state)
+        else:
+            state, reward, mean, terminated = self._act_in_turn(self._state, action)
         self._steps += 1
         truncated = self._steps >= self._horizon and not terminated
         self._last = action, reward
         self._state = None if terminated or truncated else state
-        self._shown, self._seen = state, self._see(state)
+        self._shown = state
+        self._seen = self._ids[state] if self._emission is None else self._emit(state)
         return self._seen, reward, terminated, truncated, {"state": state, "mean_reward": mean}
+
+    def _act(self, state: int, action: int) -> tuple[int, float, float]:
+        """The next state, the reward and its mean."""
+        following = self._draw(self._cumulative[state, action])
+        mean = self._reward.item(state, action, following)
+        deviation = self._noise_state.item(following) + self._noise_action.item(state, action)
+        return following, mean + deviation * self.np_random.standard_normal() if deviation else mean, mean
+
+    def _act_in_turn(self, state: int, actions: Any) -> tuple[int, float, float, bool]:
+        """The same after several actions, summed; and whether one of them ended the episode."""
+        taken, na = np.atleast_1d(actions).tolist(), self._reward.shape[1]
+        if len(taken) != self._tokens or not all(0 <= a < na for a in taken):
+            raise ValueError(f"action: wanted {self._tokens} of 0 to {na - 1}, got {actions}")
+        total, total_mean = 0.0, 0.0
+        for a in taken:
+            state, reward, mean = self._act(state, int(a))
+            total, total_mean = total + reward, total_mean + mean
+            if self._terminal[state]:
+                return state, total, total_mean, True
+        return state, total, total_mean, False
 
     def render(self) -> Any:
         if self.render_mode is None:
@@ -201,11 +215,16 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()
-        return self._observe(self._state.state, self._state.step), {"state": self._state.state.numpy().copy()}
+        return self._observe(self._state.state), {"state": self._state.state.numpy().copy()}
 
-    def _observe(self, states: torch.Tensor, step: torch.Tensor) -> np.ndarray:
-        assert self._keys is not None
-        tokens = self.tasks.emit(states, seed=self._keys, record=torch.zeros_like(self._keys), step=step)
+    def _observe(self, states: torch.Tensor, ended: torch.Tensor | None = None) -> np.ndarray:
+        """What is seen in them; those `ended` have a step's number of their own, ~t where its simulator's was t."""
+        if self.tasks.emission is None:
+            return self.tasks.observe(states).numpy()
+        assert self._state is not None
+        now, record = self._state.step, torch.zeros_like(self._state.step)
+        step = now if ended is None else torch.where(ended, -now, now)
+        tokens = self.tasks.emit(states, seed=self._state.seed, record=record, step=step)
         return (tokens if tokens.shape[1] > 1 else tokens[:, 0]).numpy()
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -221,32 +240,42 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"actions: out of range, first in environment {i}: wanted 0 to {int(self.tasks.num_actions[i]) - 1}, "
                 f"got {int(actions[i, d])}"
             )
-        state = self._state
-        waits = self._asleep.clone()  # their episode has begun already, within the step that ended the last one
-        reward, done = torch.zeros(self.num_envs, dtype=torch.float64), torch.zeros(self.num_envs, dtype=torch.uint8)
-        moved = state.state.clone()
-        for column in actions.unbind(1):
-            kept = [(t, t[waits]) for t in (state.step, state.state, state.elapsed)] if waits.any() else []
-            earned, over, following = rollout_step(self._tables, state, column.contiguous())
-            for tensor, values in kept:
-                tensor[waits] = values
-            reward += earned.double().masked_fill(waits, 0)
-            done = torch.where(waits, done, over)
-            moved = torch.where(waits, moved, following.long())
-            waits = waits | (over > 0)
+        # the next episode of those asleep has begun already, within the step that ended the last one: it waits
+        reward, done, moved = self._act(actions[:, 0], self._asleep)
+        if actions.shape[1] > 1:
+            total = reward.double()
+            for column in actions[:, 1:].unbind(1):
+                waits = self._asleep | (done > 0)
+                earned, over, following = self._act(column, waits)
+                total += earned
+                done, moved = done | over, torch.where(waits, moved, following)
+            reward = total.float()
         ended = done > 0
         info: dict[str, Any] = {}
-        after = torch.where(ended, -state.step, state.step)  # ~t for the state in which step t ended
-        shown, step = moved, after
         if self._same_step:
-            shown, step = state.state.clone(), state.step
+            shown = self._state.state.clone()
+            seen = self._observe(shown)
             if ended.any():
-                info = {"final_obs": self._observe(moved, after), "_final_obs": ended.numpy()}
+                info = {"final_obs": self._observe(moved, ended), "_final_obs": ended.numpy()}
         else:
+            shown, seen = moved, self._observe(moved, ended)
             self._asleep = ended
         info["state"] = shown.numpy()
-        seen = self._observe(shown, step)
-        return seen, reward.float().numpy(), (done == 1).numpy(), (done == 2).numpy(), info
+        return seen, reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
+
+    def _act(self, actions: torch.Tensor, waits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Reward, done and state of one action each; where it `waits`, 0, 0 and the state that it is in."""
+        state, some_wait = self._state, bool(waits.any())
+        assert state is not None
+        kept = [(t, t[waits]) for t in (state.step, state.state, state.elapsed)] if some_wait else []
+        reward, done, moved = rollout_step(self._tables, state, actions.contiguous())
+        moved = moved.long()
+        for tensor, values in kept:
+            tensor[waits] = values
+        if some_wait:
+            done, reward = done.masked_fill(waits, 0), reward.masked_fill(waits, 0)
+            moved = torch.where(waits, state.state, moved)
+        return reward, done, moved
 
 
 def make_anymdp_vec(
