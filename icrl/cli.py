@@ -253,11 +253,14 @@ def evaluate(
 
 def worlds_sample(
     out: Positional[Path],
-    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
+    kind: Literal["anymdp", "garnet", "bandit", "pomdp"] = "anymdp",
     num_tasks: int = 1000,
     num_states: int = 16,
     num_actions: int = 5,
     branching: int = 2,
+    num_observations: int = 64,
+    observation_tokens: int = 1,
+    action_tokens: int = 1,
     seed: int = 0,
     overwrite: bool = False,
     json: Path | None = None,
@@ -267,13 +270,22 @@ def worlds_sample(
     Args:
         out: the file to write.
         branching: successors of each state and action (Garnet).
+        num_observations: ids that a token may have (POMDP).
+        observation_tokens: tokens seen in a state (POMDP).
+        action_tokens: actions in a step of the environment (POMDP).
         overwrite: replace an existing file.
         json: also write what was printed here.
     """
     from icrl.worlds import commands
 
     _new_file("json", json)
-    _write_json(json, commands.sample(out, kind, num_tasks, num_states, num_actions, branching, seed, overwrite))
+    sizes = num_tasks, num_states, num_actions, branching
+    tokens = {
+        "num_observations": num_observations,
+        "observation_tokens": observation_tokens,
+        "action_tokens": action_tokens,
+    }
+    _write_json(json, commands.sample(out, kind, *sizes, seed, overwrite, **tokens))
 
 
 def worlds_filter(

@@ -82,6 +82,24 @@ def test_worlds_sample_filter_inspect_draw_eval(small, tmp_path, capsys):
     assert json.loads((tmp_path / "e.json").read_text())["tasks"] == 5
 
 
+def test_worlds_of_partial_observation(small, tmp_path, capsys):
+    file = tmp_path / "t.safetensors"
+    sample = ["worlds", "sample", str(file), "--kind", "pomdp", "--num-tasks", "3", "--num-states", "8"]
+    assert main([*sample, "--num-observations", "9"]) == 0
+    assert TabularTasks.load(file).emission.shape == (3, 1, 8, 9)
+    assert main(["eval", "--tasks", str(file), "--checkpoint", str(small), "--steps", "40"]) == 0
+    assert main([*sample, "--overwrite", "--observation-tokens", "2", "--action-tokens", "3"]) == 0
+    tasks = TabularTasks.load(file)
+    assert (tasks.observation_tokens, tasks.action_tokens, tasks.num_observations) == (2, 3, 64)
+    for command in ("inspect", "draw"):
+        args = [str(file), *(["--out", str(tmp_path / "t.png")] if command == "draw" else [])]
+        assert main(["worlds", command, *args]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--tasks", str(file), "--checkpoint", str(small), "--steps", "40"]) == 2
+    assert "reads one token" in capsys.readouterr().err
+    assert main([*sample, "--overwrite", "--action-tokens", "0"]) == 2
+
+
 def test_train_then_demo_from_its_model(tmp_path):
     config = {
         "training": {

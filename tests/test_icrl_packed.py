@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icrl.checkpoint import checksum
+from icrl.evaluate import references
 from icrl.worlds import TabularTasks, quality, sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds import windows as windows_module
+from icrl_kernels import rollout
 from icrl_kernels.packed import PackedTransition
 
 
@@ -78,6 +80,25 @@ def test_methods_agree(dense, packed):
             one, other = tasks.to_xenoverse(i), dense.to_xenoverse(i)
             assert (one["transition"] == other["transition"]).all()
             assert one["s_e"] == other["s_e"]
+
+
+def test_the_oracle_and_the_simulator_take_windows(dense, packed):
+    for tasks in (packed, scattered(packed)):
+        ours, theirs = tasks.solve([0.5, 0.99]), dense.solve([0.5, 0.99])
+        assert torch.equal(ours.policy, theirs.policy)
+        torch.testing.assert_close(ours.q, theirs.q, rtol=1e-9, atol=1e-12)
+        assert torch.equal(ours.q.isinf(), ~dense.action_mask()[:, None, None].expand_as(ours.q))
+        assert (ours.error_bound < 1e-6).all()
+        one, two = (rollout(x.tables(), steps=200, seed=1) for x in (tasks, dense))
+        for field in ("state", "action", "reward", "done"):
+            assert torch.equal(getattr(one, field), getattr(two, field)), field
+
+
+def test_references_of_an_evaluation(packed, dense):
+    some = slice(0, 12)  # with two states or more
+    ours, theirs = references(packed[some], steps=200), references(dense[some], steps=200)
+    assert torch.equal(ours.oracle_reward, theirs.oracle_reward)
+    assert torch.equal(ours.random_episode, theirs.random_episode)
 
 
 INDICES = [3, -1, slice(2, 9), slice(None), slice(8, 2), [5, 1, 5], torch.arange(19).flip(0), torch.arange(19) % 3 == 0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.quality import quality
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tables import TabularTasks
@@ -15,9 +16,16 @@ DISCOUNT = 0.994
 
 
 def draw_tasks(
-    kind: str, num_tasks: int, num_states: int, num_actions: int, branching: int, seed: int, progress: bool = False
+    kind: str,
+    num_tasks: int,
+    num_states: int,
+    num_actions: int,
+    branching: int,
+    seed: int,
+    progress: bool = False,
+    **tokens: int,
 ) -> TabularTasks:
-    """Fresh tasks of a kind: "anymdp", "garnet" or "bandit"."""
+    """Fresh tasks of a kind: "anymdp", "garnet", "bandit" or "pomdp", whose `tokens` are as `sample_pomdp` has them."""
     if num_tasks < 1:
         raise ValueError(f"num_tasks: wanted at least 1, got {num_tasks}")
     if kind == "anymdp":
@@ -26,7 +34,9 @@ def draw_tasks(
         return sample_garnet(num_tasks, num_states, num_actions, branching, seed=seed)
     if kind == "bandit":
         return sample_bandit(num_tasks, num_actions, seed=seed)
-    raise ValueError(f"kind: wanted anymdp, garnet or bandit, got {kind!r}")
+    if kind == "pomdp":
+        return sample_pomdp(num_tasks, num_states, num_actions, seed=seed, progress=progress, **tokens)
+    raise ValueError(f"kind: wanted anymdp, garnet, bandit or pomdp, got {kind!r}")
 
 
 def _target(out: Path, overwrite: bool) -> None:
@@ -45,10 +55,18 @@ def load_tasks(path: Path) -> TabularTasks:
 
 
 def sample(
-    out: Path, kind: str, num_tasks: int, num_states: int, num_actions: int, branching: int, seed: int, overwrite: bool
+    out: Path,
+    kind: str,
+    num_tasks: int,
+    num_states: int,
+    num_actions: int,
+    branching: int,
+    seed: int,
+    overwrite: bool,
+    **tokens: int,
 ) -> dict[str, Any]:
     _target(out, overwrite)
-    tasks = draw_tasks(kind, num_tasks, num_states, num_actions, branching, seed, progress=True)
+    tasks = draw_tasks(kind, num_tasks, num_states, num_actions, branching, seed, progress=True, **tokens)
     tasks.save(out)
     print(f"{out}: {tasks}, {out.stat().st_size / 2**20:.1f} MB")
     return {"out": str(out), "kind": kind, "seed": seed, "tasks": len(tasks), "bytes": out.stat().st_size}
