@@ -1,0 +1,136 @@
+"""How hard tasks are to explore: the value of a state against the chance that a random policy visits it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from icrl.worlds.samplers import sample_anymdp, sample_garnet
+from icrl.worlds.tables import TabularTasks
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+NAMES = {"anymdp": "AnyMDP", "garnet": "Garnet"}
+COLOURS = ("#7fb3d5", "#2e6f9e", "#123a5c", "#0b1f33")
+
+
+class Difficulty(NamedTuple):
+    """Of N tasks of S states, [N,S] float64 each; NaN at terminal states, which have no value, and at unreachable ones."""
+
+    rank: Tensor
+    """Of the state among its task's by optimal value: 0 the least, 1 the largest."""
+    value: Tensor
+    """(V* − min)/(max − min) over the same states."""
+    visits: Tensor
+    """How often the random policy is there, over 1/ns: 1 is the share that every state would have."""
+
+    def slopes(self, x: str = "rank") -> Tensor:
+        """[N]: decades of visits from the state of least value to that of the largest: log10 visits on x, least squares."""
+        given = self.rank if x == "rank" else self.value
+        known = ~given.isnan()
+        count = known.sum(1)
+
+        def mean(t: Tensor) -> Tensor:
+            return torch.where(known, t, 0).sum(1, keepdim=True) / count[:, None]
+
+        dx, dy = given - mean(given), self.visits.log10() - mean(self.visits.log10())
+        return torch.where(known, dx * dy, 0).sum(1) / torch.where(known, dx * dx, 0).sum(1)
+
+
+def difficulty(tasks: TabularTasks, discount: float = 0.994) -> Difficulty:
+    """Value rank and random visits of every state.
+
+    With P the chain of uniformly random actions, s₀ the start distribution and h the horizon, the expected visits of one
+    episode are d = s₀ + (1 − 1/h)·dP, an episode ending in a terminal state and otherwise after h steps in the mean;
+    `visits` is ns·d/Σd. Values are optimal at `discount`.
+    """
+    block = max(1, (1 << 22) // max(1, tasks.transition[:1].numel())) if len(tasks) else 1
+    parts = [_difficulty(tasks[i : i + block], discount) for i in range(0, len(tasks), block)]
+    return Difficulty(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def _difficulty(tasks: TabularTasks, discount: float) -> Difficulty:
+    states = tasks.state_mask()
+    lacking = ~tasks.action_mask()
+    share = (~lacking).double() / tasks.num_actions[:, None]
+    v = tasks.solve(discount).v
+    p = torch.einsum("nsap,na->nsp", tasks.transition.double(), share) * (1 - 1 / tasks.max_steps)[:, None, None]
+    start = tasks.start.double()
+    eye = torch.eye(p.shape[1], dtype=torch.float64, device=tasks.device)
+    d = torch.linalg.solve(eye - p.mT, start).clamp(min=0)
+    for _ in range(64):  # sums without cancellation: they carry accuracy from the large entries to the tiny ones
+        d = start + (d[:, None] @ p)[:, 0]
+    valued = states & ~tasks.terminal & _reached(p, start)
+    visits = d / d.sum(1, keepdim=True) * tasks.num_states[:, None]
+    order = torch.where(valued, v, torch.inf).argsort(1).argsort(1).double()
+    low = torch.where(valued, v, torch.inf).amin(1, keepdim=True)
+    high = torch.where(valued, v, -torch.inf).amax(1, keepdim=True)
+    found = order / (valued.sum(1, keepdim=True) - 1), (v - low) / (high - low), visits
+    return Difficulty(*(x.masked_fill(~valued, torch.nan) for x in found))
+
+
+def _reached(p: Tensor, start: Tensor) -> Tensor:
+    """[N,S] bool: states that some policy reaches."""
+    steps = (p > 0).double() + torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+    for _ in range(p.shape[1].bit_length()):
+        steps = ((steps @ steps) > 0).double()
+    return ((start[:, None] @ steps) > 0)[:, 0]
+
+
+def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching: int, seed: int) -> dict[str, Any]:
+    """Numbers of AnyMDP beside Garnet at each size: slopes, and quantiles of visits by rank of value."""
+    for name, least, given in (("num_tasks", 2, num_tasks), ("num_states", 8, min(sizes, default=0))):
+        if given < least:
+            raise ValueError(f"{name}: wanted at least {least}, got {given}")
+    rows = []
+    for size in sizes:
+        families = {
+            "anymdp": sample_anymdp(num_tasks, size, num_actions, seed=seed),
+            "garnet": sample_garnet(num_tasks, size, num_actions, branching, seed=seed),
+        }
+        for kind, tasks in families.items():
+            d = difficulty(tasks)
+            slopes, by_value = (d.slopes(x) for x in ("rank", "value"))
+            row: dict[str, Any] = {"kind": kind, "num_states": size, "tasks": num_tasks}
+            row["decades_from_least_to_most_valued"] = _quantiles(slopes)
+            row["decades_by_scaled_value"] = _quantiles(by_value)
+            row["tasks_where_visits_fall"] = float((slopes < 0).double().mean())
+            edges = torch.linspace(0, 1, 17, dtype=torch.float64)
+            bins = torch.bucketize(d.rank, edges[1:-1], right=True).masked_fill(d.rank.isnan(), -1)
+            row["rank"] = ((edges[1:] + edges[:-1]) / 2).tolist()
+            row["log10_visits"] = [_quantiles(d.visits[bins == i].log10()) for i in range(16)]
+            rows.append(row)
+    return {"actions": num_actions, "branching": branching, "seed": seed, "quantiles": list(QUANTILES), "rows": rows}
+
+
+def _quantiles(x: Tensor) -> list[float]:
+    return [round(float(q), 4) for q in x.quantile(x.new_tensor(QUANTILES))]
+
+
+def draw_difficulty(numbers: dict[str, Any]) -> Figure:
+    """Both families side by side: median and quartiles, over tasks and states, of visits by rank of value."""
+    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    rows = numbers["rows"]
+    for axis, kind in zip(panels, NAMES, strict=True):
+        own = [row for row in rows if row["kind"] == kind]
+        for row, colour in zip(own, COLOURS, strict=False):
+            q10, q25, q50, q75, q90 = ([b[i] for b in row["log10_visits"]] for i in range(5))
+            axis.fill_between(row["rank"], q25, q75, color=colour, alpha=0.18, lw=0)
+            axis.plot(row["rank"], q10, color=colour, lw=0.7, ls=(0, (4, 3)))
+            slope = row["decades_from_least_to_most_valued"]
+            label = f"{row['num_states']} states: {slope[2]:+.1f} decades ({slope[1]:+.1f} to {slope[3]:+.1f})"
+            axis.plot(row["rank"], q50, color=colour, lw=2, label=label.replace("-", "−"))
+        axis.axhline(0, color="#9aa3ad", lw=0.7, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(NAMES[kind], loc="left", fontsize=11)
+        axis.set_xlabel("rank of the state by optimal value (0 least, 1 largest)")
+        axis.legend(frameon=False, fontsize=8.5, loc="lower left", title="slope of a task, median (quartiles)",
+                    title_fontsize=8.5, alignment="left")  # fmt: skip
+    panels[0].yaxis.set_major_formatter(lambda y, _: f"$10^{{{y:g}}}$")
+    panels[0].set_ylabel("visits of a random policy, over 1/ns")
+    return figure
