@@ -235,7 +235,7 @@ def evaluate(
     """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones.
 
     Args:
-        tasks: a file written by `icrl worlds sample`; fresh tasks otherwise.
+        tasks: written by `icrl worlds sample` or `shards`; fresh tasks otherwise.
         checkpoint: a model of your own instead of the shipped one.
         kind: of fresh tasks.
         num_tasks: of fresh tasks.
@@ -325,12 +325,81 @@ def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:
 def worlds_draw(
     tasks: Positional[Path], out: Path = Path("icrl-task.png"), index: int = 0, json: Path | None = None
 ) -> None:
-    """Draw one task: its transitions under the optimal policy, rewards, values, terminals."""
+    """Draw one task: its transitions under the optimal policy, the likeliest way, rewards, values, terminals.
+
+    Args:
+        tasks: a file or a folder of tasks.
+        out: the picture.
+        index: of the task.
+        json: also write what was printed here.
+    """
     from icrl.worlds import commands
 
     _new_file("json", json)
     _new_file("out", out, PICTURES)
     _write_json(json, commands.draw(tasks, out, index))
+
+
+def worlds_shards(
+    out: Positional[Path],
+    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
+    num_tasks: int = 10_000,
+    num_states: tuple[int, int] = (16, 16),
+    num_actions: int = 5,
+    branching: int = 2,
+    discounts: tuple[float, ...] = (),
+    seed: int = 0,
+    workers: int | None = None,
+    shard_range: tuple[int, int] | None = None,
+    full: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Sample tasks into a folder of shards. Kill it whenever you like: the same command goes on, in as many processes as you start.
+
+    Args:
+        out: the data set's folder.
+        num_tasks: more than the folder has makes it grow.
+        num_states: the fewest and the most of a task.
+        branching: successors of each state and action (Garnet).
+        discounts: also store optimal policies and values at each of these.
+        workers: shards made at once, one thread each; one a core unless given.
+        shard_range: only shards LOW to HIGH - 1, for machines that share a file system without locks.
+        full: read finished shards against their checksums, instead of their headers and lengths alone.
+        json: also write what was printed here.
+    """
+    from icrl.worlds import commands
+    from icrl.worlds.shards import TaskSet
+
+    _new_file("json", json)
+    config = TaskSet(kind, num_states, num_actions, branching, discounts)
+    options = {"workers": workers or os.cpu_count() or 1, "full": full}
+    options["shards"] = None if shard_range is None else range(*shard_range)
+    _write_json(json, commands.shards(out, config, num_tasks, seed, **options))
+
+
+def worlds_difficulty(
+    out: Positional[Path],
+    num_tasks: int = 500,
+    num_states: tuple[int, ...] = (16, 32, 64, 128),
+    num_actions: int = 5,
+    branching: int = 2,
+    seed: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Draw how likely a random policy visits a state against the state's value, for AnyMDP beside Garnet.
+
+    Args:
+        out: the picture.
+        num_tasks: of each family and size.
+        num_states: sizes of the tasks.
+        branching: successors of each state and action (Garnet).
+        json: also write the numbers here.
+    """
+    from icrl.worlds import commands
+
+    _new_file("json", json)
+    _new_file("out", out, PICTURES)
+    _write_json(json, commands.difficulty(out, num_tasks, num_states, num_actions, branching, seed))
 
 
 COMMANDS = {
@@ -344,6 +413,8 @@ COMMANDS = {
     "worlds filter": worlds_filter,
     "worlds inspect": worlds_inspect,
     "worlds draw": worlds_draw,
+    "worlds shards": worlds_shards,
+    "worlds difficulty": worlds_difficulty,
 }
 
 

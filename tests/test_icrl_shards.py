@@ -22,6 +22,9 @@ from icrl.omnirl import OmniRLConfig
 from icrl.omnirl_training import OmniRLLearner, OmniRLTraining
 from icrl.shards import DataSet, Field, ShardReader, batch_rows, read_index, shard_path, write_shards
 from icrl.train import LoopConfig, train
+from icrl.worlds import TabularTasks
+from icrl.worlds import shards as shards_of_tasks
+from icrl.worlds.shards import TaskSet, TaskShards
 
 TOY = DataSet(
     "toy",
@@ -433,3 +436,45 @@ def test_commands(tmp_path, capsys):
     assert "cut short" in capsys.readouterr().out
     assert main(args) == 0
     assert main(["dataset", str(out), "--full"]) == 0
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["anymdp", "garnet", "bandit"])
+def test_tasks_from_disk_are_those_sampled(kind, tmp_path):
+    config = TaskSet(kind, (8, 12), 3, discounts=(0.5, 0.994))
+    small = replace(config.dataset(11, 5), rows_per_shard=4)
+    assert config.dataset(11, 5).rows_per_shard > 11
+    write_shards(tmp_path, small, lambda first, count: shards_of_tasks._make(config, 5, first, count), workers=2)
+    shards = TaskShards(tmp_path, full=True)
+    read, wanted = TabularTasks.concatenate(list(shards)), config.sample(11, 5)
+    assert (len(shards), len(read), read.packed) == (11, 11, True)
+    assert read.num_observations == wanted.num_observations
+    for name, a in read.dense().tensors().items():
+        assert torch.equal(a, getattr(wanted.dense(), name)), name
+    solved = wanted.solve(config.discounts)
+    found = shards.reader.read(torch.arange(11))
+    assert torch.equal(found["policy"].long(), solved.policy)
+    assert torch.equal(found["value"], solved.v.float())
+    assert bool((found["error_bound"].double() >= solved.error_bound).all())
+    one = shards.task(9)
+    assert torch.equal(one.dense().reward, wanted[9].dense().reward)
+    with pytest.raises(ValueError, match="index: wanted 0 to 10, got 11"):
+        shards.task(11)
+
+
+def test_task_commands(tmp_path, capsys):
+    out = tmp_path / "t"
+    args = ["worlds", "shards", str(out), "--num-tasks", "6", "--num-states", "8", "10", "--discounts", "0.5", "0.9"]
+    assert main([*args, "--workers", "1"]) == 0
+    assert "6 of 6 rows" in capsys.readouterr().out
+    assert main(["worlds", "inspect", str(out)]) == 0
+    assert "Gini" in capsys.readouterr().out
+    assert main(["worlds", "draw", str(out), "--index", "5", "--out", str(tmp_path / "t.png")]) == 0
+    assert main(["worlds", "draw", str(out), "--index", "6", "--out", str(tmp_path / "t.png")]) == 2
+    assert "index: wanted 0 to 5, got 6" in capsys.readouterr().err
+    assert main(["worlds", "shards", str(out), "--num-tasks", "6", "--num-states", "8", "10"]) == 2
+    assert "config.discounts: there [0.5, 0.9], asked for []" in capsys.readouterr().err
+    assert main(["worlds", "shards", str(tmp_path / "u"), "--num-states", "9", "8"]) == 2
+    assert "num_states: wanted 1 <= LOW <= HIGH" in capsys.readouterr().err

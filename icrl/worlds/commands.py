@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.quality import quality
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
+from icrl.worlds.shards import TaskSet, TaskShards, write_tasks
 from icrl.worlds.tables import TabularTasks
 
 DISCOUNT = 0.994
@@ -47,7 +49,9 @@ def _target(out: Path, overwrite: bool) -> None:
 
 
 def load_tasks(path: Path) -> TabularTasks:
-    """The tasks of a file; ValueError where there are none."""
+    """The tasks of a file, or of all shards of a folder; ValueError where there are none."""
+    if path.is_dir():
+        return TabularTasks.concatenate(list(TaskShards(path)))
     tasks = TabularTasks.load(path)
     if not len(tasks):
         raise ValueError(f"tasks: {path} holds none")
@@ -119,10 +123,36 @@ def inspect(path: Path) -> dict[str, Any]:
 def draw(path: Path, out: Path, index: int) -> dict[str, Any]:
     from icrl.worlds.draw import draw_task
 
-    tasks = load_tasks(path)
-    if not 0 <= index < len(tasks):
+    if path.is_dir():
+        tasks, place = TaskShards(path).task(index), 0
+    else:
+        tasks, place = load_tasks(path), index
+    if not 0 <= place < len(tasks):
         raise ValueError(f"index: wanted 0 to {len(tasks) - 1}, got {index}")
-    figure = draw_task(tasks, index)
+    figure = draw_task(tasks, place)
     figure.savefig(out, dpi=130)
     print(f"picture: {out}")
     return {"out": str(out), "index": index}
+
+
+def shards(out: Path, config: TaskSet, num_tasks: int, seed: int, **options: Any) -> dict[str, Any]:
+    from icrl.datasets import report
+
+    begin = time.perf_counter()
+    written = write_tasks(out, config, num_tasks, seed, progress=True, unit="task", **options)
+    return report(out, written, time.perf_counter() - begin, per_row={"task": 1})
+
+
+def difficulty(
+    out: Path, num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching: int, seed: int
+) -> dict[str, Any]:
+    from icrl.worlds.difficulty import compare, draw_difficulty
+
+    numbers = compare(num_tasks, sizes, num_actions, branching, seed)
+    print("decades of random visits from the least to the most valued state of a task: median (quartiles)")
+    for row in numbers["rows"]:
+        _, low, middle, high, _ = row["decades_from_least_to_most_valued"]
+        print(f"  {row['kind']:8}{row['num_states']:5} states  {middle:+6.2f} ({low:+.2f} to {high:+.2f})")
+    draw_difficulty(numbers).savefig(out, dpi=100)
+    print(f"picture: {out}")
+    return numbers

@@ -14,7 +14,7 @@ from icrl.worlds.tables import TabularTasks
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 NAMES = {"anymdp": "AnyMDP", "garnet": "Garnet"}
-COLOURS = ("#7fb3d5", "#2e6f9e", "#123a5c", "#0b1f33")
+COLOURS = ("#e9a23b", "#cf4f4f", "#7b3f8c", "#1f3a68")
 
 
 class Difficulty(NamedTuple):
@@ -47,7 +47,8 @@ def difficulty(tasks: TabularTasks, discount: float = 0.994) -> Difficulty:
     episode are d = s₀ + (1 − 1/h)·dP, an episode ending in a terminal state and otherwise after h steps in the mean;
     `visits` is ns·d/Σd. Values are optimal at `discount`.
     """
-    block = max(1, (1 << 22) // max(1, tasks.transition[:1].numel())) if len(tasks) else 1
+    _, states, actions = tasks.shape
+    block = max(1, (1 << 22) // (states * actions * states))  # float64 copies of at most 32 MB
     parts = [_difficulty(tasks[i : i + block], discount) for i in range(0, len(tasks), block)]
     return Difficulty(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
@@ -57,7 +58,7 @@ def _difficulty(tasks: TabularTasks, discount: float) -> Difficulty:
     lacking = ~tasks.action_mask()
     share = (~lacking).double() / tasks.num_actions[:, None]
     v = tasks.solve(discount).v
-    p = torch.einsum("nsap,na->nsp", tasks.transition.double(), share) * (1 - 1 / tasks.max_steps)[:, None, None]
+    p = torch.einsum("nsap,na->nsp", tasks.dense_tables()[0].double(), share) * (1 - 1 / tasks.max_steps)[:, None, None]
     start = tasks.start.double()
     eye = torch.eye(p.shape[1], dtype=torch.float64, device=tasks.device)
     d = torch.linalg.solve(eye - p.mT, start).clamp(min=0)
@@ -98,12 +99,20 @@ def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching:
             row["decades_from_least_to_most_valued"] = _quantiles(slopes)
             row["decades_by_scaled_value"] = _quantiles(by_value)
             row["tasks_where_visits_fall"] = float((slopes < 0).double().mean())
-            edges = torch.linspace(0, 1, 17, dtype=torch.float64)
-            bins = torch.bucketize(d.rank, edges[1:-1], right=True).masked_fill(d.rank.isnan(), -1)
-            row["rank"] = ((edges[1:] + edges[:-1]) / 2).tolist()
-            row["log10_visits"] = [_quantiles(d.visits[bins == i].log10()) for i in range(16)]
+            row["rank"] = torch.linspace(0, 1, 17).tolist()
+            row["log10_visits"] = [_quantiles(x) for x in _at(d, torch.linspace(0, 1, 17, dtype=torch.float64)).T]
             rows.append(row)
     return {"actions": num_actions, "branching": branching, "seed": seed, "quantiles": list(QUANTILES), "rows": rows}
+
+
+def _at(d: Difficulty, rank: Tensor) -> Tensor:
+    """[N,R]: log10 visits of each task at these ranks, linear between states."""
+    last = (~d.rank.isnan()).sum(1, keepdim=True) - 1
+    ordered = d.visits.log10().gather(1, d.rank.nan_to_num(torch.inf).argsort(1))
+    place = rank * last
+    below = place.long().clamp(max=last)
+    above, part = torch.minimum(below + 1, last), place - below
+    return ordered.gather(1, below) * (1 - part) + ordered.gather(1, above) * part
 
 
 def _quantiles(x: Tensor) -> list[float]:
@@ -111,25 +120,24 @@ def _quantiles(x: Tensor) -> list[float]:
 
 
 def draw_difficulty(numbers: dict[str, Any]) -> Figure:
-    """Both families side by side: median and quartiles, over tasks and states, of visits by rank of value."""
-    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
+    """Both families side by side: median and quartiles, over tasks, of visits by rank of value."""
+    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     rows = numbers["rows"]
     for axis, kind in zip(panels, NAMES, strict=True):
         own = [row for row in rows if row["kind"] == kind]
         for row, colour in zip(own, COLOURS, strict=False):
-            q10, q25, q50, q75, q90 = ([b[i] for b in row["log10_visits"]] for i in range(5))
-            axis.fill_between(row["rank"], q25, q75, color=colour, alpha=0.18, lw=0)
-            axis.plot(row["rank"], q10, color=colour, lw=0.7, ls=(0, (4, 3)))
+            low, middle, high = ([b[i] for b in row["log10_visits"]] for i in (1, 2, 3))
+            axis.fill_between(row["rank"], low, high, color=colour, alpha=0.13, lw=0)
             slope = row["decades_from_least_to_most_valued"]
-            label = f"{row['num_states']} states: {slope[2]:+.1f} decades ({slope[1]:+.1f} to {slope[3]:+.1f})"
-            axis.plot(row["rank"], q50, color=colour, lw=2, label=label.replace("-", "−"))
+            label = f"{row['num_states']} states: {slope[2]:+.2f} decades ({slope[1]:+.2f} to {slope[3]:+.2f})"
+            axis.plot(row["rank"], middle, color=colour, lw=2, label=label.replace("-", "−"))
         axis.axhline(0, color="#9aa3ad", lw=0.7, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(NAMES[kind], loc="left", fontsize=11)
         axis.set_xlabel("rank of the state by optimal value (0 least, 1 largest)")
-        axis.legend(frameon=False, fontsize=8.5, loc="lower left", title="slope of a task, median (quartiles)",
+        axis.legend(frameon=False, fontsize=8.5, loc="lower left", title="fitted slope of a task: median (quartiles)",
                     title_fontsize=8.5, alignment="left")  # fmt: skip
     panels[0].yaxis.set_major_formatter(lambda y, _: f"$10^{{{y:g}}}$")
     panels[0].set_ylabel("visits of a random policy, over 1/ns")
