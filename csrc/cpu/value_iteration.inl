@@ -11,8 +11,10 @@ namespace {
 
 typedef double v8 __attribute__((vector_size(64)));
 typedef double v8u __attribute__((vector_size(64), aligned(8)));
+typedef float f8 __attribute__((vector_size(32)));
 typedef float f8u __attribute__((vector_size(32), aligned(4)));
 typedef long long i8 __attribute__((vector_size(64)));
+typedef int j8 __attribute__((vector_size(32)));
 
 constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 constexpr double kUnderflow = 0x1p-1073;  // above what two products may lose to underflow
@@ -25,17 +27,44 @@ inline v8 load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu
 inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
 #endif
 inline void store(double* p, const v8& x) { *reinterpret_cast<v8u*>(p) = x; }
+inline void store(float* p, const f8& x) { *reinterpret_cast<f8u*>(p) = x; }
 inline v8 splat(double x) { return v8{x, x, x, x, x, x, x, x}; }
 
+template <class T>
+inline v8 read(const T* p) {
+  return load(p);
+}
+#if defined(__AVX512F__)
+inline f8 narrow(const v8& x) { return _mm512_maskz_cvtpd_ps(0xff, x); }
+#else
+inline f8 narrow(const v8& x) { return __builtin_convertvector(x, f8); }
+#endif
+
+// Eight lanes of E, from memory of float or double.
+template <class E> struct Eight;
+template <> struct Eight<double> {
+  typedef v8 type;
+  typedef i8 index;
+  template <class T> static v8 load(const T* p) { return read(p); }
+};
+template <> struct Eight<float> {
+  typedef f8 type;
+  typedef j8 index;
+  static f8 load(const float* p) { return *reinterpret_cast<const f8u*>(p); }
+  static f8 load(const double* p) { return narrow(*reinterpret_cast<const v8u*>(p)); }
+};
+
 // An initialiser {} would become a string instruction, which is slow to start.
-inline void clear(v8 (&a)[8]) {
+template <class V>
+inline void clear(V (&a)[8]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) a[r] = v8{};
+  for (int r = 0; r < 8; ++r) a[r] = V{};
 }
 
 // Lane r of the result is the sum of a[r].
-inline v8 row_sums(const v8 (&a)[8]) {
-  v8 t[4], u[2];
+template <class V>
+inline V row_sums(const V (&a)[8]) {
+  V t[4], u[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
     t[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
@@ -54,22 +83,24 @@ inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1]
 
 // ---- Bellman backup ----------------------------------------------------------------------------------------------------
 
-// t.q = reward + discount T v, t.next = max over actions; v is padded with zeros to whole blocks.
-template <class T>
-void backup(Task& t, double discount, const double* v) {
+// q = reward + discount T v, next = max over actions; v is padded with zeros to whole blocks.
+template <class T, class E>
+void backup(const Task& t, E discount, const E* v, const E* reward, E* q_out, E* next) {
+  typedef typename Eight<E>::type V;
+  const auto load = [](const auto* p) { return Eight<E>::load(p); };
   const int64_t na = t.na;
   for (int64_t s = 0; s < t.ns; ++s) {
     const int64_t n = t.blocks[s];
     const int32_t* start = t.row_start + s * na;
-    double* q = t.q + s * na;
-    double best = -__builtin_inf();
+    E* q = q_out + s * na;
+    E best = -static_cast<E>(__builtin_inf());
     for (int64_t a0 = 0; a0 < na; a0 += 8) {
       const int64_t rows = na - a0 < 8 ? na - a0 : 8;
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + a0 * n * 8;
-      v8 acc[8];
+      V acc[8];
       clear(acc);
       if (rows == 5) {
-        const double* at[5];
+        const E* at[5];
         for (int r = 0; r < 5; ++r) at[r] = v + start[a0 + r] * 8;
         for (int64_t b = 0; b < n * 8; b += 8) {
 #pragma GCC unroll 5
@@ -77,18 +108,24 @@ void backup(Task& t, double discount, const double* v) {
         }
       } else {
         for (int64_t r = 0; r < rows; ++r) {
-          const double* at = v + start[a0 + r] * 8;
-          v8 one = splat(0);
+          const E* at = v + start[a0 + r] * 8;
+          V one = V{};
           for (int64_t b = 0; b < n * 8; b += 8) one += load(p + r * n * 8 + b) * load(at + b);
           acc[r] = one;
         }
       }
       // eight are written where fewer are meant; the next state or the padding takes them over
-      store(q + a0, load(t.reward + s * na + a0) + discount * row_sums(acc));
+      store(q + a0, load(reward + s * na + a0) + discount * row_sums(acc));
       for (int64_t r = 0; r < rows; ++r) best = q[a0 + r] > best ? q[a0 + r] : best;
     }
-    t.next[s] = best;
+    next[s] = best;
   }
+}
+
+// t.q, t.next
+template <class T>
+void backup(Task& t, double discount, const double* v) {
+  backup<T, double>(t, discount, v, t.reward, t.q, t.next);
 }
 
 // A bound on the rounding error of one entry of backup(), given max |v|: relative, and what underflow adds.
@@ -109,54 +146,60 @@ double largest_magnitude(const double* x, int64_t n) {
 // ---- policy evaluation by block LU -------------------------------------------------------------------------------------
 
 // acc -= m u, each 8 x 8
-inline void subtract_product(v8 (&acc)[8], const double* m, const double* u) {
+template <class E, class V>
+inline void subtract_product(V (&acc)[8], const E* m, const E* u) {
 #pragma GCC unroll 8
   for (int k = 0; k < 8; ++k) {
-    const v8 row = load(u + 8 * k);
+    const V row = Eight<E>::load(u + 8 * k);
 #pragma GCC unroll 8
     for (int r = 0; r < 8; ++r) acc[r] -= m[8 * r + k] * row;
   }
 }
 
-template <int k>
-inline bool eliminate(v8 (&a)[8]) {
-  const i8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  const i8 at_k = lanes == k;
-  const double pivot = a[k][k];
-  const v8 row = (at_k ? splat(1) : a[k]) * (1 / pivot);
+template <int k, class E, class V>
+inline bool eliminate(V (&a)[8]) {
+  const typename Eight<E>::index lanes = {0, 1, 2, 3, 4, 5, 6, 7}, at_k = lanes == k;
+  const E pivot = a[k][k];
+  const V row = (at_k ? V{} + E(1) : a[k]) * (1 / pivot);
 #pragma GCC unroll 8
   for (int r = 0; r < 8; ++r) {
     if (r == k) continue;
-    const double f = a[r][k];
-    a[r] = (at_k ? splat(0) : a[r]) - f * row;
+    const E f = a[r][k];
+    a[r] = (at_k ? V{} : a[r]) - f * row;
   }
   a[k] = row;
   return pivot > 0;
 }
 
 // In place by Gauss-Jordan elimination; false where a pivot is not positive.
-inline bool invert(v8 (&a)[8]) {
-  bool fine = eliminate<0>(a);
-  fine &= eliminate<1>(a);
-  fine &= eliminate<2>(a);
-  fine &= eliminate<3>(a);
-  fine &= eliminate<4>(a);
-  fine &= eliminate<5>(a);
-  fine &= eliminate<6>(a);
-  fine &= eliminate<7>(a);
+template <class E, class V>
+inline bool invert(V (&a)[8]) {
+  bool fine = eliminate<0, E>(a);
+  fine &= eliminate<1, E>(a);
+  fine &= eliminate<2, E>(a);
+  fine &= eliminate<3, E>(a);
+  fine &= eliminate<4, E>(a);
+  fine &= eliminate<5, E>(a);
+  fine &= eliminate<6, E>(a);
+  fine &= eliminate<7, E>(a);
   return fine;
 }
 
-inline void subtract_times(v8 (&acc)[8], const double* m, const double* x) {
-  const v8 right = load(x);
+template <class E, class V>
+inline void subtract_times(V (&acc)[8], const E* m, const E* x) {
+  const V right = Eight<E>::load(x);
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) acc[r] -= load(m + 8 * r) * right;
+  for (int r = 0; r < 8; ++r) acc[r] -= Eight<E>::load(m + 8 * r) * right;
 }
 
-// Factors I - discount P[policy] from block row `from` on and solves for t.v. False where a pivot is not positive.
-template <class T>
-bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
+// Factors I - discount P[policy] in E from block row `from` on. False where a pivot is not positive.
+template <class T, class E>
+bool factor(Task& t, double discount, const int64_t* policy, int64_t from) {
+  typedef typename Eight<E>::type V;
+  const auto load = [](const auto* p) { return Eight<E>::load(p); };
   const int64_t na = t.na, nb = t.nb;
+  const E minus = static_cast<E>(-discount);
+  E *all = reinterpret_cast<E*>(t.tiles), *inverse = reinterpret_cast<E*>(t.inverse);
   if (from == 0) t.tile[0] = 0;
   for (int64_t i = from; i < nb; ++i) {
     const int64_t begin = i * 8, count = t.ns - begin < 8 ? t.ns - begin : 8;
@@ -170,57 +213,80 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     for (int64_t k = low; k < i; ++k) high = t.high[k] > high ? t.high[k] : high;
     t.low[i] = static_cast<int32_t>(low), t.high[i] = static_cast<int32_t>(high);
     t.tile[i + 1] = t.tile[i] + (high - low + 1) * 64;
-    double* tiles = t.tiles + t.tile[i];  // tile j at tiles + (j - low) * 64
+    E* tiles = all + t.tile[i];  // tile j at tiles + (j - low) * 64
 
-    for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, splat(0));
+    for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, V{});
     for (int64_t r = 0; r < count; ++r) {
       const int64_t s = begin + r, k = s * na + policy[s];
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (policy[s] * t.blocks[s] - t.row_start[k]) * 8;
-      for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j)
-        store(tiles + (j - low) * 64 + r * 8, -discount * load(p + j * 8));
-      t.rhs[s] = t.reward[k];
+      for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j) store(tiles + (j - low) * 64 + r * 8, minus * load(p + j * 8));
     }
     for (int64_t r = 0; r < 8; ++r) tiles[(i - low) * 64 + r * 9] += 1;
-    for (int64_t r = count; r < 8; ++r) t.rhs[begin + r] = 0;
 
-    v8 residual[8];
-    clear(residual);
     for (int64_t j = low; j <= high; ++j) {
-      double* here = tiles + (j - low) * 64;
-      v8 acc[8];
+      E* here = tiles + (j - low) * 64;
+      V acc[8];
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r) acc[r] = load(here + 8 * r);
       const int64_t last = j < i ? j : i;
       for (int64_t k = low; k < last; ++k)
-        if (t.high[k] >= j) subtract_product(acc, tiles + (k - low) * 64, t.tiles + t.tile[k] + (j - t.low[k]) * 64);
+        if (t.high[k] >= j) subtract_product<E>(acc, tiles + (k - low) * 64, all + t.tile[k] + (j - t.low[k]) * 64);
       if (j == i) {
-        if (!invert(acc)) return false;
-        here = t.inverse + i * 64;
+        if (!invert<E>(acc)) return false;
+        here = inverse + i * 64;
       } else if (j < i) {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
-        v8 product[8];
+        V product[8];
         clear(product);
-        subtract_product(product, here, t.inverse + j * 64);
+        subtract_product<E>(product, here, inverse + j * 64);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) acc[r] = product[r];
       }
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r) store(here + 8 * r, acc[r]);
-      if (j < i) subtract_times(residual, here, t.rhs + j * 8);
     }
-    store(t.rhs + begin, load(t.rhs + begin) + row_sums(residual));
   }
-  for (int64_t i = nb - 1; i >= 0; --i) {
-    v8 acc[8];
+  return true;
+}
+
+// x = (I - discount P)^-1 right by the factors; `right`, padded with zeros to whole blocks, is used up.
+template <class E>
+void substitute(const Task& t, E* right, E* x) {
+  typedef typename Eight<E>::type V;
+  const auto load = [](const auto* p) { return Eight<E>::load(p); };
+  const E *all = reinterpret_cast<const E*>(t.tiles), *inverse = reinterpret_cast<const E*>(t.inverse);
+  for (int64_t i = 0; i < t.nb; ++i) {
+    V acc[8];
+    clear(acc);
+    for (int64_t j = t.low[i]; j < i; ++j) subtract_times<E>(acc, all + t.tile[i] + (j - t.low[i]) * 64, right + j * 8);
+    store(right + i * 8, load(right + i * 8) + row_sums(acc));
+  }
+  for (int64_t i = t.nb - 1; i >= 0; --i) {
+    V acc[8];
     clear(acc);
     for (int64_t j = i + 1; j <= t.high[i]; ++j)
-      subtract_times(acc, t.tiles + t.tile[i] + (j - t.low[i]) * 64, t.v + j * 8);
-    const v8 right = load(t.rhs + i * 8) + row_sums(acc);
+      subtract_times<E>(acc, all + t.tile[i] + (j - t.low[i]) * 64, x + j * 8);
+    const V y = load(right + i * 8) + row_sums(acc);
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) acc[r] = load(t.inverse + i * 64 + 8 * r) * right;
-    store(t.v + i * 8, row_sums(acc));
+    for (int r = 0; r < 8; ++r) acc[r] = load(inverse + i * 64 + 8 * r) * y;
+    store(x + i * 8, row_sums(acc));
   }
+}
+
+// right[s] = the reward of the policy, scaled; zeros behind the last state.
+template <class E>
+void policy_reward(const Task& t, const E* reward, const int64_t* policy, E* right) {
+  for (int64_t s = 0; s < t.ns; ++s) right[s] = reward[s * t.na + policy[s]];
+  for (int64_t s = t.ns; s < t.nb * 8; ++s) right[s] = 0;
+}
+
+// t.v = the values of a policy, in float64 throughout. False where a pivot is not positive.
+template <class T>
+bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
+  if (!factor<T, double>(t, discount, policy, from)) return false;
+  policy_reward(t, t.reward, policy, t.rhs);
+  substitute(t, t.rhs, t.v);
   return true;
 }
 

@@ -135,43 +135,39 @@ PlanResult first_fault(const Task& t, const TaskTables& in) {
   return r;
 }
 
-// Lanes [from, to) of a block that begins at p, zeros in the others, of which nothing is read.
+// Those lanes of a block at p that `bits` has, zeros in the others, of which nothing is read; put in `to`, and returned.
 #if defined(__AVX512F__)
-inline v8 lanes(const double* p, int64_t from, int64_t to) {
-  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((0xffu >> (8 - to)) & (0xffu << from)), p);
+inline v8 copy(double* to, const double* p, uint32_t bits) {
+  const __m512d x = _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p);
+  return _mm512_storeu_pd(to, x), x;
 }
-inline v8 lanes(const float* p, int64_t from, int64_t to) {
-  const __mmask8 mask = static_cast<__mmask8>((0xffu >> (8 - to)) & (0xffu << from));
-  return _mm512_maskz_cvtps_pd(0xff, _mm256_maskz_loadu_ps(mask, p));
+inline v8 copy(float* to, const float* p, uint32_t bits) {
+  const __m256 x = _mm256_maskz_loadu_ps(static_cast<__mmask8>(bits), p);
+  return _mm256_storeu_ps(to, x), _mm512_maskz_cvtps_pd(0xff, x);
 }
-inline void put(float* p, const v8& x) { _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(0xff, x)); }
 #else
-inline v8 lanes(const double* p, int64_t from, int64_t to) {
-  double x[8] = {};
-  for (int64_t j = from; j < to; ++j) x[j] = p[j];
-  return load(x);
+template <class T>
+inline v8 copy(T* to, const T* p, uint32_t bits) {
+  if (bits == 0xff)
+    __builtin_memcpy(to, p, 8 * sizeof(T));
+  else
+    for (int j = 0; j < 8; ++j) to[j] = bits >> j & 1 ? p[j] : T(0);
+  return load(to);
 }
-inline v8 lanes(const float* p, int64_t from, int64_t to) {
-  float x[8] = {};
-  for (int64_t j = from; j < to; ++j) x[j] = p[j];
-  return load(x);
-}
-inline void put(float* p, const v8& x) { *reinterpret_cast<f8u*>(p) = __builtin_convertvector(x, f8u); }
 #endif
-inline void put(double* p, const v8& x) { store(p, x); }
 
-// Where rows come from: `find` sets the blocks outside of which row k is zero; `block` reads successors [8 b, 8 b + 8) of a
-// table laid out as the transitions, zero outside the row.
+// A row: where its successor 0 would lie in a table laid out as the transitions, and which successors it has.
+struct Row {
+  int64_t at, begin, end;
+};
+
 template <class T>
 struct DenseRows {
   const TaskTables& in;
   const int64_t ns;
+  Row row(int64_t k) const { return {k * in.stride, 0, ns}; }
   void find(int64_t k, int32_t& low, int32_t& high) const {
     window(static_cast<const T*>(in.transition) + k * in.stride, ns, low, high);
-  }
-  __attribute__((always_inline)) v8 block(const void* table, int64_t k, int64_t b) const {
-    const T* p = static_cast<const T*>(table) + k * in.stride + b * 8;
-    return b * 8 + 8 <= ns ? load(p) : lanes(p, 0, ns - b * 8);
   }
 };
 
@@ -179,31 +175,33 @@ template <class T>
 struct WindowRows {  // successors from num_states on are left out
   const TaskTables& in;
   const int64_t ns;
-  int64_t end(int64_t k) const {
-    const int64_t e = static_cast<int64_t>(in.first[k]) + in.length[k];
-    return e < ns ? e : ns;
+  Row row(int64_t k) const {
+    const int64_t begin = in.first[k], end = begin + in.length[k];
+    return {in.offset[k] - begin, begin, end < ns ? end : ns};
   }
   void find(int64_t k, int32_t& low, int32_t& high) const {
-    const int64_t begin = in.first[k], e = end(k);
-    low = begin < e ? static_cast<int32_t>(begin / 8) : 0, high = begin < e ? static_cast<int32_t>((e + 7) / 8) : 0;
-  }
-  __attribute__((always_inline)) v8 block(const void* table, int64_t k, int64_t b) const {
-    const int64_t begin = in.first[k] - b * 8, e = end(k) - b * 8;
-    const int64_t from = begin > 0 ? begin : 0, to = e < 8 ? e : 8;
-    return from < to ? lanes(static_cast<const T*>(table) + in.offset[k] - begin, from, to) : splat(0);
+    const Row r = row(k);
+    const bool some = r.begin < r.end;
+    low = some ? static_cast<int32_t>(r.begin / 8) : 0, high = some ? static_cast<int32_t>((r.end + 7) / 8) : 0;
   }
 };
+
+inline int64_t within(int64_t x) { return x < 0 ? 0 : x > 8 ? 8 : x; }
+inline v8 magnitude(const v8& x) { return reinterpret_cast<v8>(reinterpret_cast<i8>(x) & 0x7fffffffffffffffll); }
 
 template <class T, class Rows>
 PlanResult pack(Task& t, const TaskTables& in) {
   const int64_t ns = t.ns, na = t.na;
   const Rows table{in, ns};
+  const bool by_successor = in.reward_by_successor;
+  const T* transition = static_cast<const T*>(in.transition);
   const T* reward = static_cast<const T*>(in.reward);
   T* out = static_cast<T*>(t.packed);
   t.widest = 0, t.row_sum = 0, t.reward_magnitude = 0;
   if (in.offset)
     for (int64_t k = 0; k < ns * na; ++k)
       if (outside(in, k)) return first_fault<T>(t, in);
+  T won[8];
   int64_t used = 0;
   bool fault = false;
   v8 least = splat(0);
@@ -228,16 +226,17 @@ PlanResult pack(Task& t, const TaskTables& in) {
         const int64_t start = t.row_first[k] + n <= t.nb ? t.row_first[k] : t.nb - n;
         t.row_start[k] = static_cast<int32_t>(start);
         v8 sum = splat(0), gains = splat(0), sizes = splat(0);
-        for (int64_t b = start; b < start + n; ++b, used += 8) {
-          const v8 p = table.block(in.transition, k, b);
-          put(out + used, p);
+        const Row row = table.row(k);
+        for (int64_t b = start * 8; b < (start + n) * 8; b += 8, used += 8) {
+          const uint32_t bits = 0xffu << within(row.begin - b) & ~(0xffu << within(row.end - b)) & 0xffu;
+          const v8 p = copy(out + used, transition + (row.at + b), bits);
           sum += p;
           least = p < least ? p : least;
-          if (in.reward_by_successor) {
+          if (by_successor) {
             // the reward of an impossible transition counts for nothing, even if it is NaN
-            const v8 x = p != 0 ? table.block(reward, k, b) * p : splat(0);
+            const v8 x = p != 0 ? copy(won, reward + (row.at + b), bits) * p : splat(0);
             gains += x;
-            sizes += x < 0 ? -x : x;
+            sizes += magnitude(x);
           }
         }
         total[r] = sum, mean[r] = gains, size[r] = sizes;
