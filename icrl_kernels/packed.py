@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn, overload
 import torch
 from torch import Tensor
 
-from icrl_kernels import _checks
+from icrl_kernels import _C, _checks
 
 
 class PackedTransition(NamedTuple):
@@ -90,17 +90,39 @@ def pack_transition(
         _checks.shape("reward", reward, ["N", "S", "A", "S"], N=n, S=s, A=a)
         _checks.same_dtype(transition=transition, reward=reward)
         _checks.same_device(transition=transition, reward=reward)
-    filled = transition != 0
-    some = filled.any(-1)
+    tables = [transition] if reward is None else [transition, reward]
+    if transition.device.type == "cpu" and not any(x.requires_grad for x in tables):
+        windows, packed = _pack_on_cpu([x.contiguous() for x in tables])
+    else:
+        windows, packed = _pack(tables)
+    result = PackedTransition(packed[0], *windows)
+    return result if reward is None else (result, packed[1])
+
+
+def _pack_on_cpu(tables: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    size, s = tables[0].shape[:3], tables[0].shape[3]
+    rows, threads, double = size.numel(), torch.get_num_threads(), tables[0].dtype == torch.float64
+    first, length = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    _C.find_windows(tables[0].data_ptr(), double, rows, s, first.data_ptr(), length.data_ptr(), threads)
+    ends = length.flatten().cumsum(0)
+    offset = ends.view_as(length) - length
+    packed = [x.new_empty(int(ends[-1]) if rows else 0) for x in tables]
+    for x, out in zip(tables, packed, strict=True):
+        windows = offset.data_ptr(), first.data_ptr(), length.data_ptr()
+        _C.copy_windows(x.data_ptr(), double, rows, s, *windows, out.data_ptr(), threads)
+    return (offset, first, length), packed
+
+
+def _pack(tables: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    filled = tables[0] != 0
+    s, some = filled.shape[-1], filled.any(-1)
     if s:
         first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
         length = torch.where(some, s - filled.flip(-1).to(torch.int8).argmax(-1) - first, 0)
     else:
         first = length = torch.zeros_like(some, dtype=torch.int64)
     ends = length.flatten().cumsum(0)
-    j = torch.arange(s, device=transition.device)
+    j = torch.arange(s, device=filled.device)
     inside = (j >= first[..., None]) & (j < (first + length)[..., None])
-    packed = PackedTransition(
-        transition[inside], (ends.view_as(length) - length), first.to(torch.int32), length.to(torch.int32)
-    )
-    return packed if reward is None else (packed, reward[inside])
+    windows = ends.view_as(length) - length, first.to(torch.int32), length.to(torch.int32)
+    return windows, [x[inside] for x in tables]

@@ -4,6 +4,7 @@ from test_value_iteration import banded, garnet, normalised
 from torch.library import opcheck
 
 from icrl_kernels import PackedTransition, pack_transition, value_iteration
+from icrl_kernels.packed import _pack
 
 BACKENDS = ["cpu", "reference"]
 
@@ -27,6 +28,26 @@ def test_there_and_back(s, dtype):
     assert not packed.length[:, -1].any()
     alone = pack_transition(t)
     assert all(torch.equal(x, y) for x, y in zip(alone, packed, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_packing_is_the_same(dtype):
+    g = torch.Generator().manual_seed(0)
+    for s in (1, 3, 8, 15, 32, 70):
+        t = torch.rand(2, s, 3, s, generator=g, dtype=dtype)
+        t = torch.where(torch.rand(t.shape, generator=g) < 2 / s, t, 0)
+        t[0, 0, 0] = -0.0
+        t[0, 0, 1] = torch.nan
+        t[0, 0, 2] = 1e-45 if dtype == torch.float32 else 5e-324
+        r = torch.randn(t.shape, generator=g, dtype=dtype)
+        for x, y in ((t, r), (t.transpose(1, 3), r.transpose(1, 3)) if s == 3 else (t, r)):
+            windows, packed = _pack([x, y])
+            got, reward = pack_transition(x, y)
+            assert all(torch.equal(i, j) for i, j in zip(got[1:], windows, strict=True))
+            assert torch.equal(got.probability.nan_to_num(7), packed[0].nan_to_num(7))
+            assert torch.equal(reward, packed[1])
+    assert not got.length[0, 0, 0]
+    assert (got.length[0, 0, 1:] == s).all()
 
 
 def test_nothing():

@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -19,7 +20,8 @@ namespace icrl {
 #define ICRL_DECLARE                                                                                             \
   int64_t vi_bytes(int64_t, int64_t);                                                                            \
   PlanResult vi_pack(const TaskTables&, void*);                                                                  \
-  PlanResult vi_plan(double, Method, double, int64_t*, double*, double*, void*);
+  PlanResult vi_plan(double, Method, double, int64_t*, double*, double*, void*);                                 \
+  void vi_find(const void*, bool, int64_t, int64_t, int32_t*, int32_t*);
 namespace generic { ICRL_DECLARE }
 namespace avx2 { ICRL_DECLARE }
 namespace avx512 { ICRL_DECLARE }
@@ -143,6 +145,29 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
   parallel_for(n, threads, [&](int64_t i) { solve_task(b, i, bytes); });
 }
 
+// For pack_transition: the windows of `rows` rows of ns entries, and what lies in them, one row behind the other.
+constexpr int64_t kRowsAtOnce = 512;
+
+void find_windows(uintptr_t table, bool is_double, int64_t rows, int64_t ns, uintptr_t first, uintptr_t length,
+                  int threads) {
+  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t i) {
+    const int64_t k = i * kRowsAtOnce, count = std::min(kRowsAtOnce, rows - k);
+    const char* from = pointer<char>(table) + k * ns * (is_double ? 8 : 4);
+    ICRL_DISPATCH(vi_find, from, is_double, count, ns, pointer<int32_t>(first) + k, pointer<int32_t>(length) + k);
+  });
+}
+
+void copy_windows(uintptr_t table, bool is_double, int64_t rows, int64_t ns, uintptr_t offset, uintptr_t first,
+                  uintptr_t length, uintptr_t out, int threads) {
+  const int64_t element = is_double ? 8 : 4;
+  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t i) {
+    for (int64_t k = i * kRowsAtOnce; k < std::min(rows, (i + 1) * kRowsAtOnce); ++k)
+      std::memcpy(pointer<char>(out) + pointer<int64_t>(offset)[k] * element,
+                  pointer<char>(table) + (k * ns + pointer<int32_t>(first)[k]) * element,
+                  pointer<int32_t>(length)[k] * element);
+  });
+}
+
 // The GPU's algorithm on one CPU thread: tests compare it where there is no GPU.
 void solve_core(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t terminal,
                 uintptr_t num_states, uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na,
@@ -163,6 +188,8 @@ void solve_core(uintptr_t transition, uintptr_t reward, bool is_double, bool by_
 
 void bind_value_iteration(pybind11::module_& m) {
   m.def("value_iteration_cpu", &solve, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("find_windows", &find_windows, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("copy_windows", &copy_windows, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("value_iteration_cuda_host_check", &solve_core, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

@@ -508,3 +508,8 @@ PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, 
   for (int64_t s = 0; s < t.ns; ++s) v[s] = t.next[s], policy[s] = greedy(t.q + s * t.na, t.na);
   return out;
 }
+
+void vi_find(const void* table, bool is_double, int64_t rows, int64_t ns, int32_t* first, int32_t* length) {
+  is_double ? find_windows(static_cast<const double*>(table), rows, ns, first, length)
+            : find_windows(static_cast<const float*>(table), rows, ns, first, length);
+}

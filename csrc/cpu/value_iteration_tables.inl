@@ -98,6 +98,20 @@ inline void window(const T* row, int64_t n, int32_t& low, int32_t& high) {
   low = static_cast<int32_t>(lo < hi ? lo : 0), high = static_cast<int32_t>(lo < hi ? hi : 0);
 }
 
+// From the first to the last entry that is not zero, for rows of ns entries; 0 and 0 where all are.
+template <class T>
+void find_windows(const T* table, int64_t rows, int64_t ns, int32_t* first, int32_t* length) {
+  for (int64_t k = 0; k < rows; ++k) {
+    const T* row = table + k * ns;
+    int32_t low, high;
+    window(row, ns, low, high);
+    int64_t begin = low * 8, end = high * 8 < ns ? high * 8 : ns;
+    while (begin < end && row[begin] == 0) ++begin;
+    while (begin < end && row[end - 1] == 0) --end;
+    first[k] = static_cast<int32_t>(begin < end ? begin : 0), length[k] = static_cast<int32_t>(end - begin);
+  }
+}
+
 // Whether the window of row k leaves its table.
 inline bool outside(const TaskTables& in, int64_t k) {
   const int64_t first = in.first[k], length = in.length[k];
