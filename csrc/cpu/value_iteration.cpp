@@ -8,11 +8,13 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/policy_iteration.h"
+#include "cpu/value_iteration_lanes.h"
 #include "cuda/value_iteration_core.h"
 
 namespace icrl {
@@ -21,7 +23,9 @@ namespace icrl {
   int64_t vi_bytes(int64_t, int64_t);                                                                            \
   PlanResult vi_pack(const TaskTables&, void*);                                                                  \
   PlanResult vi_plan(double, Method, double, int64_t*, double*, double*, void*);                                 \
-  void vi_find(const void*, bool, int64_t, int64_t, int32_t*, int32_t*);
+  void vi_find(const void*, bool, int64_t, int64_t, int32_t*, int32_t*);                                         \
+  int64_t vi_lanes_bytes(int64_t, int64_t, int64_t, bool);                                                       \
+  void vi_lanes(const LaneJobs&, void*);
 namespace generic { ICRL_DECLARE }
 namespace avx2 { ICRL_DECLARE }
 namespace avx512 { ICRL_DECLARE }
@@ -34,6 +38,8 @@ PlanResult plan(double discount, Method method, double tol, int64_t* policy, dou
 }
 
 namespace {
+
+constexpr int64_t kMostLaneStates = 128;  // measured: larger tasks are faster one by one
 
 // A thread's scratch, kept for its life: tasks are many and small.
 struct Scratch {
@@ -142,7 +148,30 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
                 pointer<double>(q), pointer<double>(v), pointer<int64_t>(policy), pointer<double>(bound),
                 pointer<int64_t>(iterations), pointer<int64_t>(refusal)};
   const int64_t bytes = planner_bytes(ns, na);
-  parallel_for(n, threads, [&](int64_t i) { solve_task(b, i, bytes); });
+  // Which solver a task gets depends on the task alone, never on the batch: its bits must not.
+  std::vector<int64_t> small, large;
+  int64_t most_states = 0, next = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t states = b.num_states ? b.num_states[i] : ns;
+    const bool in_lanes = states <= kMostLaneStates && ng > 0 && b.method == Method::policy_iteration;
+    (in_lanes ? small : large).push_back(i);
+    if (in_lanes) most_states = std::max(most_states, states);
+  }
+  std::fill_n(b.refusal, n * 3, int64_t{0});
+  const std::pair<const Batch&, int64_t> context{b, bytes};
+  using Context = decltype(context);
+  const LaneJobs jobs{
+      small.data(), static_cast<int64_t>(small.size()), &next, most_states, ns, na, ng, is_double, b.discount,
+      b.q, b.v, b.bound, b.policy, b.iterations, &context,
+      [](const void* c, int64_t i) { return tables_of(static_cast<Context*>(c)->first, i); },
+      [](const void* c, int64_t i) { solve_task(static_cast<Context*>(c)->first, i, static_cast<Context*>(c)->second); }};
+  parallel_for(std::min<int64_t>(threads, jobs.count), threads, [&](int64_t) {
+    const GradualUnderflow guard;
+    thread_local Scratch scratch;
+    const int64_t need = ICRL_DISPATCH(vi_lanes_bytes, most_states, na, ng, is_double);
+    ICRL_DISPATCH(vi_lanes, jobs, scratch.get(need));
+  });
+  parallel_for(static_cast<int64_t>(large.size()), threads, [&](int64_t i) { solve_task(b, large[i], bytes); });
 }
 
 // For pack_transition: the windows of `rows` rows of ns entries, and what lies in them, one row behind the other.

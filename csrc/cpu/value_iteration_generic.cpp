@@ -1,7 +1,9 @@
 #include <cstdint>
 
 #include "cpu/policy_iteration.h"
+#include "cpu/value_iteration_lanes.h"
 
 namespace icrl::generic {
 #include "cpu/value_iteration.inl"
+#include "cpu/value_iteration_lanes.inl"
 }  // namespace icrl::generic
