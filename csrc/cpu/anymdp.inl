@@ -1,15 +1,19 @@
-// The AnyMDP sampler (Wang et al., arXiv 2502.02869, "Scalable procedural task generation"): one task at a time, windows
-// packed, float64 throughout, tables rounded to float32 before anything is judged by them. Included once per
+// The AnyMDP sampler (Wang et al., arXiv 2502.02869, "Scalable procedural task generation"): one task at a time, float64
+// throughout, probabilities rounded to float32 before anything is judged by them. Included after tiles.inl, once per
 // instruction set; everything here is local to the file that includes it.
 //
-// Random numbers are counter-based: bits(key, n) = mix(key + n·golden) (splitmix64), so that a task depends on its key
-// alone, not on batch, thread or the tasks before it.
+// Random numbers are counter-based: value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each
+// quantity of each attempt has a stream of its own in which each number has its place. So a task depends on its key alone,
+// and icrl/worlds/anymdp_torch.py draws the same one for a whole batch at once.
 
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+constexpr int64_t kBlock = 8;
 
-inline uint64_t mix(uint64_t z) {
+template <class T>
+inline T mix(const T& x) {
+  T z = x;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);
@@ -21,312 +25,390 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline double clip(double x, double lo, double hi) { return smaller(larger(x, lo), hi); }
 
+enum Quantity : uint64_t { kScalars, kStart, kEnds, kWindows, kWeights, kCenters, kPosition, kCosts, kItems, kSettle };
+
 struct Random {
-  uint64_t key, n = 0;
-  Random(uint64_t parent, uint64_t stream) : key(mix(parent ^ mix(stream + kGolden))) {}
-  double uniform() { return to_unit(mix(key + ++n * kGolden)); }
-  double uniform(double lo, double hi) { return lo + (hi - lo) * uniform(); }
-  int64_t integer(int64_t lo, int64_t hi) {  // [lo, hi); the bias of the multiplication is below hi·2⁻⁵³
-    return lo + static_cast<int64_t>(uniform() * static_cast<double>(hi - lo));
+  uint64_t key;
+  Random(uint64_t parent, uint64_t stream) : key(mix(parent ^ mix((stream + 1) * kGolden))) {}
+  Random(uint64_t parent, int64_t attempt, Quantity what) : Random(parent, static_cast<uint64_t>(attempt) * 16 + what) {}
+  double uniform(int64_t n) const { return to_unit(mix(key + (static_cast<uint64_t>(n) + 1) * kGolden)); }
+  double uniform(int64_t n, double lo, double hi) const { return lo + (hi - lo) * uniform(n); }
+  int64_t integer(int64_t n, int64_t lo, int64_t hi) const {  // [lo, hi); the multiplication's bias is below hi·2⁻⁵³
+    return lo + static_cast<int64_t>(uniform(n) * static_cast<double>(hi - lo));
   }
-  double exponential(double mean) { return -mean * log(1.0 - uniform()); }
-  double normal() {
-    const double r = sqrt(-2.0 * log(1.0 - uniform()));
-    return r * cos(6.283185307179586 * uniform());
-  }
+  double exponential(int64_t n) const { return -log(1.0 - uniform(n)); }
+  double radius(int64_t n) const { return sqrt(-2.0 * log(1.0 - uniform(n))); }
+  double angle(int64_t n) const { return 6.283185307179586 * uniform(n); }
+  double normal(int64_t n) const { return radius(n) * cos(angle(n + 1)); }  // takes n and n + 1
 };
 
-// exp for x <= 0 to a few ulp, in a form that vectorises; 0 below -700.
-inline double exp_negative(double x) {
-  const double y = larger(x, -700.0);
-  const double shifted = y * 1.4426950408889634 + 0x1.8p52;
-  const double n = shifted - 0x1.8p52;
-  const double r = (y - n * 0x1.62e42fefa39efp-1) - n * 0x1.abc9e3b39803fp-56;
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  int64_t bits;
-  memcpy(&bits, &shifted, 8);
-  const int64_t power = (bits + 1023) << 52;  // the low bits of `shifted` hold n in two's complement
-  double scale;
-  memcpy(&scale, &power, 8);
-  return x < -700.0 ? 0.0 : p * scale;
+typedef unsigned long long u8 __attribute__((vector_size(64)));
+constexpr v8 kLanes = {0, 1, 2, 3, 4, 5, 6, 7};
+
+inline v8 larger(const v8& a, const v8& b) { return a > b ? a : b; }
+inline v8 smaller(const v8& a, const v8& b) { return a < b ? a : b; }
+
+template <int N>
+inline v8 polynomial(const v8& x, const double (&c)[N]) {  // highest power first
+  v8 p = splat(c[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < N; ++i) p = p * x + c[i];
+  return p;
 }
 
-// clip(N(0,1), .1, 1) from one uniform: the inverse distribution function's central rational form (P. J. Acklam, relative
+// exp for x <= 0 to a few ulp; 0 below -700.
+inline v8 exp_negative(const v8& x) {
+  const v8 y = larger(x, splat(-700.0));
+  const v8 shifted = y * 1.4426950408889634 + 0x1.8p52;
+  const v8 n = shifted - 0x1.8p52;
+  const v8 r = (y - n * 0x1.62e42fefa39efp-1) - n * 0x1.abc9e3b39803fp-56;
+  const v8 series = polynomial(r, {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+                                   1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0});
+  const i8 power = (reinterpret_cast<i8>(shifted) + 1023) << 52;  // its low bits hold n in two's complement
+  return x < -700.0 ? splat(0) : series * reinterpret_cast<v8>(power);
+}
+
+// clip(N(0,1), .1, 1) from uniforms: the inverse distribution function's central rational form (P. J. Acklam, relative
 // error 1.2e-9); the clipped range never needs the tails.
-inline double clipped_normal(double u) {
-  const double q = clip(u, 0.5398278372770290, 0.8413447460685429) - 0.5, r = q * q;
-  const double a =
-      ((((-3.969683028665376e+01 * r + 2.209460984245205e+02) * r - 2.759285104469687e+02) * r + 1.383577518672690e+02) * r -
-       3.066479806614716e+01) * r + 2.506628277459239e+00;
-  const double b =
-      ((((-5.447609879822406e+01 * r + 1.615858368580409e+02) * r - 1.556989798598866e+02) * r + 6.680131188771972e+01) * r -
-       1.328068155288572e+01) * r + 1.0;
-  return clip(q * a / b, 0.1, 1.0);
+inline v8 clipped_normal(const v8& u) {
+  const v8 q = smaller(larger(u, splat(0.5398278372770290)), splat(0.8413447460685429)) - 0.5, r = q * q;
+  const v8 a = polynomial(r, {-3.969683028665376e+01, 2.209460984245205e+02, -2.759285104469687e+02, 1.383577518672690e+02,
+                              -3.066479806614716e+01, 2.506628277459239e+00});
+  const v8 b = polynomial(r, {-5.447609879822406e+01, 1.615858368580409e+02, -1.556989798598866e+02, 6.680131188771972e+01,
+                              -1.328068155288572e+01, 1.0});
+  return smaller(larger(q * a / b, splat(0.1)), splat(1.0));
 }
 
-// Every row below is followed by eight zeros, and every vector by eight finite numbers, so that loops run in whole blocks.
-constexpr int64_t kBlock = 8;
-inline int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+inline v8 magnitude(const v8& a) { return a < 0 ? -a : a; }
+inline bool any(const i8& a) { return ((a[0] | a[4]) | (a[2] | a[6]) | (a[1] | a[5]) | (a[3] | a[7])) != 0; }
+inline void round_to(float* to, const v8& x) { *reinterpret_cast<f8u*>(to) = __builtin_convertvector(x, f8u); }
+inline double add(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
-inline double dot(const double* a, const double* b, int64_t n) {
-  double lanes[kBlock] = {};
-  for (int64_t i = 0; i < n; i += kBlock)
-    for (int k = 0; k < kBlock; ++k) lanes[k] += a[i + k] * b[i + k];
-  for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
-  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-}
-
-struct Row {  // entries [lo, hi) of a transition row
-  const double* p;
-  int64_t lo, hi;
+template <class T>
+struct Blocks {  // [begin, end) of eight entries each, of a row that is zero elsewhere
+  const T* p;
+  int64_t begin, end;
 };
 
 struct Sampler {
   const AnymdpTask& out;
-  const int64_t ns, na, width;  // width: of a row with its padding
-  double* at;                   // the rest of the scratch
+  const int64_t ns, na, nb, width;  // nb blocks of eight states; every vector has one block more
+  double* at;                       // the rest of the scratch
 
   double* take(int64_t n) {
     double* p = at;
-    at += n;
+    at += (n + 7) / 8 * 8;
     return p;
   }
   int64_t* take_int(int64_t n) { return reinterpret_cast<int64_t*>(take(n)); }
 
-  // transition rows live at t + (s·na + a)·width, valid on [lo, hi) of (s, a)
-  double *t, *lu, *chain;
-  double *rbar, *fixed, *row_sum, *cost, *cost_noise, *q, *center;
-  double *v, *gain, *weight, *total, *visits, *moved;
-  double *inv, *rhs, *pot, *pos, *pos_noise, *bonus;
-  int64_t *lo, *hi, *from, *to, *policy, *upper, *is_end;
+  // Transition row i = s·na + a is the blocks [begin[i], end[i]), packed at rows + offset[i].
+  float* rows;
+  int64_t *begin, *end, *offset;
+  double *rbar, *fixed, *row_sum, *cost, *cost_noise, *q;
+  // I − γP as tiles: block row i from block low[i] to high[i]; multipliers left of the diagonal, U right of it.
+  double *tiles, *inverse;
+  int64_t *low, *high, *tile;
+  double *mean, *chain, *bell, *center;
+  double *v, *rhs, *gain, *weight, *total, *pot, *pos, *pos_noise, *bonus, *visits, *moved, *stable;
+  int64_t *from, *to, *policy, *is_end, *ahead, *source, *column, *filled;
   double start[3];
   bool goal;
 
-  explicit Sampler(const AnymdpTask& task) : out(task), ns(task.ns), na(task.na), width(blocks(task.ns) + 16), at(task.scratch) {
-    t = take(ns * na * width), lu = take(ns * width), chain = take(ns * width);
-    rbar = take(ns * na), fixed = take(ns * na), row_sum = take(ns * na), cost = take(ns * na), cost_noise = take(ns * na);
-    q = take(ns * na), lo = take_int(ns * na), hi = take_int(ns * na), center = take(na);
-    v = take(width), gain = take(width), weight = take(width), total = take(width);
+  explicit Sampler(const AnymdpTask& task)
+      : out(task), ns(task.ns), na(task.na), nb((ns + 7) / 8), width(8 * nb + 8), at(task.scratch) {
+    rows = reinterpret_cast<float*>(take(ns * na * nb * 4 + 8));  // a row's last part is read as a block
+    tiles = take(nb * nb * 64), inverse = take(nb * 64), chain = take(ns * nb * 8), source = take_int(ns * nb);
+    mean = take(ns * width), bell = take(na * width), center = take(na);
+    const int64_t n = ns * na + 8;  // blocks of rows may reach past the last
+    rbar = take(n), fixed = take(n), row_sum = take(n), cost = take(n), cost_noise = take(n), q = take(n);
+    begin = take_int(n), end = take_int(n), offset = take_int(n);
+    v = take(width), rhs = take(width), gain = take(width), weight = take(width), total = take(width);
+    pot = take(width), pos = take(width), pos_noise = take(width), bonus = take(width), stable = take(width);
     visits = take(3 * width), moved = take(3 * width);
-    for (int64_t j = 0; j < width; ++j) v[j] = gain[j] = 0;
-    inv = take(ns), rhs = take(ns), pot = take(ns), pos = take(ns), pos_noise = take(ns), bonus = take(ns);
-    from = take_int(ns), to = take_int(ns), policy = take_int(ns), upper = take_int(ns), is_end = take_int(ns);
+    from = take_int(width), to = take_int(width), policy = take_int(width), is_end = take_int(width);
+    ahead = take_int(width), low = take_int(width), high = take_int(width), tile = take_int(width), column = take_int(width), filled = take_int(width);
+    for (int64_t j = 0; j < width; ++j) v[j] = gain[j] = rhs[j] = 0;
   }
 
-  double* row(int64_t i) const { return t + i * width; }
+  Blocks<float> row(int64_t i) const { return {rows + offset[i], begin[i], end[i]}; }
+  Blocks<float> chosen(int64_t s) const { return row(s * na + policy[s]); }
 
-  void sample_ends(Random& random) {
+  // ---- the task's parts ------------------------------------------------------------------------------------------------
+
+  void sample_ends(int64_t attempt) {
+    const Random scalar(out.key, attempt, kScalars), first(out.key, attempt, kStart), pit(out.key, attempt, kEnds);
     double sum = 0;
-    while (sum < 1e-10) {
+    for (int64_t retry = 0; sum < 1e-10; ++retry) {
       sum = 0;
-      for (double& p : start) sum += p = larger(random.normal(), 0.0);
+      for (int64_t s = 0; s < 3; ++s) sum += start[s] = larger(first.normal(6 * retry + 2 * s), 0.0);
     }
     for (double& p : start) p = p > 1e-10 ? p / sum : 0.0;
-    const double rate = larger(random.uniform(-0.2, 0.4), 0.0);
-    double count;
-    do {
+    const double rate = larger(scalar.uniform(0, -0.2, 0.4), 0.0);
+    for (int64_t retry = 0, count = ns; !(static_cast<double>(count) < static_cast<double>(ns) * rate + 1.0); ++retry) {
       count = 0;
-      for (int64_t s = 0; s < ns; ++s) count += is_end[s] = random.uniform() < rate;
-    } while (!(count < static_cast<double>(ns) * rate + 1.0));
+      for (int64_t s = 0; s < ns; ++s) count += is_end[s] = pit.uniform(retry * ns + s) < rate;
+    }
     for (int64_t s = 0; s < 3; ++s)
       if (start[s] > 0) is_end[s] = 0;
-    is_end[ns - 1] = goal = random.uniform() < 0.3;
+    is_end[ns - 1] = goal = scalar.uniform(1) < 0.3;
   }
 
-  void sample_transition(Random& random, uint64_t weight_key) {
+  void sample_transition(int64_t attempt) {
+    const Random windows(out.key, attempt, kWindows), weights(out.key, attempt, kWeights), centers(out.key, attempt, kCenters);
     const int64_t leap = larger(int64_t{2}, ns / 4 + 1), back = larger(int64_t{2}, ns / 2 + 1);
+    // a window is to end after the second open state ahead, where there are two
+    for (int64_t s = ns - 1, next = ns, second = ns; s >= 0; --s) {
+      ahead[s] = second < ns ? second + 1 : ns;
+      if (!is_end[s]) second = next, next = s;
+    }
+    int64_t used = 0;
     for (int64_t s = 0; s < ns; ++s) {
       if (is_end[s]) {
-        from[s] = to[s] = s;
-        for (int64_t a = 0; a < na; ++a) lo[s * na + a] = hi[s * na + a] = s, row_sum[s * na + a] = 0;
+        from[s] = to[s] = 0, policy[s] = 0;
+        for (int64_t i = s * na; i < (s + 1) * na; ++i) begin[i] = end[i] = 0, offset[i] = used, row_sum[i] = 0;
         continue;
       }
       const int64_t from_min = larger(int64_t{0}, s - back), to_max = smaller(ns, s + leap);
-      const int64_t f = random.integer(from_min, larger(s - 1, from_min + 1));
-      int64_t e = random.integer(smaller(smaller(ns - 1, s + 1), to_max - 1), to_max);
-      for (int64_t open = 0, seen = s + 1; e < ns; ++e) {  // grown until two open states lie ahead
-        for (; seen < e; ++seen) open += !is_end[seen];
-        if (open > 1) break;
-      }
-      from[s] = f, to[s] = e;
+      const int64_t f = windows.integer(3 * s, from_min, larger(s - 1, from_min + 1));
+      const int64_t drawn = windows.integer(3 * s + 1, smaller(smaller(ns - 1, s + 1), to_max - 1), to_max);
+      const int64_t e = larger(drawn, ahead[s]), first = f / kBlock * kBlock, stop = (e + 7) / kBlock * kBlock;
+      from[s] = first / kBlock, to[s] = stop / kBlock;
 
-      double sum = 0;
-      const uint64_t base = weight_key + static_cast<uint64_t>(s * ns) * kGolden;
-      const int64_t stop = f + blocks(e - f);
-      for (int64_t j = f; j < stop; ++j) weight[j] = clipped_normal(to_unit(mix(base + static_cast<uint64_t>(j) * kGolden)));
+      const u8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+      for (int64_t j = first; j < stop; j += kBlock) {
+        const u8 bits = mix(weights.key + (static_cast<uint64_t>(s * ns + j + 1) + lanes) * kGolden);
+        store(weight + j, clipped_normal(__builtin_convertvector(bits >> 11, v8) * 0x1p-53));
+      }
+      for (int64_t j = first; j < f; ++j) weight[j] = 0;
       for (int64_t j = e; j < stop; ++j) weight[j] = 0;
       weight[s] = s == ns - 1 ? 0.0 : weight[s] / 2.0;  // f <= s < e
-      for (int64_t j = f; j < e; ++j) sum += weight[j];
+      v8 sums = splat(0);
+      for (int64_t j = first; j < stop; j += kBlock) sums += load(weight + j), store(total + j, splat(0));
+      const double sum = add(sums);
 
-      for (int64_t a = 0; a < na; ++a) center[a] = random.uniform(static_cast<double>(f - 1), static_cast<double>(e));
-      const double sigma = clip(random.exponential(1.0), 0.2, 1.6), sharp = -1.0 / (sigma * sigma);
-      for (int64_t j = f; j < stop; ++j) total[j] = 0;
+      const double sigma = clip(windows.exponential(3 * s + 2), 0.2, 1.6), sharp = -1.0 / (sigma * sigma);
+      // Beyond this distance from its centre a row is zero in float32: its largest entry is no further than 2 away, and
+      // shares of actions, at least 1e-10 of which remain, add another e^23 to float32's e^87.
+      const double reach = sqrt(120.0 * sigma * sigma + 4.0);
+      int64_t nearest = 0;  // the action that most wants to go up: a good first policy
       for (int64_t a = 0; a < na; ++a) {
-        double* p = row(s * na + a);
-        const double c = center[a];
-        for (int64_t j = f; j < stop; ++j) {
-          const double d = c - static_cast<double>(j);
-          p[j] = exp_negative(sharp * (d * d));
-          total[j] += p[j];
+        const double c = center[a] = centers.uniform(s * na + a, static_cast<double>(f - 1), static_cast<double>(e));
+        if (c > center[nearest]) nearest = a;
+        const int64_t i = s * na + a;
+        const int64_t l = larger(first, static_cast<int64_t>(larger(c - reach, 0.0)) / kBlock * kBlock);
+        const int64_t h = smaller(stop, (static_cast<int64_t>(c + reach) + kBlock) / kBlock * kBlock);
+        begin[i] = l, end[i] = h;
+        double* p = bell + a * width;
+        for (int64_t j = first; j < stop; j += kBlock) store(p + j, splat(0));
+        for (int64_t j = l; j < h; j += kBlock) {
+          const v8 d = (c - static_cast<double>(j)) - kLanes, x = exp_negative(sharp * (d * d));
+          store(p + j, x), store(total + j, load(total + j) + x);
         }
       }
-      for (int64_t j = f; j < e; ++j) {
-        if (total[j] >= 1e-10) continue;  // far from every action: the nearest one takes it
-        int64_t nearest = 0;
-        for (int64_t a = 1; a < na; ++a)
-          if (fabs(center[a] - static_cast<double>(j)) < fabs(center[nearest] - static_cast<double>(j))) nearest = a;
-        total[j] += 1.0 - row(s * na + nearest)[j];
-        row(s * na + nearest)[j] = 1.0;
+      policy[s] = nearest;
+      for (int64_t j = first; j < stop; j += kBlock) {
+        i8 far = (load(total + j) < 1e-10) & (load(weight + j) != 0);  // from every action: the nearest one takes it
+        if (!any(far)) continue;
+        const v8 here = kLanes + static_cast<double>(j);
+        v8 least = splat(1e300);
+        for (int64_t a = 0; a < na; ++a) least = smaller(least, magnitude(center[a] - here));
+        for (int64_t a = 0; a < na; ++a) {
+          const i8 taken = far & (magnitude(center[a] - here) == least);
+          if (!any(taken)) continue;
+          const int64_t i = s * na + a;
+          double* p = bell + a * width + j;
+          store(total + j, taken ? load(total + j) + (1.0 - load(p)) : load(total + j));
+          store(p, taken ? splat(1) : load(p));
+          begin[i] = smaller(begin[i], j), end[i] = larger(end[i], j + kBlock), far &= ~taken;
+        }
       }
-      for (int64_t j = e; j < stop; ++j) total[j] = 1.0;
-      for (int64_t j = f; j < stop; ++j) total[j] = weight[j] / (sum * total[j]);
+      for (int64_t j = first; j < stop; j += kBlock) {
+        const v8 w = load(weight + j);
+        store(total + j, w == 0 ? splat(0) : w / (sum * load(total + j)));
+      }
       for (int64_t a = 0; a < na; ++a) {
-        double* p = row(s * na + a);
-        const double scale = 1.0 / dot(p + f, total + f, e - f);
-        // rounded as the table will hold it; what float32 would hold as a denormal is dropped
-        double lanes[kBlock] = {};
-        for (int64_t j = f; j < stop; j += kBlock)
-          for (int k = 0; k < kBlock; ++k) {
-            const float w = static_cast<float>(p[j + k] * total[j + k] * scale);
-            p[j + k] = w < 1.17549435e-38f ? 0.0 : static_cast<double>(w);
-            lanes[k] += p[j + k];
-          }
-        for (int64_t j = stop; j < stop + kBlock; ++j) p[j] = 0;
-        double kept = 0;
-        for (double lane : lanes) kept += lane;
-        int64_t l = f, h = e;
-        while (l < h && p[l] == 0) ++l;
-        while (h > l && p[h - 1] == 0) --h;
-        lo[s * na + a] = l, hi[s * na + a] = h, row_sum[s * na + a] = kept;
+        const int64_t i = s * na + a;
+        const double* p = bell + a * width;
+        int64_t l = begin[i], h = end[i];
+        v8 mass = splat(0), kept = splat(0);
+        for (int64_t j = l; j < h; j += kBlock) mass += load(p + j) * load(total + j);
+        const double scale = 1.0 / add(mass);
+        float* w = rows + used;
+        for (int64_t j = l; j < h; j += kBlock) {  // rounded as the table will hold it; what would be a denormal is dropped
+          const v8 x = load(p + j) * load(total + j) * scale;
+          round_to(w + j - l, x < 0x1p-126 ? splat(0) : x);
+          kept += load(w + j - l);
+        }
+        for (; l < h && add(load(w)) == 0; l += kBlock) w += kBlock;
+        for (; h > l && add(load(w + h - l - kBlock)) == 0;) h -= kBlock;
+        begin[i] = l / kBlock, end[i] = h / kBlock, offset[i] = w - rows, row_sum[i] = add(kept);
+        used = offset[i] + h - l;
       }
     }
   }
 
-  void sample_reward_parts(Random& random) {
+  void sample_reward_parts(int64_t attempt) {
+    const Random scalar(out.key, attempt, kScalars), item(out.key, attempt, kItems), position(out.key, attempt, kPosition),
+        costs(out.key, attempt, kCosts);
     for (int64_t s = 0; s < ns; ++s) pot[s] = 0;
-    const double wanted = random.uniform() < 0.5 ? 0.0 : clip(random.exponential(1.0), 0.2, 5.0);
-    const double box = larger(random.uniform(-wanted, wanted), 0.0);
-    const int64_t items = random.integer(1, 4);
-    const double scale = box / sqrt(static_cast<double>(items));
-    for (int64_t i = 0; i < items; ++i) {
-      const double order = static_cast<double>(random.integer(1, 6)) + random.normal();
-      const double sine = random.normal() * random.exponential(scale), cosine = random.normal() * random.exponential(scale);
-      if (box > 0)
-        for (int64_t s = 0; s < ns; ++s) {
-          const double angle = order * static_cast<double>(s) / static_cast<double>(2 * ns);
-          pot[s] += sine * sin(angle) + cosine * cos(angle);
-        }
+    const double wanted = scalar.uniform(2) < 0.5 ? 0.0 : clip(scalar.exponential(3), 0.2, 5.0);
+    const double box = larger(scalar.uniform(4, -wanted, wanted), 0.0);
+    const int64_t items = scalar.integer(5, 1, 4);
+    for (int64_t k = 0; k < items && box > 0; ++k) {
+      const int64_t n = 16 * k;
+      const double scale = box / sqrt(static_cast<double>(items));
+      const double order = static_cast<double>(item.integer(n, 1, 6)) + item.normal(n + 1);
+      const double sine = item.normal(n + 3) * scale * item.exponential(n + 5);
+      const double cosine = item.normal(n + 6) * scale * item.exponential(n + 8);
+      for (int64_t s = 0; s < ns; ++s) {
+        const double angle = order * static_cast<double>(s) / static_cast<double>(2 * ns);
+        pot[s] += sine * sin(angle) + cosine * cos(angle);
+      }
     }
 
-    const double base = random.exponential(0.2);
+    const double base = 0.2 * scalar.exponential(6);
     double height = 0;
     for (int64_t s = 0; s < ns; ++s)
-      pos[s] = height += base * (larger(random.normal(), 0.0) + (s == ns - 1 ? 0.2 : 0.0));
-    const double zero = random.uniform(0.1 * height, 0.9 * height);
+      pos[s] = height += base * (larger(position.normal(3 * s), 0.0) + (s == ns - 1 ? 0.2 : 0.0));
+    const double zero = scalar.uniform(7, 0.1 * height, 0.9 * height);
     int64_t ends = 0;
     for (int64_t s = 0; s < ns; ++s) {
-      pos_noise[s] = larger(random.uniform(-0.3, 0.3), 0.0) * base;
+      pos_noise[s] = larger(position.uniform(3 * s + 2, -0.3, 0.3), 0.0) * base;
       pos[s] -= zero;
       if (is_end[s]) pos[s] = pos_noise[s] = 0, ++ends;
     }
 
-    const double amount = smaller(random.exponential(0.05), 0.1);
+    const double amount = smaller(0.05 * scalar.exponential(8), 0.1);
     for (int64_t i = 0; i < ns * na; ++i) {
-      const bool on = random.uniform() >= 0.7;
-      cost[i] = on ? amount * random.normal() : 0.0;
-      cost_noise[i] = on ? 0.3 * amount * larger(random.normal(), 0.0) : 0.0;
+      cost[i] = cost_noise[i] = 0;
+      if (costs.uniform(3 * i) < 0.7) continue;
+      const double r = amount * costs.radius(3 * i + 1), angle = costs.angle(3 * i + 2);
+      cost[i] = r * cos(angle), cost_noise[i] = larger(0.3 * r * sin(angle), 0.0);
     }
-    const double z = 0.01 * random.normal();
+    const double z = 0.01 * scalar.normal(9);
     const double step = goal ? smaller(z, 0.0) : ends > 0 ? larger(z, 0.0) : 0.0;
     for (int64_t s = 0; s < ns; ++s)
       for (int64_t a = 0; a < na; ++a) fixed[s * na + a] = pot[s] + cost[s * na + a] + step;
   }
 
+  // ---- values ----------------------------------------------------------------------------------------------------------
+
+  // y = scale·(row · x) + base·factor for every row, with factor 1 where it is null
+  void apply_rows(double scale, const double* x, const double* base, const double* factor, double* y) const {
+    for (int64_t i = 0; i < ns * na; i += kBlock) {
+      v8 acc[8];
+      clear(acc);
+      const int64_t count = smaller(kBlock, ns * na - i);
+      for (int64_t r = 0; r < count; ++r) {
+        const Blocks<float> row_r = row(i + r);
+        const double* at_x = x + row_r.begin * kBlock;
+        v8 sum = splat(0);
+        for (int64_t j = 0; j < (row_r.end - row_r.begin) * kBlock; j += kBlock) sum += load(row_r.p + j) * load(at_x + j);
+        acc[r] = sum;
+      }
+      const v8 from_base = factor ? load(base + i) * load(factor + i) : load(base + i);
+      store(y + i, scale * row_sums(acc) + from_base);
+    }
+  }
+
   // r̄(s,a) = Σ T(s,a,s')·(fixed(s,a) + gain(s'))
   void expect_rewards() {
     for (int64_t s = 0; s < ns; ++s) gain[s] = pos[s] - pot[s] + bonus[s];
-    for (int64_t i = 0; i < ns * na; ++i)
-      rbar[i] = fixed[i] * row_sum[i] + dot(row(i) + lo[i], gain + lo[i], hi[i] - lo[i]);
+    apply_rows(1.0, gain, fixed, row_sum, rbar);
   }
+  void back_up(double gamma) { apply_rows(gamma, v, rbar, nullptr, q); }  // q from v
 
-  // v = (I − γP)⁻¹ r by LU within the rows' envelope. I − γP is strictly diagonally dominant by rows: no pivoting.
+  // I − γP = LU by tiles within the envelope of the rows, from block row `begin_at` on. Strictly diagonally dominant by
+  // rows: no pivoting.
   template <class RowOf>
-  void evaluate(double gamma, const RowOf& row_of) {
-    for (int64_t i = 0; i < ns; ++i) {
-      double r = 0;
-      const Row p = row_of(i, r);
-      double* a = lu + i * width;
-      const int64_t first = p.lo < p.hi ? smaller(p.lo, i) : i;
-      int64_t last = p.lo < p.hi ? larger(p.hi, i + 1) : i + 1;
-      for (int64_t k = first; k < i; ++k) last = larger(last, upper[k]);
-      for (int64_t j = first; j < last + kBlock; ++j) a[j] = 0;
-      for (int64_t j = p.lo; j < p.hi; ++j) a[j] = -gamma * p.p[j];
-      a[i] += 1.0;
-      for (int64_t k = first; k < i; ++k) {
-        if (a[k] == 0) continue;
-        const double m = a[k] * inv[k];
-        const double* b = lu + k * width;
-        const int64_t end = k + 1 + blocks(upper[k] - k - 1);
-        for (int64_t j = k + 1; j < end; ++j) a[j] -= m * b[j];
-        r -= m * rhs[k];
+  void factor(double gamma, int64_t begin_at, const RowOf& row_of) {
+    if (begin_at == 0) tile[0] = 0;
+    for (int64_t i = begin_at; i < nb; ++i) {
+      const int64_t count = smaller(kBlock, ns - i * kBlock);
+      int64_t l = i, h = i;
+      for (int64_t r = 0; r < count; ++r) {
+        const auto p = row_of(i * kBlock + r);
+        if (p.begin < p.end) l = smaller(l, p.begin), h = larger(h, p.end - 1);
       }
-      upper[i] = last, inv[i] = 1.0 / a[i], rhs[i] = r;
+      for (int64_t k = l; k < i; ++k) h = larger(h, high[k]);
+      low[i] = l, high[i] = h, tile[i + 1] = tile[i] + (h - l + 1) * 64;
+      double* own = tiles + tile[i];
+      for (int64_t x = 0; x < (h - l + 1) * 64; x += kBlock) store(own + x, splat(0));
+      for (int64_t r = 0; r < count; ++r) {
+        const auto p = row_of(i * kBlock + r);
+        for (int64_t j = p.begin; j < p.end; ++j) store(own + (j - l) * 64 + r * 8, -gamma * load(p.p + (j - p.begin) * kBlock));
+      }
+      for (int64_t r = 0; r < kBlock; ++r) own[(i - l) * 64 + r * 9] += 1.0;
+      for (int64_t j = l; j <= h; ++j) {
+        double* here = own + (j - l) * 64;
+        v8 acc[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) acc[r] = load(here + 8 * r);
+        for (int64_t k = l; k < smaller(i, j); ++k)
+          if (high[k] >= j) subtract_product(acc, own + (k - l) * 64, tiles + tile[k] + (j - low[k]) * 64);
+        if (j == i) {
+          invert(acc);
+          here = inverse + i * 64;
+        } else if (j < i) {
+#pragma GCC unroll 8
+          for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
+          clear(acc);
+          subtract_product(acc, here, inverse + j * 64);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) store(here + 8 * r, acc[r]);
+      }
     }
-    for (int64_t i = ns - 1; i >= 0; --i) v[i] = (rhs[i] - dot(lu + i * width + i + 1, v + i + 1, upper[i] - i - 1)) * inv[i];
   }
 
-  void back_up(double gamma) {  // q from v
-    for (int64_t i = 0; i < ns * na; ++i)
-      q[i] = rbar[i] + gamma * dot(row(i) + lo[i], v + lo[i], hi[i] - lo[i]);
+  const double* tile_at(int64_t i, int64_t j) const { return tiles + tile[i] + (j - low[i]) * 64; }
+
+  void solve() {  // v from rhs, which is lost
+    for (int64_t i = 0; i < nb; ++i) {
+      v8 acc[8];
+      clear(acc);
+      for (int64_t j = low[i]; j < i; ++j) subtract_times(acc, tile_at(i, j), rhs + j * kBlock);
+      store(rhs + i * kBlock, load(rhs + i * kBlock) + row_sums(acc));
+    }
+    for (int64_t i = nb - 1; i >= 0; --i) {
+      v8 acc[8];
+      clear(acc);
+      for (int64_t j = i + 1; j <= high[i]; ++j) subtract_times(acc, tile_at(i, j), v + j * kBlock);
+      const v8 right = load(rhs + i * kBlock) + row_sums(acc);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) acc[r] = load(inverse + i * 64 + 8 * r) * right;
+      store(v + i * kBlock, row_sums(acc));
+    }
   }
 
-  // Howard's policy iteration from `policy`; leaves v, q, policy.
-  void optimise(double gamma) {
+  // Howard's policy iteration from `policy`, whose factors are those there are from block row `changed` on; leaves v, q.
+  void optimise(double gamma, int64_t changed) {
     for (int round = 0; round < 1000; ++round) {
-      evaluate(gamma, [&](int64_t s, double& r) {
-        const int64_t i = s * na + policy[s];
-        r = rbar[i];
-        return Row{row(i), lo[i], hi[i]};
-      });
+      factor(gamma, changed, [&](int64_t s) { return chosen(s); });
+      for (int64_t s = 0; s < ns; ++s) rhs[s] = rbar[s * na + policy[s]];
+      solve();
       back_up(gamma);
       double largest = 1.0;
       for (int64_t s = 0; s < ns; ++s) largest = larger(largest, fabs(v[s]));
-      bool changed = false;
-      for (int64_t s = 0; s < ns; ++s) {
+      changed = nb;
+      for (int64_t s = ns - 1; s >= 0; --s) {
         int64_t best = 0;
         for (int64_t a = 1; a < na; ++a)
           if (q[s * na + a] > q[s * na + best]) best = a;
-        if (q[s * na + best] > q[s * na + policy[s]] + 1e-12 * largest) policy[s] = best, changed = true;
+        if (q[s * na + best] > q[s * na + policy[s]] + 1e-12 * largest) policy[s] = best, changed = s / kBlock;
       }
-      if (!changed) return;
+      if (changed == nb) return;
     }
   }
 
-  double best_q(int64_t s) const {
-    double best = q[s * na];
-    for (int64_t a = 1; a < na; ++a) best = larger(best, q[s * na + a]);
-    return best;
-  }
-
   // Terminal rewards: pitfalls below every value, the last state above every start. False where five rounds do not do it.
-  bool settle_rewards(Random& random) {
-    for (int64_t s = 0; s < ns; ++s) bonus[s] = s == ns - 1, policy[s] = 0;
-    for (int round = 0; round < 5; ++round) {
+  bool settle_rewards(int64_t attempt) {
+    const Random random(out.key, attempt, kSettle);
+    for (int64_t s = 0; s < ns; ++s) bonus[s] = s == ns - 1;
+    for (int64_t round = 0; round < 5; ++round) {
       expect_rewards();
-      optimise(0.99);
+      optimise(0.99, round == 0 ? 0 : nb);
       double least = 1e300, lowest_bonus = 1e300, top = -1e300;
       for (int64_t s = 0; s < ns; ++s) {
         lowest_bonus = smaller(lowest_bonus, bonus[s]);
@@ -335,116 +417,202 @@ struct Sampler {
       for (int64_t s = 0; s < 3; ++s)
         if (start[s] > 0) top = larger(top, v[s]);
       const double pit = lowest_bonus - least + 1.0;
-      const double fall = top - v[goal ? ns - 2 : ns - 1] + random.uniform(2.0, 5.0);
+      const double fall = top - v[goal ? ns - 2 : ns - 1] + random.uniform(3 * round, 2.0, 5.0);
       if (pit <= 0 && fall <= 0) return true;
       if (pit > 0) {
-        const double drop = pit + random.uniform(1.0, 10.0);
+        const double drop = pit + random.uniform(3 * round + 1, 1.0, 10.0);
         for (int64_t s = 0; s < ns - 1; ++s)
           if (is_end[s]) bonus[s] -= drop;
       }
       if (fall > 0) {
-        const double rise = larger(2.0 * fall, random.uniform(1.0, 10.0));
+        const double rise = larger(2.0 * fall, random.uniform(3 * round + 2, 1.0, 10.0));
         bonus[ns - 1] += goal ? rise : 0.01 * rise;
       }
     }
     return false;
   }
 
-  // The two filters at γ = 2^(−1/ns): worth against the random policy, and spread of the optimal chain.
+  // The two filters at γ = 2^(−1/ns): spread of the optimal chain, and worth against the random policy.
   bool worth_playing(int64_t max_steps) {
     const double gamma = exp2(-1.0 / static_cast<double>(ns));
-    optimise(gamma);
+    optimise(gamma, 0);
     double optimal[3];
     for (int64_t s = 0; s < 3; ++s) optimal[s] = best_q(s);
-    evaluate(gamma, [&](int64_t s, double& r) {
-      double* m = chain + s * width;
-      for (int64_t j = from[s]; j < to[s]; ++j) m[j] = 0;
-      for (int64_t a = 0; a < na; ++a) {
-        const int64_t i = s * na + a;
-        r += rbar[i] / static_cast<double>(na);
-        for (int64_t j = lo[i]; j < hi[i]; ++j) m[j] += row(i)[j] / static_cast<double>(na);
+    if (!spreads(max_steps)) return false;
+    for (int64_t s = 0; s < ns; ++s) {
+      double *m = mean + s * width, r = 0;
+      for (int64_t j = from[s] * kBlock; j < to[s] * kBlock; j += kBlock) store(m + j, splat(0));
+      for (int64_t i = s * na; i < (s + 1) * na; ++i) {
+        const Blocks<float> p = row(i);
+        r += rbar[i];
+        for (int64_t j = p.begin; j < p.end; ++j)
+          store(m + j * kBlock, load(m + j * kBlock) + load(p.p + (j - p.begin) * kBlock) / static_cast<double>(na));
       }
-      return Row{m, from[s], to[s]};
-    });
+      rhs[s] = r / static_cast<double>(na);
+    }
+    factor(gamma, 0, [&](int64_t s) { return Blocks<double>{mean + s * width + from[s] * kBlock, from[s], to[s]}; });
+    solve();
     back_up(gamma);
     for (int64_t s = 0; s < 3; ++s)
       if (start[s] > 0 && (optimal[s] - best_q(s)) * (1.0 - gamma) * static_cast<double>(max_steps) < 2.0) return false;
-    return spreads(max_steps);
+    return true;
+  }
+
+  double best_q(int64_t s) const {
+    double best = q[s * na];
+    for (int64_t a = 1; a < na; ++a) best = larger(best, q[s * na + a]);
+    return best;
+  }
+
+  // ---- where the optimal policy goes -----------------------------------------------------------------------------------
+
+  struct Spread {
+    double gini, entropy, most;  // 1 − Σp², −Σ p log p / log ns, max p
+  };
+  Spread spread(const double* p) const {
+    double squares = 0, entropy = 0, most = 0;
+    for (int64_t s = 0; s < ns; ++s) {
+      const double x = p[s] + 1e-12;
+      squares += x * x, entropy -= x * log(x), most = larger(most, x);
+    }
+    return {1.0 - squares, entropy / log(static_cast<double>(ns)), most};
+  }
+
+  // Gini above .7 and entropy above .35, for a distribution within `distance` of this one in L1: 1 surely, -1 surely not,
+  // 0 unknown. The entropy's modulus of continuity is Fannes' and Audenaert's.
+  int enough(const Spread& of, double distance) const {
+    const double half = distance / 2;
+    if (half >= 0.5) return 0;
+    const double shift = distance * (2 * of.most + distance), gini = of.gini - 0.7, entropy = of.entropy - 0.35;
+    const double blur = half - (half * log(half) + (1 - half) * log(1 - half)) / log(static_cast<double>(ns)) + 1e-9;
+    return gini > shift && entropy > blur ? 1 : gini <= -shift || entropy <= -blur ? -1 : 0;
+  }
+
+  // `stable` becomes nearly stationary under the optimal chain with restarts: π = c·start·(I − (1 − 1e-7)·P)⁻¹.
+  void find_stable() {
+    factor(1.0 - 1e-7, 0, [&](int64_t s) { return chosen(s); });
+    for (int64_t j = 0; j < width; ++j) stable[j] = j < 3 ? start[j] : 0.0;
+    const auto times = [](const double* x, const double* m) {
+      v8 sum = splat(0);
+      for (int r = 0; r < 8; ++r) sum += x[r] * load(m + 8 * r);
+      return sum;
+    };
+    for (int64_t i = 0; i < nb; ++i) {
+      double* x = stable + i * kBlock;
+      store(x, times(x, inverse + i * 64));
+      for (int64_t j = i + 1; j <= high[i]; ++j) store(stable + j * kBlock, load(stable + j * kBlock) - times(x, tile_at(i, j)));
+    }
+    for (int64_t i = nb - 1; i >= 0; --i)
+      for (int64_t j = low[i]; j < i; ++j)
+        store(stable + j * kBlock, load(stable + j * kBlock) - times(stable + i * kBlock, tile_at(i, j)));
+    double sum = 0;
+    for (int64_t s = 0; s < ns; ++s) sum += stable[s] = larger(stable[s], 0.0);
+    for (int64_t s = 0; s < ns; ++s) stable[s] /= sum;
   }
 
   // Where the optimal policy is 2^K steps after each start, K = ⌊log2 max_steps⌋ + 1, terminals restarting: spread enough?
+  // Walked only until its distance from a stationary distribution, which no step increases, leaves no doubt.
   bool spreads(int64_t max_steps) {
     // The optimal chain by columns: for each block of eight next states, the rows that reach it, eight numbers each.
-    int64_t *column = from, *source = reinterpret_cast<int64_t*>(lu), entries = 0;
-    for (int64_t j = 0; j < ns; j += kBlock) {
-      for (int64_t s = 0; s < ns; ++s) {
-        const int64_t i = s * na + policy[s];
-        const int64_t l = larger(is_end[s] ? 0 : lo[i], j), h = smaller(is_end[s] ? 3 : hi[i], j + kBlock);
-        if (l >= h) continue;
-        double* entry = chain + kBlock * entries;
-        for (int k = 0; k < kBlock; ++k) entry[k] = 0;
-        for (int64_t k = l; k < h; ++k) entry[k - j] = is_end[s] ? start[k] : row(i)[k];
-        source[entries++] = s;
-      }
-      column[j / kBlock] = entries;
+    for (int64_t j = 0; j <= nb; ++j) column[j] = 0;
+    for (int64_t s = 0; s < ns; ++s) {
+      const Blocks<float> p = chosen(s);
+      for (int64_t j = p.begin; j < p.end; ++j) ++column[j + 1];
+      column[1] += is_end[s];
     }
+    for (int64_t j = 0; j < nb; ++j) column[j + 1] += column[j], filled[j] = column[j];
+    for (int64_t s = 0; s < ns; ++s) {
+      const Blocks<float> p = chosen(s);
+      for (int64_t j = p.begin; j < p.end; ++j) {
+        store(chain + kBlock * filled[j], load(p.p + (j - p.begin) * kBlock));
+        source[filled[j]++] = s;
+      }
+      if (is_end[s]) store(chain + kBlock * filled[0], v8{start[0], start[1], start[2]}), source[filled[0]++] = s;
+    }
+    find_stable();
+    memcpy(visits, stable, sizeof(double) * static_cast<size_t>(ns));
+    step<1>();
+    int64_t steps = 1;
+    while (steps <= max_steps) steps *= 2;
+    const Spread there = spread(stable);
+    // 1e-6 a step for what rows of float32 lack of 1
+    const double slack = static_cast<double>(steps) * (distance(moved, stable) + 1e-6);
     int count = 0;
     for (int64_t s = 0; s < 3; ++s) {
       if (start[s] == 0) continue;
       double* x = visits + count++ * width;
       for (int64_t j = 0; j < width; ++j) x[j] = j == s;
     }
-    int64_t steps = 1;
-    while (steps <= max_steps) steps *= 2;
-    if (count == 1) walk<1>(steps, column, source);
-    if (count == 2) walk<2>(steps, column, source);
-    if (count == 3) walk<3>(steps, column, source);
-    for (int c = 0; c < count; ++c) {
-      double squares = 0, entropy = 0;
-      for (int64_t s = 0; s < ns; ++s) {
-        const double p = visits[c * width + s] + 1e-12;
-        squares += p * p;
-        entropy -= p * log(p);
+    if (count == 1) return walk<1>(steps, slack, there);
+    return count == 2 ? walk<2>(steps, slack, there) : walk<3>(steps, slack, there);
+  }
+
+  double distance(const double* x, const double* y) const {
+    double sum = 0;
+    for (int64_t s = 0; s < ns; ++s) sum += fabs(x[s] - y[s]);
+    return sum;
+  }
+
+  // moved[c] = visits[c]·chain for c < C at once: one chain's latency hides another's.
+  template <int C>
+  void step() {
+    for (int64_t j = 0, e = 0; j < nb; ++j) {
+      v8 sum[2][C];
+      for (int c = 0; c < C; ++c) sum[0][c] = sum[1][c] = splat(0);
+      const int64_t last = column[j + 1];
+      for (; e + 1 < last; e += 2)
+        for (int half = 0; half < 2; ++half) {
+          const v8 p = load(chain + kBlock * (e + half));
+          for (int c = 0; c < C; ++c) sum[half][c] += visits[c * width + source[e + half]] * p;
+        }
+      if (e < last) {
+        const v8 p = load(chain + kBlock * e);
+        for (int c = 0; c < C; ++c) sum[0][c] += visits[c * width + source[e]] * p;
+        ++e;
       }
-      if (!(1.0 - squares > 0.7 && entropy / log(static_cast<double>(ns)) > 0.35)) return false;
+      for (int c = 0; c < C; ++c) {
+        const v8 y = sum[0][c] + sum[1][c];
+        store(moved + c * width + j * kBlock, y < 1e-18 ? splat(0) : y);  // no denormals
+      }
+    }
+  }
+
+  template <int C>
+  bool walk(int64_t steps, double slack, const Spread& there) {
+    for (int64_t k = 1; k <= steps; ++k) {
+      step<C>();
+      double* before = visits;
+      visits = moved, moved = before;
+      if (k % 8 != 0) continue;
+      int sure = 0;
+      for (int c = 0; c < C; ++c) {
+        const int known = enough(there, distance(visits + c * width, stable) + slack);
+        if (known < 0) return false;
+        sure += known;
+      }
+      if (sure == C) return true;
+      // nor is there doubt where the steps that are left, at most 1024, cannot move an entry by more than 1e-7
+      double change = 0;
+      for (int64_t s = 0; s < C * width; ++s) change = larger(change, s % width < ns ? fabs(moved[s] - visits[s]) : 0.0);
+      if (change < 1e-10) break;
+    }
+    for (int c = 0; c < C; ++c) {
+      const Spread found = spread(visits + c * width);
+      if (!(found.gini > 0.7 && found.entropy > 0.35)) return false;
     }
     return true;
   }
 
-  // visits[c] ← visits[c]·chain^steps for c < C at once: one chain's latency hides another's. Ends early when the steps
-  // that are left (at most 1024) cannot move an entry by more than 1e-7.
-  template <int C>
-  void walk(int64_t steps, const int64_t* column, const int64_t* source) {
-    typedef double Block __attribute__((vector_size(8 * kBlock)));
-    for (int64_t k = 1; k <= steps; ++k) {
-      for (int64_t j = 0, e = 0; j < ns; j += kBlock) {
-        Block sum[2][C] = {};
-        const int64_t end = column[j / kBlock];
-        for (; e + 1 < end; e += 2)
-          for (int half = 0; half < 2; ++half) {
-            Block p;
-            memcpy(&p, chain + kBlock * (e + half), sizeof p);
-            for (int c = 0; c < C; ++c) sum[half][c] += visits[c * width + source[e + half]] * p;
-          }
-        if (e < end) {
-          Block p;
-          memcpy(&p, chain + kBlock * e, sizeof p);
-          for (int c = 0; c < C; ++c) sum[0][c] += visits[c * width + source[e]] * p;
-          ++e;
-        }
-        for (int c = 0; c < C; ++c) {
-          const Block y = sum[0][c] + sum[1][c];
-          for (int n = 0; n < kBlock; ++n) moved[c * width + j + n] = y[n] < 1e-18 ? 0.0 : y[n];  // no denormals
-        }
-      }
-      double change = 0;
-      if (k % 8 == 0)
-        for (int c = 0; c < C; ++c)
-          for (int64_t s = c * width; s < c * width + ns; ++s) change = larger(change, fabs(moved[s] - visits[s]));
-      double* before = visits;
-      visits = moved, moved = before;
-      if (k % 8 == 0 && change < 1e-10) return;
-    }
+  // ---- output ----------------------------------------------------------------------------------------------------------
+
+  void write_row(int64_t i, int64_t l, int64_t h, float* p, float* r) const {
+    const float* w = rows + offset[i] - begin[i] * kBlock;
+    const auto reward = [&](int64_t j) { return load(w + j) == 0 ? splat(0) : fixed[i] + load(gain + j); };
+    int64_t j = l;
+    for (; j + kBlock <= h; j += kBlock, p += kBlock, r += kBlock) memcpy(p, w + j, 32), round_to(r, reward(j));
+    float last[kBlock];
+    round_to(last, reward(j));
+    memcpy(p, w + j, static_cast<size_t>(h - j) * 4), memcpy(r, last, static_cast<size_t>(h - j) * 4);
   }
 
   void write() const {
@@ -452,17 +620,27 @@ struct Sampler {
     for (int64_t s = 0; s < ns; ++s) {
       out.terminal[s] = is_end[s] != 0;
       out.noise_state[s] = static_cast<float>(pos_noise[s]);
-      if (is_end[s]) continue;
-      for (int64_t a = 0; a < na; ++a) {
-        const int64_t i = s * na + a;
-        out.noise_action[i] = static_cast<float>(cost_noise[i]);
-        const double* p = row(i);
-        float *w = out.transition + i * out.stride, *r = out.reward + i * out.stride;
-        for (int64_t j = lo[i]; j < hi[i]; ++j) {
-          w[j] = static_cast<float>(p[j]);
-          r[j] = p[j] == 0 ? 0.0f : static_cast<float>(fixed[i] + gain[j]);
-        }
+      for (int64_t i = s * na; i < (s + 1) * na && !is_end[s]; ++i) out.noise_action[i] = static_cast<float>(cost_noise[i]);
+    }
+    if (out.transition) {
+      for (int64_t i = 0; i < ns * na; ++i) {
+        const int64_t l = begin[i] * kBlock, skip = i * out.stride + l;
+        write_row(i, l, smaller(ns, end[i] * kBlock), out.transition + skip, out.reward + skip);
       }
+      return;
+    }
+    int64_t entries = 0;
+    for (int64_t i = 0; i < ns * na; ++i) {
+      int64_t l = 0, h = (end[i] - begin[i]) * kBlock;
+      while (l < h && rows[offset[i] + l] == 0) ++l;
+      while (l < h && rows[offset[i] + h - 1] == 0) --h;
+      out.first[i] = static_cast<int32_t>(l < h ? begin[i] * kBlock + l : 0), out.length[i] = static_cast<int32_t>(h - l);
+      entries += h - l;
+    }
+    float *p = out.room(out.context, entries), *r = p + entries;
+    for (int64_t i = 0; i < ns * na; ++i) {
+      write_row(i, out.first[i], out.first[i] + out.length[i], p, r);
+      p += out.length[i], r += out.length[i];
     }
   }
 };
@@ -471,28 +649,26 @@ struct Sampler {
 
 void anymdp_sample(const AnymdpTask& task) {
   const int64_t ns = task.ns;
-  Random once(task.key, 0);
+  const Random once(task.key, 0);
   const double lower = larger(4.0 * static_cast<double>(ns), 100.0);
   const double above = larger(smaller(8.0 * static_cast<double>(ns), 500.0), lower + 1.0);
-  *task.max_steps = static_cast<int64_t>(ceil(once.uniform(lower, above)));
+  *task.max_steps = static_cast<int64_t>(ceil(once.uniform(0, lower, above)));
 
   Sampler sampler(task);
   int64_t* ids = reinterpret_cast<int64_t*>(sampler.at);
   for (int64_t i = 0; i < task.num_observations; ++i) ids[i] = i;
   for (int64_t s = 0; s < ns; ++s) {
-    const int64_t other = once.integer(s, task.num_observations), id = ids[other];
+    const int64_t other = once.integer(1 + s, s, task.num_observations), id = ids[other];
     ids[other] = ids[s];
     task.state_mapping[s] = id;
   }
 
   *task.attempts = 0;
   for (int64_t attempt = 1; attempt <= task.max_attempts; ++attempt) {
-    Random random(task.key, static_cast<uint64_t>(2 * attempt));
-    Random weights(task.key, static_cast<uint64_t>(2 * attempt + 1));
-    sampler.sample_ends(random);
-    sampler.sample_transition(random, weights.key);
-    sampler.sample_reward_parts(random);
-    if (!sampler.settle_rewards(random) || !sampler.worth_playing(*task.max_steps)) continue;
+    sampler.sample_ends(attempt);
+    sampler.sample_transition(attempt);
+    sampler.sample_reward_parts(attempt);
+    if (!sampler.settle_rewards(attempt) || !sampler.worth_playing(*task.max_steps)) continue;
     sampler.write();
     *task.attempts = attempt;
     return;

@@ -4,5 +4,6 @@
 #include "cpu/anymdp.h"
 
 namespace icrl::avx2 {
+#include "cpu/tiles.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::avx2

@@ -1,8 +1,10 @@
+#include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
 #include "cpu/anymdp.h"
 
 namespace icrl::avx512 {
+#include "cpu/tiles.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::avx512

@@ -4,5 +4,6 @@
 #include "cpu/anymdp.h"
 
 namespace icrl::generic {
+#include "cpu/tiles.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::generic

@@ -40,9 +40,33 @@ def bits(keys: Tensor, stream: int, count: int) -> Tensor:
     return mix(inner[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
 
 
+class Stream:
+    """The numbers of one stream for each of N keys, at any places."""
+
+    key: Tensor  # [N] int64, hashed with the stream's number
+
+    def __init__(self, keys: Tensor, stream: int | Tensor) -> None:
+        number = torch.as_tensor(stream, device=keys.device)
+        self.key = mix(keys ^ mix((number + 1) * GOLDEN))
+
+    def __getitem__(self, index: Tensor) -> Stream:
+        part = object.__new__(Stream)
+        part.key = self.key[index]
+        return part
+
+    def uniform(self, n: Tensor) -> Tensor:
+        """[N, ...] float64 in [0, 1) at places n [N, ...] int64: `uniforms` of the same keys and stream, at column n."""
+        key = self.key.view(-1, *(1,) * (n.dim() - 1))
+        return to_unit(mix(key + (n + 1) * GOLDEN))
+
+
+def to_unit(hashes: Tensor) -> Tensor:
+    return ((hashes >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
 def uniforms(keys: Tensor, stream: int, count: int) -> Tensor:
     """[N, count] float64 in [0, 1), multiples of 2⁻⁵³."""
-    return ((bits(keys, stream, count) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+    return to_unit(bits(keys, stream, count))
 
 
 def integers(keys: Tensor, stream: int, count: int, high: int) -> Tensor:

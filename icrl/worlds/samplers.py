@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from icrl.worlds import anymdp_torch
 from icrl.worlds.counter import exponential, integers, keys_of, normals, uniforms
 from icrl.worlds.tables import TabularTasks
-from icrl_kernels.anymdp import sample_anymdp_tables
+from icrl.worlds.windows import compact, concatenate
+from icrl_kernels import PackedTransition
+from icrl_kernels.anymdp import sample_anymdp_tables, sample_anymdp_windows
 
 Sizes = int | tuple[int, int] | Tensor
+Device = torch.device | str
+BACKENDS = ("cpu", "torch")
 
 
 def sample_anymdp(
@@ -23,6 +30,9 @@ def sample_anymdp(
     num_observations: int | None = None,
     max_attempts: int = 100_000,
     progress: bool = False,
+    packed: bool = False,
+    device: Device = "cpu",
+    backend: str | None = None,
 ) -> TabularTasks:
     """n AnyMDP tasks (arXiv 2502.02869): ranked states, banded transitions, composite rewards, filtered for quality.
 
@@ -36,36 +46,71 @@ def sample_anymdp(
             `sample(6, seed=0, first=4)` for a fixed `num_observations`.
         num_observations: how many ids observed states are drawn from, at least the largest num_states (the default).
         max_attempts: candidates after which a task is given up. progress: show a bar.
+        packed: tables as windows, sampled without making the dense ones; the same tasks, bit for bit.
+        device: where the tasks are made and stay. backend: "cpu" (C++) or "torch" (any device, many candidates at once);
+            None is "cpu" for the CPU and "torch" elsewhere. A backend gives the same bits for any number of threads and
+            any cut into batches; the two give the same tasks up to float32's last bits, but for the rare candidate that
+            lies within rounding of a filter's border.
     Raises:
         ValueError: a bad argument. RuntimeError: a task that `max_attempts` candidates did not yield.
     """
-    keys = _keys(n, seed, first, stream=1)
-    sizes = _sizes(num_states, n, seed, first, least=8)
+    device = torch.device(device)
+    backend = backend or ("cpu" if device.type == "cpu" else "torch")
+    if backend not in BACKENDS or (backend == "cpu" and device.type != "cpu"):
+        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)} that serves {device}, got {backend!r}")
+    keys = _keys(n, seed, first, stream=1, device=device)
+    sizes = _sizes(num_states, n, seed, first, least=8, device=device)
     if num_actions < 2:
         raise ValueError(f"num_actions: wanted at least 2, got {num_actions}")
     width = int(sizes.max()) if n else int(sizes.new_tensor(num_states).max())
     ids = width if num_observations is None else num_observations
     if ids < width:
         raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
-    tasks = _empty(n, width, num_actions, ids, sizes)
+    options: dict[str, Any] = {"num_observations": ids, "max_attempts": max_attempts}
+    if backend == "torch":
+        tasks = _by_torch(keys, sizes, width, num_actions, ids, max_attempts, progress)
+        return tasks if packed else tasks.dense()
+    tasks = _empty(n, width, num_actions, ids, sizes, packed)
     block = 64 if progress else max(n, 1)
+    windows = []
     for i in tqdm(range(0, n, block), unit_scale=block, unit="task", disable=not progress):
         part = slice(i, i + block)
-        views = {name: getattr(tasks, name)[part] for name in _WRITTEN}
-        sample_anymdp_tables(keys[part], sizes[part], **views, num_observations=ids, max_attempts=max_attempts)
+        views: dict[str, Any] = {name: getattr(tasks, name)[part] for name in _WRITTEN}
+        if packed:
+            windows.append(sample_anymdp_windows(keys[part], sizes[part], **views, **options))
+        else:
+            tables: dict[str, Any] = {"transition": tasks.transition[part], "reward": tasks.reward[part]}
+            sample_anymdp_tables(keys[part], sizes[part], **tables, **views, **options)
+    if windows:
+        tasks.transition = concatenate([w.transition for w in windows])
+        tasks.reward = torch.cat([w.reward for w in windows])
     return tasks
 
 
-_WRITTEN = (
-    "transition",
-    "reward",
-    "noise_state",
-    "noise_action",
-    "start",
-    "terminal",
-    "state_mapping",
-    "max_steps",
-)
+_WRITTEN = ("noise_state", "noise_action", "start", "terminal", "state_mapping", "max_steps")
+
+
+def _by_torch(
+    keys: Tensor, sizes: Tensor, states: int, actions: int, ids: int, max_attempts: int, progress: bool
+) -> TabularTasks:
+    steps = anymdp_torch.max_steps_of(keys, sizes)
+    found = anymdp_torch.sample(keys, sizes, steps, states, actions, max_attempts, progress)
+    order = found.task.argsort()
+    rows = anymdp_torch.as_transition(found)
+    transition, reward = compact(PackedTransition(rows[0], *(x[order] for x in rows[1:])), found.reward)
+    return TabularTasks(
+        transition=transition,
+        reward=reward,
+        noise_state=found.noise_state[order],
+        noise_action=found.noise_action[order],
+        start=found.start[order],
+        terminal=found.terminal[order],
+        max_steps=steps,
+        state_mapping=anymdp_torch.state_mapping_of(keys, sizes, states, ids),
+        num_states=sizes,
+        num_actions=torch.full_like(sizes, actions),
+        num_observations=ids,
+    )
 
 
 def sample_garnet(
@@ -78,12 +123,15 @@ def sample_garnet(
     first: int = 0,
     sigma: float = 0.1,
     num_observations: int | None = None,
+    packed: bool = False,
+    device: Device = "cpu",
 ) -> TabularTasks:
     """n Garnet tasks: `branching` distinct successors of each (s, a) with uniform-spacing weights, R ~ N(0, sigma²).
 
     No terminal state, start in state 0, horizon as AnyMDP's. Arguments as `sample_anymdp`; num_states ≥ branching.
     """
-    keys, sizes = _keys(n, seed, first, stream=2), _sizes(num_states, n, seed, first, least=max(branching, 2))
+    keys = _keys(n, seed, first, stream=2, device=torch.device(device))
+    sizes = _sizes(num_states, n, seed, first, least=max(branching, 2), device=keys.device)
     if branching < 1 or num_actions < 1 or not sigma >= 0:
         raise ValueError(
             f"branching, num_actions, sigma: wanted ≥ 1, ≥ 1, ≥ 0, got {branching}, {num_actions}, {sigma}"
@@ -92,10 +140,21 @@ def sample_garnet(
     ids = width if num_observations is None else num_observations
     if ids < width:
         raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
+    block = max(1, _ENTRIES // (width * width * num_actions))
+    if packed and n > block:  # so that few dense tables exist at a time
+        one: dict[str, Any] = {"num_observations": ids, "seed": seed, "sigma": sigma, "packed": True, "device": device}
+        starts = range(0, n, block)
+        parts = [sizes[i : i + block] for i in starts]
+        return TabularTasks.concatenate(
+            [
+                sample_garnet(len(part), part, num_actions, branching, first=first + i, **one)
+                for i, part in zip(starts, parts, strict=True)
+            ]
+        )
     tasks = _empty(n, width, num_actions, ids, sizes)
     shape = (n, width, num_actions)
     draw = uniforms(keys, 3, width * num_actions * branching).view(*shape, branching).double()
-    chosen = torch.full((*shape, branching), -1)
+    chosen = torch.full((*shape, branching), -1, device=keys.device)
     for k in range(branching):  # Floyd's sampling without replacement
         last = sizes.view(n, 1, 1) - branching + k
         pick = (draw[..., k] * (last + 1)).long()
@@ -115,25 +174,32 @@ def sample_garnet(
     tasks.max_steps.copy_((low + (high - low) * uniforms(keys, 6, 1)[:, 0]).ceil())
     order = uniforms(keys, 7, ids).argsort(-1)[:, :width]
     tasks.state_mapping.copy_(order.where(tasks.state_mask(), -1))
-    return tasks
+    return tasks.pack() if packed else tasks
 
 
 def sample_bandit(
-    n: int, num_actions: int = 5, *, seed: int, first: int = 0, num_observations: int = 1
+    n: int,
+    num_actions: int = 5,
+    *,
+    seed: int,
+    first: int = 0,
+    num_observations: int = 1,
+    device: Device = "cpu",
 ) -> TabularTasks:
     """n bandits: one state, an episode is one step (max_steps = 1, so it ends by truncation).
 
     Means ~ U(b/2, b), b = clip(Exp(1), .05, 2), drawn until their deviation passes .01; noise is c·mean,
     c = max(0, U(−.3, .3)). Observed ids are drawn from [0, num_observations).
     """
-    keys = _keys(n, seed, first, stream=3)
+    keys = _keys(n, seed, first, stream=3, device=torch.device(device))
     if num_actions < 2 or num_observations < 1:
         raise ValueError(
             f"num_actions, num_observations: wanted at least 2 and 1, got {num_actions}, {num_observations}"
         )
-    tasks = _empty(n, 1, num_actions, num_observations, torch.ones(n, dtype=torch.int64))
+    tasks = _empty(n, 1, num_actions, num_observations, torch.ones(n, dtype=torch.int64, device=keys.device))
     base = exponential(keys, 3, 1).clamp(0.05, 2.0)
-    means, left = torch.zeros(n, num_actions, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+    means = torch.zeros(n, num_actions, dtype=torch.float64, device=keys.device)
+    left = torch.ones(n, dtype=torch.bool, device=keys.device)
     attempt = 0
     while left.any():
         fresh = base[left] * (0.5 + 0.5 * uniforms(keys[left], 16 + attempt, num_actions))
@@ -151,38 +217,45 @@ def sample_bandit(
     return tasks
 
 
-def _keys(n: int, seed: int, first: int, stream: int) -> Tensor:
+_ENTRIES = 1 << 22  # of dense tables that exist at a time where windows are wanted
+
+
+def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> Tensor:
     if n < 0 or first < 0:
         raise ValueError(f"n, first: wanted non-negative, got {n}, {first}")
-    return keys_of(seed, torch.arange(first, first + n), stream)
+    return keys_of(seed, torch.arange(first, first + n, device=device), stream)
 
 
-def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int) -> Tensor:
+def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device: torch.device) -> Tensor:
     if isinstance(num_states, tuple):
         low, high = num_states
         if low > high:
             raise ValueError(f"num_states: wanted (low, high) with low ≤ high, got {num_states}")
-        sizes = low + integers(_keys(n, seed, first, stream=0), 1, 1, high - low + 1)[:, 0]
+        sizes = low + integers(_keys(n, seed, first, stream=0, device=device), 1, 1, high - low + 1)[:, 0]
         smallest = low
     else:
-        sizes = torch.as_tensor(num_states, dtype=torch.int64).expand(n).contiguous()
+        sizes = torch.as_tensor(num_states, dtype=torch.int64, device=device).expand(n).contiguous()
         smallest = int(torch.as_tensor(num_states).min())
     if smallest < least:
         raise ValueError(f"num_states: wanted at least {least}, got {smallest}")
     return sizes
 
 
-def _empty(n: int, states: int, actions: int, ids: int, sizes: Tensor) -> TabularTasks:
+def _empty(n: int, states: int, actions: int, ids: int, sizes: Tensor, packed: bool = False) -> TabularTasks:
+    device = sizes.device
+    windows = [torch.zeros(n, states, actions, dtype=d, device=device) for d in (torch.int64, torch.int32, torch.int32)]
+    dense = (n, states, actions, states)
+    none = torch.zeros(0, device=device)
     return TabularTasks(
-        transition=torch.zeros(n, states, actions, states),
-        reward=torch.zeros(n, states, actions, states),
-        noise_state=torch.zeros(n, states),
-        noise_action=torch.zeros(n, states, actions),
-        start=torch.zeros(n, states),
-        terminal=torch.zeros(n, states, dtype=torch.bool),
-        max_steps=torch.zeros(n, dtype=torch.int64),
-        state_mapping=torch.full((n, states), -1),
+        transition=PackedTransition(none, *windows) if packed else torch.zeros(dense, device=device),
+        reward=none if packed else torch.zeros(dense, device=device),
+        noise_state=torch.zeros(n, states, device=device),
+        noise_action=torch.zeros(n, states, actions, device=device),
+        start=torch.zeros(n, states, device=device),
+        terminal=torch.zeros(n, states, dtype=torch.bool, device=device),
+        max_steps=torch.zeros(n, dtype=torch.int64, device=device),
+        state_mapping=torch.full((n, states), -1, device=device),
         num_states=sizes,
-        num_actions=torch.full((n,), actions),
+        num_actions=torch.full_like(sizes, actions),
         num_observations=ids,
     )
