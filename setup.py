@@ -25,6 +25,12 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# The simulator's numbers are the same bits on every processor, GPUs included: no contraction into fused multiply-adds.
+SAME_BITS = {
+    ("rollout", ".cpp"): ["-ffp-contract=off"],
+    ("model_based", ".cpp"): ["-ffp-contract=off"],
+    ("rollout", ".cu"): ["-fmad=false"],
+}
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -75,10 +81,14 @@ class Build(build_ext):
             ]
 
         def compile_one(obj, src, ext, cc_args, extra, pp_opts):
+            name = os.path.basename(src)
+            own = next(
+                (f for (start, end), f in SAME_BITS.items() if name.startswith(start) and name.endswith(end)), []
+            )
             if ext == ".cu":
-                return self.spawn([NVCC, "-c", src, "-o", obj, *NVCC_FLAGS, *pp_opts])
+                return self.spawn([NVCC, "-c", src, "-o", obj, *NVCC_FLAGS, *own, *pp_opts])
             isa = next((flags for end, flags in ISA_FLAGS.items() if src.endswith(end)), [])
-            return compile_cpp(obj, src, ext, cc_args, [*extra, *isa], pp_opts)
+            return compile_cpp(obj, src, ext, cc_args, [*extra, *isa, *own], pp_opts)
 
         compiler.object_filenames, compiler._compile = object_filenames, compile_one
         super().build_extensions()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ def model_based_q(
     num_states: int,
     num_actions: int,
     *,
+    next_state: Tensor | None = None,
     bonus: float = 0.2,
     discount: float = 0.9,
     sweeps: int = 2,
@@ -30,14 +32,18 @@ def model_based_q(
     steps' rewards:
 
         Q(s,a) = r̄ + discount·Σ p̂(s') V(s') + bonus·σ/√n,   V(s) = max_a Q(s,a),
-        Q(s,a) = (max r̄ + σ)/(1 - discount)  where n = 0,
+        Q(s,a) = U = (max r̄ + σ)/(1 - discount)  where n = 0,
 
-    V by `sweeps` Gauss-Seidel sweeps a step, warm. argmax_a Q is the action of the "model-based" learner of decoupled
+    V by `sweeps` sweeps a step, warm, each from eight states to the next eight. p̂ counts the steps whose next state is on
+    record, or none because they terminated; where there are none yet, U takes the sum's place. argmax_a Q is the action of the "model-based" learner of decoupled
     policy distillation (tag 4; OmniRL, arXiv 2502.02869), here a label for whatever trajectory.
 
     Args:
         state: [R,T] int64 in [0, num_states). action: [R,T] int64. reward: [R,T] float32.
-        done: [R,T] int64: 0 no; 1 the step led to a terminal state; 2 truncated, and what came next is not on record.
+        done: [R,T] int64: 0 no; 1 the step led to a terminal state; 2 truncated.
+        next_state: [R,T] int64, where each step led, before any reset. Without it that is the next step's state, and where
+            a truncated step led is not on record: its reward counts all the same.
+        backend: "cpu", "plain" (the GPU's code on the CPU; the same bits) or "reference".
 
     Raises:
         ValueError: shapes, dtypes or devices differ from the above, an index or the discount is out of range, or a reward
@@ -53,7 +59,10 @@ def model_based_q(
     ):
         _checks.shape(name, tensor, ["R", "T"], R=R, T=T)
         _checks.dtype(name, tensor, [dtype])
-    _checks.same_device(state=state, action=action, reward=reward, done=done)
+    if next_state is not None:
+        _checks.shape("next_state", next_state, ["R", "T"], R=R, T=T)
+        _checks.dtype("next_state", next_state, [torch.int64])
+    _checks.same_device(state=state, action=action, reward=reward, done=done, next_state=next_state)
     if reward.requires_grad and torch.is_grad_enabled():
         raise ValueError("reward: model_based_q has no gradient; detach it")
     if num_states < 1 or num_actions < 1 or num_states > 32767:
@@ -65,33 +74,36 @@ def model_based_q(
             f"discount, bonus, sweeps: wanted [0, .9999], [0, 1e6], >= 1, got {discount}, {bonus}, {sweeps}"
         )
     if R * T:
-        for name, tensor, most in (("state", state, num_states), ("action", action, num_actions), ("done", done, 3)):
+        indices = [("state", state, num_states), ("action", action, num_actions), ("done", done, 3)]
+        if next_state is not None:
+            indices.append(("next_state", next_state, num_states))
+        for name, tensor, most in indices:
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or high >= most:
                 raise ValueError(f"{name}: wanted 0 to {most - 1}, got {low} to {high}")
         if not bool(reward.isfinite().all()):
             raise ValueError("reward: holds NaN or infinity")
     return torch.ops.icrl.model_based_q(
-        state, action, reward, done, num_states, num_actions, bonus, discount, sweeps, backend
+        state, action, reward, done, next_state, num_states, num_actions, bonus, discount, sweeps, backend
     )
 
 
-def _cpu(
-    state: Tensor,
-    action: Tensor,
-    reward: Tensor,
-    done: Tensor,
-    S: int,
-    A: int,
-    bonus: float,
-    discount: float,
-    sweeps: int,
-) -> Tensor:
-    q = torch.empty(*state.shape, A)
-    inputs = [t.contiguous() for t in (state, action, reward, done)]
-    pointers = [t.data_ptr() for t in (*inputs, q)]
-    _C.model_based_q(*pointers, *state.shape, S, A, bonus, discount, sweeps, torch.get_num_threads())
+def _compiled(plain: bool, *tensors: Tensor | None, sizes: tuple[int, int], settings: tuple[Any, ...]) -> Tensor:
+    state = tensors[0]
+    assert state is not None
+    q = torch.empty(*state.shape, sizes[1])
+    inputs = [None if t is None else t.contiguous() for t in (*tensors, q)]
+    pointers = [0 if t is None else t.data_ptr() for t in inputs]
+    _C.model_based_q(*pointers, *state.shape, *sizes, *settings, plain, torch.get_num_threads())
     return q
+
+
+def _cpu(*args: Any) -> Tensor:
+    return _compiled(False, *args[:5], sizes=args[5:7], settings=args[7:])
+
+
+def _plain(*args: Any) -> Tensor:
+    return _compiled(True, *args[:5], sizes=args[5:7], settings=args[7:])
 
 
 def _reference(
@@ -99,6 +111,7 @@ def _reference(
     action: Tensor,
     reward: Tensor,
     done: Tensor,
+    next_state: Tensor | None,
     S: int,
     A: int,
     bonus: float,
@@ -108,37 +121,43 @@ def _reference(
     """The specification, in float64: all records at once, one step after another."""
     R, T = state.shape
     reward, everyone = reward.double(), torch.arange(R)
-    n, total = (torch.zeros(R, S, A, dtype=torch.float64) for _ in range(2))
+    n, known, total = (torch.zeros(R, S, A, dtype=torch.float64) for _ in range(3))
     follow, value = torch.zeros(R, S, A, S, dtype=torch.float64), torch.zeros(R, S, dtype=torch.float64)
     out = torch.empty(R, T, A)
+    blocks = list(torch.arange(S).split(8))
 
     for t in range(T):
-        sigma = (reward[:, :t] ** 2).sum(1).div(max(t, 1)).sqrt()
-        mean = (total / n).nan_to_num(-math.inf, neginf=-math.inf).flatten(1).amax(1)  # 0/0 where n = 0
+        sigma = (reward[:, :t] ** 2).sum(1).div(max(t, 1)).sqrt()[:, None, None]
+        mean = (total / n).nan_to_num(-math.inf, neginf=-math.inf).flatten(1).amax(1)[:, None, None]  # 0/0 where n = 0
         optimistic = (mean.where(mean > -math.inf, 0.0) + sigma) / (1 - discount)
 
-        def q(s: int, sigma: Tensor = sigma, optimistic: Tensor = optimistic) -> Tensor:
-            known = (total[:, s] + discount * (follow[:, s] * value[:, None]).sum(2)) / n[:, s] + (
-                bonus * sigma[:, None] / n[:, s].sqrt()
-            )
-            return known.where(n[:, s] > 0, optimistic[:, None])
+        def q(s: Tensor, sigma: Tensor = sigma, optimistic: Tensor = optimistic) -> Tensor:
+            after = torch.einsum("rsaj,rj->rsa", follow[:, s], value) / known[:, s]
+            after = after.where(known[:, s] > 0, optimistic)
+            tried = total[:, s] / n[:, s] + discount * after + bonus * sigma / n[:, s].sqrt()
+            return tried.where(n[:, s] > 0, optimistic)
 
         for k in range(sweeps):
-            for s in range(S) if k % 2 else reversed(range(S)):
-                value[:, s] = q(s).amax(1)
-        out[:, t] = torch.stack([q(s) for s in range(S)], 1)[everyone, state[:, t]].float()
-        learns = done[:, t] != 2
-        s, a = state[:, t], action[:, t]
-        n[everyone, s, a] += learns
-        total[everyone, s, a] += reward[:, t] * learns
-        if t + 1 < T:
-            follow[everyone, s, a, state[:, t + 1]] += done[:, t] == 0
+            for block in blocks if k % 2 else reversed(blocks):
+                value[:, block] = q(block).amax(2)
+        out[:, t] = q(torch.arange(S))[everyone, state[:, t]].float()
+        if t + 1 == T:
+            break
+        s, a, ends = state[:, t], action[:, t], done[:, t] == 1
+        seen = ends | (done[:, t] == 0) if next_state is None else torch.ones_like(ends)
+        n[everyone, s, a] += 1
+        known[everyone, s, a] += seen
+        total[everyone, s, a] += reward[:, t]
+        to = state[:, t + 1] if next_state is None else next_state[:, t]
+        follow[everyone, s, a, to] += seen & ~ends
     return out
 
 
 define(
-    "model_based_q(Tensor state, Tensor action, Tensor reward, Tensor done, int num_states, int num_actions, float bonus, "
-    "float discount, int sweeps, str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu), "reference": (("cpu",), _reference)},
-    lambda state, action, reward, done, num_states, num_actions, *rest: reward.new_empty(*state.shape, num_actions),
+    "model_based_q(Tensor state, Tensor action, Tensor reward, Tensor done, Tensor? next_state, int num_states, "
+    "int num_actions, float bonus, float discount, int sweeps, str backend) -> Tensor",
+    {"cpu": (("cpu",), _cpu), "plain": (("cpu",), _plain), "reference": (("cpu",), _reference)},
+    lambda state, action, reward, done, next_state, num_states, num_actions, *rest: reward.new_empty(
+        *state.shape, num_actions
+    ),
 )

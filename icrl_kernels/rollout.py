@@ -37,8 +37,8 @@ class RolloutState(NamedTuple):
     visits: Tensor  # [R,S,A] int32
     q: Tensor  # [R,S,A] float32
     reward_sum: Tensor  # [R,S,A] float32
-    successors: Tensor  # [R,S,A,S] float32, counts
-    span: Tensor  # [R,S,A,2] int16, the nonzero successors: first, past the last
+    successors: Tensor  # [R,S,S,A] float32, counts of (state, next state, action)
+    span: Tensor  # [R,S,2] int16, the next states seen, after any action: first, past the last
     value: Tensor  # [R,S] float32
     reward_square: Tensor  # [R] float64, sum
 
@@ -52,6 +52,7 @@ class Rollout(NamedTuple):
     done: Tensor  # uint8: 0 no, 1 terminated, 2 truncated
     behaviour: Tensor  # uint8, who acted (also where epsilon made the action uniform); 255: actions from outside
     next_state: Tensor  # int16, s' before any reset
+    labels: Tensor  # int16 [R,T,G], what the references would have done in `state`
     final: RolloutState
 
 
@@ -105,13 +106,13 @@ def rollout_start(
         visits=learner(uses_q or uses_model, R, S, A, dtype=torch.int32),
         q=learner(uses_q, R, S, A),
         reward_sum=learner(uses_model, R, S, A),
-        successors=learner(uses_model, R, S, A, S),
-        span=learner(uses_model, R, S, A, 2, dtype=torch.int16),
+        successors=learner(uses_model, R, S, S, A),
+        span=learner(uses_model, R, S, 2, dtype=torch.int16),
         value=learner(uses_model, R, S),
         reward_square=learner(uses_q or uses_model, R, dtype=torch.float64),
     )
     nothing = torch.empty(R, 0, dtype=torch.int64)
-    torch.ops.icrl.rollout(*tables, None, [], nothing, list(state), 0, "auto")
+    torch.ops.icrl.rollout(*tables, None, None, [], nothing, list(state), 0, "auto")
     return state
 
 
@@ -123,15 +124,20 @@ def rollout(
     task_index: Tensor | None = None,
     policies: Tensor | None = None,
     behaviours: Behaviours | None = None,
+    references: Tensor | None = None,
     state: RolloutState | None = None,
+    backend: str = "auto",
 ) -> Rollout:
     """Simulate `steps` steps of R records. `state` is not changed; the result's `final` continues it bit for bit.
 
     Args:
         seed, task_index: as in `rollout_start`, for new records; leave out with `state`.
-        policies: [N,P,S,A] float32 action probabilities of P behaviours.
+        policies: P behaviours: [N,P,S,A] float32 action probabilities, or [N,P,S] integers, the actions of deterministic
+            policies (the same steps as with probabilities 1 and 0, for less time and memory).
         behaviours: who acts; by default the first policy, or uniform actions where there are no policies.
+        references: [N,G,S] integers, actions of G policies, which label every step.
         state: continues these records, with the same behaviours.
+        backend: "cpu", "cuda", or "plain": the GPU's code on the CPU, record by record. All give the same bits.
 
     Raises:
         ValueError: a shape, dtype or device is not as above; a policy row is not a distribution over the task's own
@@ -142,7 +148,7 @@ def rollout(
     if state is not None and task_index is not None:
         raise ValueError("task_index: the state already says which task each record has")
     if policies is not None:
-        _checks.shape("policies", policies, ["N", "P", "S", "A"])
+        policies = _policies(policies, tables)
     if task_index is not None:
         _checks.shape("task_index", task_index, ["R"])
     P = 0 if policies is None else policies.shape[1]
@@ -159,9 +165,10 @@ def rollout(
     else:
         _check_state(state, tables, R)
         final = RolloutState(*(t.clone() for t in state))
-    cumulative = None if policies is None else _cumulative_policies(policies, tables)
-    out = torch.ops.icrl.rollout(*tables, cumulative, list(behaviours), None, list(final), _steps(steps), "auto")
-    return Rollout._make([*out, final])
+    if references is not None:
+        references = _references(references, tables)
+    arguments = (policies, references, list(behaviours), None, list(final), _steps(steps), backend)
+    return Rollout._make([*torch.ops.icrl.rollout(*tables, *arguments), final])
 
 
 def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,10 +186,24 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     Raises:
         ValueError: a shape or dtype is not as above, or an action is not one of its task's.
     """
-    _checks.shape("action", action, ["R"], R=state.task.shape[0])
+    R = state.task.shape[0]
+    _checks.shape("action", action, ["R"], R=R)
     _checks.dtype("action", action, [torch.int64])
-    out = torch.ops.icrl.rollout(*tables, None, [], action.contiguous().unsqueeze(1), list(state), 1, "auto")
-    return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
+    action = action.contiguous()
+    if action.device.type != "cpu" or _checks.compiling() or type(action) is not Tensor:
+        arguments = (None, None, [], action.unsqueeze(1), list(state), 1, "auto")
+        out = torch.ops.icrl.rollout(*tables, *arguments)
+        return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
+    # past the dispatcher, which takes longer than a step of a few hundred records
+    reward, done = torch.empty(R), torch.empty(R, dtype=torch.uint8)
+    next_state = torch.empty(R, dtype=torch.int16)
+    _check_records(state, "cpu")
+    N, S, A = tables.offset.shape
+    pointers = [t.data_ptr() for t in state]
+    out = [0, 0, reward.data_ptr(), done.data_ptr(), 0, next_state.data_ptr(), 0]
+    sizes = (N, S, A, 0, 0, R, 1, False, torch.get_num_threads())
+    _C.rollout([t.data_ptr() for t in tables], 0, 0, 0, [], action.data_ptr(), pointers, out, *sizes)
+    return reward, done, next_state
 
 
 def _as_int64(seed: int) -> int:
@@ -197,13 +218,23 @@ def _steps(steps: int) -> int:
     return steps
 
 
-def _cumulative_policies(policies: Tensor, tables: RolloutTables) -> Tensor:
+def _policies(policies: Tensor, tables: RolloutTables) -> Tensor:
+    """Actions [N,P,S] int16, or probabilities as thresholds."""
     N, S, A = tables.offset.shape
+    _checks.same_device(policies=policies, offset=tables.offset)
+    device = policies.device
+    states = torch.arange(S, device=device)
+    acts = ((states < tables.num_states[:, None]) & ~tables.terminal)[:, None]
+    if not policies.dtype.is_floating_point:
+        policies = _actions("policies", policies, [N, "P", S], N=N, S=S)
+        bad = acts & ((policies < 0) | (policies >= tables.num_actions[:, None, None]))
+        if bool(bad.any()):
+            n, p, s = bad.nonzero()[0].tolist()
+            raise ValueError(f"policies[{n}, {p}, {s}]: wanted one of the task's own actions, got {policies[n, p, s]}")
+        return policies
     _checks.shape("policies", policies, [N, "P", S, A], N=N, S=S, A=A)
     _checks.dtype("policies", policies, [torch.float32])
-    on_cpu(policies=policies, offset=tables.offset)
-    own_action = torch.arange(A) < tables.num_actions[:, None]
-    acts = ((torch.arange(S) < tables.num_states[:, None]) & ~tables.terminal)[:, None].expand(policies.shape[:3])
+    own_action = torch.arange(A, device=device) < tables.num_actions[:, None]
     ok = (policies.double().sum(3) - 1).abs() <= 1e-4
     ok &= ((policies >= 0) & (own_action[:, None, None] | (policies == 0))).all(3)
     if bool((acts & ~ok).any()):
@@ -212,14 +243,30 @@ def _cumulative_policies(policies: Tensor, tables: RolloutTables) -> Tensor:
     return thresholds(policies)
 
 
+def _references(references: Tensor, tables: RolloutTables) -> Tensor:
+    N, S, _ = tables.offset.shape
+    _checks.same_device(references=references, offset=tables.offset)
+    return _actions("references", references, [N, "G", S], N=N, S=S).transpose(1, 2).contiguous()
+
+
+def _actions(name: str, actions: Tensor, wanted: list[int | str], **sizes: int) -> Tensor:
+    _checks.shape(name, actions, wanted, **sizes)
+    _checks.dtype(name, actions, [torch.int16, torch.int32, torch.int64, torch.int8, torch.uint8])
+    if actions.dtype not in (torch.int16, torch.int8, torch.uint8) and actions.numel():
+        low, high = int(actions.min()), int(actions.max())
+        if low < -32768 or high > 32767:
+            raise ValueError(f"{name}: wanted actions that fit 16 bits, got {low} to {high}")
+    return actions.to(torch.int16).contiguous()
+
+
 def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
     _, S, A = tables.offset.shape
     sizes = {
         "visits": [S, A],
         "q": [S, A],
         "reward_sum": [S, A],
-        "successors": [S, A, S],
-        "span": [S, A, 2],
+        "successors": [S, S, A],
+        "span": [S, 2],
         "value": [S],
     }
     dtypes = {"visits": torch.int32, "span": torch.int16, "reward_square": torch.float64}
@@ -227,83 +274,85 @@ def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
         if i < 7 or tensor.numel():
             _checks.shape(f"state.{name}", tensor, [R, *sizes.get(name, [])])
         _checks.dtype(f"state.{name}", tensor, [torch.int64 if i < 7 else dtypes.get(name, torch.float32)])
-    on_cpu(**state._asdict())
+    _checks.same_device(offset=tables.offset, **state._asdict())
 
 
-def _rollout_cpu(
-    cumulative: Tensor,
-    reward: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    noise_state: Tensor,
-    noise_action: Tensor,
-    start: Tensor,
-    terminal: Tensor,
-    max_steps: Tensor,
-    num_states: Tensor,
-    num_actions: Tensor,
-    policies: Tensor | None,
-    behaviours: list[Tensor],
-    actions: Tensor | None,
-    state: list[Tensor],
-    steps: int,
-) -> tuple[Tensor, ...]:
-    N, S, A = offset.shape
-    P = 0 if policies is None else policies.shape[1]
-    records = state[0].shape
-    if any(t.shape != records or t.dtype != torch.int64 or t.device.type != "cpu" for t in state[:7]):
-        for name, t in zip(RolloutState._fields, state[:7], strict=False):
-            _checks.dtype(f"state.{name}", t, [torch.int64])
-            _checks.shape(f"state.{name}", t, ["R"], R=state[0].numel())
-        raise ValueError("state: wanted tensors on the CPU")
+def _check_records(state: RolloutState, device: str) -> None:
+    records = state.seed.shape
+    for t in state[:7]:
+        if t.shape != records or t.dtype != torch.int64 or t.device.type != device:
+            break
+    else:
+        for t in state:
+            if not t.is_contiguous():
+                raise ValueError("state: wanted contiguous tensors")
+        return
+    for name, t in state._asdict().items():
+        if name == "visits":
+            break
+        _checks.dtype(f"state.{name}", t, [torch.int64])
+        _checks.shape(f"state.{name}", t, ["R"], R=state.seed.numel())
+    raise ValueError(f"state: wanted tensors on {device!r}")
+
+
+def _prepare(args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[Any]]:
+    """The op's outputs, and the arguments of the C++ functions."""
+    tables, (policies, references, behaviours, actions, state, steps) = RolloutTables(*args[:11]), args[11:]
+    state = RolloutState(*state)
+    N, S, A = tables.offset.shape
+    R, P, G = state.seed.shape[0], 0 if policies is None else policies.shape[1], 0
+    _check_records(state, tables.offset.device.type)
     if actions is not None:
-        _checks.shape("action", actions, ["R", "T"], R=records[0])
+        _checks.shape("action", actions, ["R", "T"], R=R)
         _checks.dtype("action", actions, [torch.int64])
         if actions.shape[1] < steps:
             raise ValueError(f"action: wanted {steps} steps of actions, got {actions.shape[1]}")
-    if not all(t.is_contiguous() for t in state):
-        raise ValueError("state: wanted contiguous tensors")
     if behaviours:
         weights = behaviours[0] + behaviours[1]
         for i, names in ((-2, ("visits", "q", "reward_square")), (-1, RolloutState._fields[9:])):
-            if bool((weights[:, i] > 0).any()) and any(not state[RolloutState._fields.index(n)].numel() for n in names):
+            if bool((weights[:, i] > 0).any()) and any(not getattr(state, name).numel() for name in names):
                 raise ValueError(f"state: was started without {BUILTIN[i]}, which the behaviours use")
-    out = tuple(torch.empty(state[0].shape[0], steps, dtype=dtype) for dtype in OUT_DTYPES)
-    tables = (
-        cumulative,
-        reward,
-        offset,
-        window,
-        noise_state,
-        noise_action,
-        start,
-        terminal,
-        max_steps,
-        num_states,
-        num_actions,
-    )
-    _C.rollout(
-        [t.data_ptr() for t in tables],
-        0 if policies is None else policies.data_ptr(),
-        [t.data_ptr() for t in behaviours],
-        0 if actions is None else actions.data_ptr(),
-        [t.data_ptr() for t in state],
-        [t.data_ptr() for t in out],
-        *(N, S, A, P, state[0].shape[0], steps, torch.get_num_threads()),
-    )
+    if references is not None:
+        G = references.shape[2]
+    out = _empty(tables.offset, R, steps, G)
+    choices = policies is not None and policies.dtype == torch.int16
+
+    def at(t: Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    groups = [[t.data_ptr() for t in group] for group in (tables, behaviours, state, out)]
+    who = (0, at(policies)) if choices else (at(policies), 0)
+    sizes = (N, S, A, P, G, R, steps)
+    return out, [groups[0], *who, at(references), groups[1], at(actions), groups[2], groups[3], *sizes]
+
+
+def _empty(like: Tensor, R: int, steps: int, G: int) -> tuple[Tensor, ...]:
+    out = [like.new_empty(R, steps, dtype=dtype) for dtype in OUT_DTYPES]
+    return (*out, like.new_empty(R, steps, G, dtype=torch.int16))
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    out, arguments = _prepare(args)
+    _C.rollout(*arguments, False, torch.get_num_threads())
     return out
 
 
-def _rollout_fake(cumulative: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    state, steps = args[-3], args[-2]
-    return tuple(cumulative.new_empty(state[0].shape[0], steps, dtype=dtype) for dtype in OUT_DTYPES)
+def _plain(*args: Any) -> tuple[Tensor, ...]:
+    out, arguments = _prepare(args)
+    _C.rollout(*arguments, True, 1)
+    return out
+
+
+def _fake(cumulative: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    references, state, steps = args[11], args[-3], args[-2]
+    return _empty(cumulative, state[0].shape[0], steps, 0 if references is None else references.shape[2])
 
 
 define(
     "rollout(Tensor cumulative, Tensor reward, Tensor offset, Tensor window, Tensor noise_state, Tensor noise_action, "
-    "Tensor start, Tensor terminal, Tensor max_steps, Tensor num_states, Tensor num_actions, Tensor? policies, Tensor[] behaviours, "
-    "Tensor? actions, Tensor(a!)[] state, int steps, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": (("cpu",), _rollout_cpu)},
-    _rollout_fake,
+    "Tensor start, Tensor terminal, Tensor max_steps, Tensor num_states, Tensor num_actions, Tensor? policies, "
+    "Tensor? references, Tensor[] behaviours, Tensor? actions, Tensor(a!)[] state, int steps, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"cpu": (("cpu",), _cpu), "plain": (("cpu",), _plain)},
+    _fake,
 )

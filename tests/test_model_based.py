@@ -7,21 +7,47 @@ from icrl_kernels import model_based_q
 from icrl_kernels.testing import error
 
 
-def history(R=5, T=60, S=6, A=3, seed=0):
+def history(R=5, T=60, S=6, A=3, seed=0, done_at=0.1):
     g = torch.Generator().manual_seed(seed)
     state = torch.randint(0, S, (R, T), generator=g)
     action = torch.randint(0, A, (R, T), generator=g)
     reward = torch.randn(R, T, generator=g)
-    done = (torch.rand(R, T, generator=g) < 0.1).long() * torch.randint(1, 3, (R, T), generator=g)
+    done = (torch.rand(R, T, generator=g) < done_at).long() * torch.randint(1, 3, (R, T), generator=g)
     return state, action, reward, done
 
 
-@pytest.mark.parametrize(("S", "A", "T"), [(6, 3, 60), (1, 1, 5), (17, 2, 40), (4, 2, 1), (3, 2, 0)])
+@pytest.mark.parametrize(("S", "A", "T"), [(6, 3, 60), (1, 1, 5), (17, 2, 40), (4, 2, 1), (3, 2, 0), (30, 11, 50)])
 def test_values(S, A, T):
     h = history(T=T, S=S, A=A)
-    reference = model_based_q(*h, S, A, backend="reference")
-    q = model_based_q(*h, S, A)
-    assert error(q, reference) <= 64 * torch.finfo(torch.float32).eps * (1e-9 + reference.norm())
+    following = torch.randint(0, S, h[0].shape, generator=torch.Generator().manual_seed(1))
+    for next_state in (None, following):
+        reference = model_based_q(*h, S, A, next_state=next_state, backend="reference")
+        q = model_based_q(*h, S, A, next_state=next_state)
+        assert error(q, reference) <= 64 * torch.finfo(torch.float32).eps * (1e-9 + reference.norm())
+        assert torch.equal(model_based_q(*h, S, A, next_state=next_state, backend="plain"), q)
+
+
+def test_truncated_steps_count():
+    """A bandit ends every episode by truncation: its arms' rewards must be learned all the same."""
+    g = torch.Generator().manual_seed(0)
+    action = torch.randint(4, (1, 400), generator=g)
+    reward = action.float() / 4 + torch.randn(1, 400, generator=g) / 10
+    state, done = torch.zeros_like(action), torch.full_like(action, 2)
+    for next_state in (None, state):
+        q = model_based_q(state, action, reward, done, 1, 4, next_state=next_state)
+        assert (q[0, 50:].argmax(1) == 3).all()
+
+    # a step that was cut short and the same step that went on, to the same place, teach the same
+    h = history(done_at=0)
+    following = h[0].roll(-1, 1)
+    whole = model_based_q(*h, 6, 3, next_state=following)
+    assert torch.equal(model_based_q(*h[:3], torch.full_like(h[3], 2), 6, 3, next_state=following), whole)
+
+
+def test_where_no_next_state_is_on_record_the_future_is_optimistic():
+    state, action = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    q = model_based_q(state, action, torch.ones(1, 3), torch.full_like(state, 2), 1, 1, bonus=0.5)
+    assert q[0, 2, 0] == pytest.approx(1 + 0.9 * 2 / 0.1 + 0.5 / 2**0.5, rel=1e-5)
 
 
 def test_causal_and_the_same_for_any_threads():

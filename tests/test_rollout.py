@@ -1,9 +1,14 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tabular import random_tasks
 
 from icrl.worlds import sample_anymdp
 from icrl_kernels import (
+    _C,
     PackedTransition,
     RolloutState,
     constant_behaviours,
@@ -67,7 +72,7 @@ def test_same_bits_as_reference(states, width):
         rollout_tables(**tasks.raw()), steps=300, seed=-5, task_index=task_index, policies=policies, behaviours=b
     )
     keys = {"seed": torch.full((8,), -5), "record": torch.arange(8), "task_index": task_index}
-    assert_same(run[:-1], rollout_reference(**tasks.raw(), **keys, steps=300, policies=policies, behaviours=b))
+    assert_same(run[:-2], rollout_reference(**tasks.raw(), **keys, steps=300, policies=policies, behaviours=b))
     assert bool((run.done == (2 if states == 64 else 1)).any())
 
     state = rollout_start(rollout_tables(**tasks.raw()), **keys)
@@ -116,6 +121,80 @@ def test_threads_splits_and_resumption_change_nothing():
     assert_same(first.final, kept)  # not changed by continuing
     assert_same([torch.cat(x, 1) for x in zip(first[:-1], second[:-1], strict=True)], whole[:-1])
     assert_same(second.final, whole.final)
+
+
+def everything(tasks, b, records, backend, steps=150, seed=6):
+    N, S, _ = tasks.noise_action.shape
+    g = torch.Generator().manual_seed(1)
+    references = torch.randint(3, (N, 3, S), generator=g, dtype=torch.int16)
+    return rollout(
+        tasks.tables(), steps=steps, seed=seed, task_index=records, policies=random_policies(tasks, 2), behaviours=b,
+        references=references, backend=backend
+    ), references  # fmt: skip
+
+
+SIZES = [(2, 2, None), (13, 9, 4), (40, 5, 37), (70, 3, 70), (9, 17, None)]
+
+
+@pytest.mark.parametrize(("states", "actions", "width"), SIZES)
+def test_vectors_and_records_in_step_change_nothing(states, actions, width):
+    """`plain` is the code of the GPU, one record after another; 21 records make whole and broken groups of eight."""
+    tasks = random_tasks(4, states, actions, width=width, seed=states, max_steps=25)
+    tasks.noise_state[0], tasks.noise_action[0] = 0, 0  # a task without noise
+    records = torch.arange(21) % 4
+    tables_only = {0: 1.0, 1: 1.0, "uniform": 1.0, "random_policy": 1.0}
+    for weights in (tables_only, {**tables_only, "q_learning": 1.0}, MIXED):
+        b = constant_behaviours(21, 2, weights, switch=0.4, epsilon=0.3, epsilon_decay=0.001)
+        b.initial[3, -2:] = b.later[3, -2:] = 0  # one record of them all learns nothing
+        plain, references = everything(tasks, b, records, "plain")
+        fast, _ = everything(tasks, b, records, "auto")
+        assert_same(fast[:-1], plain[:-1])
+        assert_same(fast.final, plain.final)
+        assert_same([fast.labels], [references[records[:, None], :, fast.state.long()]])
+
+
+def test_steps_beyond_32_bits():
+    tables = random_tasks(1, 8, 4).tables()
+    b = constant_behaviours(1, 0, {"uniform": 1})
+    state = rollout_start(tables, seed=0)._replace(step=torch.tensor([2**32 - 13]))
+    runs = [rollout(tables, steps=40, state=state, behaviours=b, backend=x)[:-1] for x in ("auto", "plain")]
+    assert_same(*runs)
+
+
+def test_actions_are_policies_of_ones_and_zeros():
+    tasks = random_tasks(5, 9, 4, seed=1)
+    tables = tasks.tables()
+    actions = torch.randint(2, (5, 3, 9), generator=torch.Generator().manual_seed(0))
+    b = constant_behaviours(5, 3, {0: 1, 1: 1, 2: 1, "uniform": 1}, switch=0.5, epsilon=0.2)
+    one_hot = torch.nn.functional.one_hot(actions, 4).float()
+    wanted = rollout(tables, steps=90, seed=2, policies=one_hot, behaviours=b)
+    for dtype in (torch.uint8, torch.int16, torch.int64):
+        run = rollout(tables, steps=90, seed=2, policies=actions.to(dtype), behaviours=b)
+        assert_same(run[:-1], wanted[:-1])
+        assert_same(run.final, wanted.final)
+
+
+def test_every_instruction_set_gives_the_same_bits(tmp_path):
+    if _C.isa() == "generic":
+        pytest.skip("this processor has no other")
+    code = (
+        "import torch, sys; from test_rollout import *; torch.set_num_threads(1); h = [];\n"
+        "tasks = sample_anymdp(5, 40, seed=6); r = torch.arange(11) % 5\n"
+        "b = constant_behaviours(11, 2, MIXED, switch=0.4, epsilon=0.3, epsilon_decay=0.001)\n"
+        "for i in (0, 4): b.initial[i, -2:] = b.later[i, -2:] = 0\n"
+        "a = everything(tasks, b, r, 'auto', 400)[0]\n"
+        "c = everything(random_tasks(4, 33, 9, width=33), b, r % 4, 'auto', 400)[0]\n"
+        "torch.save([*a[:-1], *a.final, *c[:-1], *c.final], sys.argv[1])"
+    )
+    found = []
+    for isa in ("generic", "avx2", "avx512")[: 2 + (_C.isa() == "avx512")]:
+        path = str(tmp_path / isa)
+        env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+        done = subprocess.run([sys.executable, "-c", code, path], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(path))
+    for other in found[1:]:
+        assert_same(other, found[0])
 
 
 def test_seed_and_record_matter():
@@ -236,7 +315,7 @@ def test_learner_counts_are_the_record():
             (s, a), torch.ones(400, dtype=torch.int32), accumulate=True
         )
         follows = (run.done[r] != 1).float()
-        counts = torch.zeros(7, 3, 7).index_put_((s, a, j), follows, accumulate=True)
+        counts = torch.zeros(7, 7, 3).index_put_((s, j, a), follows, accumulate=True)
         assert_same([run.final.visits[r], run.final.successors[r]], [visits, counts])
         total = torch.zeros(7, 3).index_put_((s, a), run.reward[r], accumulate=True)
         torch.testing.assert_close(run.final.reward_sum[r], total)
@@ -345,6 +424,7 @@ def test_refuses_bad_calls():
     tables, policies = rollout_tables(**tasks.raw()), random_policies(tasks, 1)
     state = rollout_start(tables, seed=0)
     b = constant_behaviours(2, 1, {0: 1})
+    x = torch.arange(5)
     for match, call in {
         r"task_index\[0\] is 2": lambda: rollout(tables, steps=1, seed=0, task_index=torch.tensor([2])),
         r"task_index\[1\] is -1": lambda: rollout(tables, steps=1, seed=0, task_index=torch.tensor([0, -1])),
@@ -354,6 +434,15 @@ def test_refuses_bad_calls():
         r"policies\[0, 0, 0\]": lambda: rollout(tables, steps=1, seed=0, policies=policies * 0.9),
         "policies: wanted dtype": lambda: rollout(tables, steps=1, seed=0, policies=policies.double()),
         "policies: wanted shape": lambda: rollout(tables, steps=1, seed=0, policies=policies[:, 0]),
+        r"policies\[1, 0, 2\]: wanted one of.*got 4": lambda: rollout(
+            tables, steps=1, seed=0, policies=torch.zeros(2, 1, 8).long().index_put((x[1], x[0], x[2]), x[4])
+        ),
+        "references: wanted shape": lambda: rollout(tables, steps=1, seed=0, references=torch.zeros(2, 8).long()),
+        "references: wanted dtype": lambda: rollout(tables, steps=1, seed=0, references=torch.zeros(2, 1, 8)),
+        "references: wanted actions that fit": lambda: rollout(
+            tables, steps=1, seed=0, references=torch.full((2, 1, 8), 2**20)
+        ),
+        "backend: rollout has": lambda: rollout(tables, steps=1, seed=0, backend="gpu"),
         "initial: wanted shape": lambda: rollout(tables, steps=1, seed=0, behaviours=b),
         "action of record 1 is 4": lambda: rollout_step(tables, state, torch.tensor([0, 4])),
         "action of record 0 is -1": lambda: rollout_step(tables, state, torch.tensor([-1, 0])),
@@ -388,7 +477,7 @@ def op_arguments():
     tables = rollout_tables(**tasks.raw())
     b = constant_behaviours(2, 0, {"uniform": 1, "model_based": 1, "q_learning": 1})
     state = rollout_start(tables, seed=0, behaviours=b)
-    return (*tables, None, list(b), None, list(state), 5, "auto")
+    return (*tables, None, None, list(b), None, list(state), 5, "auto")
 
 
 def test_opcheck():
