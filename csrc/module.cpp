@@ -16,6 +16,7 @@ void bind_rollout_tables(pybind11::module_& m);
 void bind_rwkv7(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
 void bind_value_iteration_cuda(pybind11::module_& m);
+void bind_value_iteration_team(pybind11::module_& m);
 }  // namespace icrl
 
 PYBIND11_MODULE(_C, m) {
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   icrl::bind_rollout_tables(m);
   icrl::bind_rwkv7(m);
   icrl::bind_value_iteration(m);
+  icrl::bind_value_iteration_team(m);
 #ifdef ICRL_WITH_CUDA
   m.attr("with_cuda") = true;
   icrl::bind_value_iteration_cuda(m);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ def value_iteration(
         method: "policy_iteration" (Howard 1960); "value_iteration", Jacobi sweeps from 0, stopped by the span rule
             (Puterman 1994, section 6.6); "modified_policy_iteration", with 20 sweeps of the greedy policy between
             backups (Puterman & Shin 1978); or "auto", policy iteration. The two that sweep need κ < 1 (below).
-        backend: "cpu", "cuda", "reference" or None, the fastest that serves the device.
+        backend: "cpu", "cuda", "triton", "reference" or None, the fastest that serves the device. "triton" only sweeps:
+            there "auto" is modified policy iteration, "policy_iteration" is refused, and so are γ = 1 and κ ≥ 1.
 
     Returns:
         q `[N, S, A]`, v = max_a q `[N, S]`, policy = argmax_a q (the lowest of equals) `[N, S]` int64, error_bound
@@ -239,8 +241,7 @@ def _compiled(
         reward.data_ptr(),
         transition.dtype == torch.float64,
         reward.dim() == (1 if windows else 4),
-        *(x.data_ptr() for x in windows),
-        *((len(transition),) if windows else ()),
+        *((*(x.data_ptr() for x in windows), len(transition)) if windows else (0, 0, 0, 0)),
         0 if terminal is None else terminal.data_ptr(),
         0 if num_states is None else num_states.data_ptr(),
         gammas.data_ptr(),
@@ -260,8 +261,7 @@ def _compiled(
 
 def _cpu(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments) -> tuple[Tensor, ...]:
     def call(*x) -> None:
-        rest = x if windows else (*x[:4], 0, 0, 0, 0, *x[4:])
-        _C.value_iteration_cpu(*rest, torch.get_num_threads())
+        _C.value_iteration_cpu(*x, torch.get_num_threads())
 
     return _compiled(call, transition, reward, windows, *arguments, ascending=False)
 
@@ -269,18 +269,18 @@ def _cpu(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments) 
 def _cuda(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments) -> tuple[Tensor, ...]:
     if not _C.with_cuda:
         raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1, or use 'reference'")
-    if windows:
-        raise ValueError(
-            "transition: the cuda backend takes dense tables, got a PackedTransition: unpack() it, or use 'reference'"
-        )
     _check(transition, reward, windows, *arguments)
     if arguments[-1] == "modified_policy_iteration":
         raise ValueError(
             "method: the cuda backend has policy_iteration and value_iteration, got 'modified_policy_iteration'"
         )
-    n, s, a, _ = transition.shape
+    n, s, a = _sizes(transition, windows)
+    most = _C.value_iteration_cuda_most_states
+    if s > most or s * a >= 2**31:
+        raise ValueError(f"transition: the cuda backend serves up to {most} states and 2**31 rows, got S={s}, A={a}")
     device = transition.get_device()
-    size = _C.value_iteration_cuda_workspace(n, s, a, transition.dtype == torch.float64, device)
+    values = len(transition) if windows else 0
+    size = _C.value_iteration_cuda_workspace(n, s, a, values, transition.dtype == torch.float64, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=transition.device)
 
     def call(*x) -> None:
@@ -288,6 +288,64 @@ def _cuda(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments)
         _C.value_iteration_cuda(*x, workspace.data_ptr(), device, stream)
 
     return _compiled(call, transition, reward, windows, *arguments, ascending=True)
+
+
+def _triton(
+    transition: Tensor,
+    reward: Tensor,
+    windows: list[Tensor],
+    discount: Tensor,
+    terminal: Tensor | None,
+    num_states: Tensor | None,
+    tol: float,
+    method: str,
+) -> tuple[Tensor, ...]:
+    _check(transition, reward, windows, discount, terminal, num_states, tol, method)
+    n, s, a = _sizes(transition, windows)
+    _check_values(discount, num_states, s)
+    if method == "policy_iteration":
+        raise ValueError(
+            "method: the triton backend has value_iteration and modified_policy_iteration (which is its auto)"
+        )
+    if s * a >= 2**31:
+        raise ValueError(f"transition: the triton backend serves up to 2**31 rows a task, got S={s}, A={a}")
+    from icrl_kernels._triton import value_iteration as kernels
+
+    transition, reward = transition.contiguous(), reward.contiguous()
+    windows = [x.contiguous() for x in windows]
+    start, low, count, mean, size, mass, kind = kernels.prepare(transition, reward, windows, num_states, n, s, a)
+    out = _empty(n, discount.shape[-1], s, a, transition.device)
+    if n == 0:
+        return out
+    filled = count > 0
+    done = ~filled.any(-1, keepdim=True) if terminal is None else terminal[:, :, None]
+    mean, size = (x.masked_fill(done, 0.0) for x in (mean, size))
+    kind = torch.where((kind == 0) & ~size.isfinite(), 4, kind)
+    if terminal is not None:
+        kind = torch.where((kind == 0) & done & filled, 5, kind)
+    if kind.any():
+        i, j, k = kind.nonzero()[0].tolist()
+        specification.refuse(int(kind[i, j, k]), (i, j, k), 0, transition, windows, discount)
+    gamma, terms = discount.double().expand(n, -1), s + 16
+    relative = terms * 2 * specification.UNIT
+    contraction = gamma * (mass.amax((1, 2)) * (1 + relative))[:, None]
+    if ((contraction >= 1) | (gamma == 1)).any():
+        i, g = ((contraction >= 1) | (gamma == 1)).nonzero()[0].tolist()
+        raise ValueError(
+            "discount: the triton backend only sweeps, which needs discount < 1 and discount * (largest row sum) < 1, "
+            f"got {gamma[i, g].item()!r} and {contraction[i, g].item()!r} for task {i}: use backend 'cuda' or 'reference'"
+        )
+    base = (relative * size.amax((1, 2)) + terms * specification.UNDERFLOW)[:, None].expand_as(gamma)
+    grow = (1 + 16 * specification.UNIT) / (1 - contraction)
+    facts = torch.stack([gamma, contraction, base, relative * contraction, grow, torch.full_like(gamma, tol)], -1)
+    inner = 0 if method == "value_iteration" else specification.INNER_SWEEPS
+    kernels.solve(transition, start, low, count, mean, facts, int(count.max()), inner, specification.MOST_SWEEPS, out)
+    bound = out[3]
+    bound += specification.UNDERFLOW
+    if not bound.isfinite().all():
+        i, g = (~bound.isfinite()).nonzero()[0].tolist()
+        specification.refuse(8, (i, 0, 0), g, transition, windows, discount)
+    return out
 
 
 def _fake(
@@ -306,11 +364,22 @@ def _fake(
     return _empty(n, discount.shape[-1], s, a, transition.device)
 
 
-# Without CUDA in the build the reference serves CUDA tensors; a forced "cuda" then says what is missing.
-_gpu = {"cuda": (("cuda",), _cuda), "reference": (("cpu", "cuda"), _reference)}
+# On a GPU: cuda where it was built, else triton where it is installed, else the reference. A forced "cuda" or "triton" that
+# is not there says what is missing.
+_table = {
+    "cpu": (("cpu",), _cpu),
+    "cuda": (("cuda",), _cuda),
+    "triton": (("cuda",), _triton),
+    "reference": (("cpu", "cuda"), _reference),
+}
+_missing = [] if _C.with_cuda else ["cuda"]
+if importlib.util.find_spec("triton") is None:
+    _missing.append("triton")
+for _name in _missing:
+    _table[_name] = _table.pop(_name)
 _registry.define(
     "value_iteration(Tensor transition, Tensor reward, Tensor[] windows, Tensor discount, Tensor? terminal, "
     "Tensor? num_states, float tol, str method, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": (("cpu",), _cpu), **(_gpu if _C.with_cuda else dict(reversed(_gpu.items())))},
+    _table,
     _fake,
 )

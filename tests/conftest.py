@@ -17,9 +17,9 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
     for item in items:
-        if "slow" in item.keywords:
+        if item.get_closest_marker("slow"):  # keywords would name the folders above, too
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

@@ -15,7 +15,6 @@
 #include "cpu/parallel.h"
 #include "cpu/policy_iteration.h"
 #include "cpu/value_iteration_lanes.h"
-#include "cuda/value_iteration_core.h"
 
 namespace icrl {
 
@@ -197,29 +196,12 @@ void copy_windows(uintptr_t table, bool is_double, int64_t rows, int64_t ns, uin
   });
 }
 
-// The GPU's algorithm on one CPU thread: tests compare it where there is no GPU.
-void solve_core(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t terminal,
-                uintptr_t num_states, uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na,
-                int method, double tol, uintptr_t q, uintptr_t v, uintptr_t policy, uintptr_t bound,
-                uintptr_t iterations, uintptr_t refusal) {
-  const CoreBatch b = core_batch(transition, reward, by_successor, terminal, num_states, discount, order, n, ng, ns, na,
-                                 method, tol, q, v, policy, bound, iterations, refusal);
-  CoreSpace w;
-  std::vector<double> space(core_layout(w, nullptr, ns, na) / sizeof(double) + 1);
-  SerialTeam team;
-  for (int64_t i = 0; i < n; ++i) {
-    char* at = reinterpret_cast<char*>(space.data());
-    is_double ? core_solve<double>(team, b, i, at) : core_solve<float>(team, b, i, at);
-  }
-}
-
 }  // namespace
 
 void bind_value_iteration(pybind11::module_& m) {
   m.def("value_iteration_cpu", &solve, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("find_windows", &find_windows, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("copy_windows", &copy_windows, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("value_iteration_cuda_host_check", &solve_core, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 }  // namespace icrl

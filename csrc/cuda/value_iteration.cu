@@ -1,61 +1,85 @@
-// Batched tabular control on the GPU: one block for each task at a time, workspace in shared memory where it fits.
+// Batched tabular control on the GPU: a team of threads (a block) for each task, tasks handed out by a counter to a grid that
+// fills the chip once. Tasks differ in what they need of shared memory, which is known only when a table has been read. So the
+// batch is run with as much as most tasks need, those that did not fit again with more, and the last in global memory: which
+// ones is kept on the device, nothing waits for the host, and an empty round costs a launch.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/value_iteration_core.h"
 
 namespace icrl {
 namespace {
 
-constexpr int kThreads = 256;
-
+template <int Threads>
 struct BlockTeam {
-  int id, size, lane, lanes, group, groups;
-  double* shared;  // [kThreads / 32]
+  static constexpr int size = Threads, groups = Threads / kLanes;
+  int id = threadIdx.x, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  double* shared;  // [Threads / kWarp]
 
-  __device__ explicit BlockTeam(double* shared_)
-      : id(threadIdx.x), size(kThreads), lane(threadIdx.x % kLanes), lanes(kLanes), group(threadIdx.x / kLanes),
-        groups(kThreads / kLanes), shared(shared_) {}
-  __device__ void sync() { __syncthreads(); }
+  __device__ explicit BlockTeam(double* shared_) : shared(shared_) {}
+  __device__ void sync() {
+    if (Threads == kWarp)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+  __device__ void sync_warp() { __syncwarp(); }
   // groups of a warp may be at different rows, so a shuffle names its own group's lanes only
-  __device__ unsigned mask() const { return 0xffu << (threadIdx.x % 32 / kLanes * kLanes); }
-  __device__ double lane_sum(double x) {
-    for (int m = kLanes / 2; m > 0; m /= 2) x += __shfl_xor_sync(mask(), x, m);
-    return x;
-  }
-  __device__ int64_t lane_max(int64_t x) {
-    for (int m = kLanes / 2; m > 0; m /= 2) {
-      const int64_t y = __shfl_xor_sync(mask(), static_cast<long long>(x), m);
-      x = y > x ? y : x;
-    }
-    return x;
-  }
+  __device__ unsigned mask() const { return 0xffu << (threadIdx.x % kWarp / kLanes * kLanes); }
+  __device__ void sync_lanes() { __syncwarp(mask()); }
+  __device__ double lane_xor(double x, int m) { return __shfl_xor_sync(mask(), x, m); }
+  __device__ int lane_xor(int x, int m) { return __shfl_xor_sync(mask(), x, m); }
+  __device__ double lane_read(double x, int from) { return __shfl_sync(mask(), x, from, kLanes); }
+  __device__ int claim(int32_t* counter, int n) { return atomicAdd(counter, n); }
   __device__ double max(double x) {
-    for (int m = 16; m > 0; m /= 2) {
-      const double y = __shfl_xor_sync(0xffffffffu, x, m);
-      x = y > x ? y : x;
+    for (int m = kWarp / 2; m > 0; m /= 2) x = core_larger(x, __shfl_xor_sync(0xffffffffu, x, m));
+    if (Threads == kWarp) {
+      __syncwarp();
+      return x;
     }
     __syncthreads();  // everybody has read the last call's result
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
     __syncthreads();
     x = shared[0];
-    for (int i = 1; i < kThreads / 32; ++i) x = shared[i] > x ? shared[i] : x;
+    for (int i = 1; i < Threads / kWarp; ++i) x = core_larger(x, shared[i]);
     return x;
   }
 };
 
-// `space` is null where the workspace is in shared memory, else `bytes` for each block.
-template <class T>
-__global__ void __launch_bounds__(kThreads) solve_kernel(CoreBatch b, char* space, int64_t bytes) {
+// What a round does: the tasks in `list` (null: all), `*count` of them (null: all), and where those go that do not fit.
+struct Round {
+  const int64_t *list, *count;
+  unsigned long long *taken, *unfit;
+  int64_t* left;
+};
+
+// Blocks that should fit a processor: without it the compiler takes registers that the shared memory would leave unused.
+constexpr int blocks_wanted(int threads) { return threads == kWarp ? 20 : threads == 256 ? 3 : 1; }
+
+// `fast` is null where it is shared memory; else `bytes` for each block, as `slow_bytes` of `slow` are.
+template <class T, int Threads, bool Resident>
+__global__ void __launch_bounds__(Threads, blocks_wanted(Threads))
+    solve_kernel(CoreBatch b, Round round, char* fast, int64_t bytes, char* slow, int64_t slow_bytes) {
   extern __shared__ __align__(16) char dynamic[];
-  __shared__ double reduction[kThreads / 32];
-  BlockTeam team(reduction);
-  for (int64_t i = blockIdx.x; i < b.n; i += gridDim.x) {
-    core_solve<T>(team, b, i, space ? space + blockIdx.x * bytes : dynamic);
+  __shared__ double reduction[Threads / kWarp];
+  __shared__ int64_t turn;
+  BlockTeam<Threads> team(reduction);
+  char* const mine = slow + blockIdx.x * slow_bytes;
+  for (;;) {
+    if (threadIdx.x == 0) turn = static_cast<int64_t>(atomicAdd(round.taken, 1ull));
+    __syncthreads();
+    const int64_t x = turn;
+    if (x >= (round.count ? *round.count : b.n)) return;
+    const int64_t i = round.list ? round.list[x] : x;
+    const bool fits = Resident ? core_solve<T, true>(team, b, i, dynamic, bytes, mine)
+                               : core_solve<T, false>(team, b, i, fast + blockIdx.x * bytes, bytes, mine);
+    if (!fits && threadIdx.x == 0) round.left[atomicAdd(round.unfit, 1ull)] = i;
     __syncthreads();
   }
 }
@@ -64,26 +88,82 @@ void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw std::runtime_error(std::string("value_iteration: ") + what + ": " + cudaGetErrorString(e));
 }
 
-// How a batch of this size is laid out on a device: blocks, bytes of shared memory a block, bytes of global workspace a block.
-struct Plan {
-  int64_t blocks, shared, global;
-};
+template <class T>
+using Kernel = void (*)(CoreBatch, Round, char*, int64_t, char*, int64_t);
+
+constexpr int kSmallTask = 36 << 10;  // bytes: up to here six blocks fit a processor, and one warp each keeps it busy
 
 template <class T>
-Plan plan_launch(int64_t n, int64_t ns, int64_t na, int device) {
+Kernel<T> kernel_for(bool resident, int64_t bytes) {
+  if (!resident) return solve_kernel<T, 512, false>;
+  return bytes <= kSmallTask ? solve_kernel<T, 32, true> : solve_kernel<T, 256, true>;
+}
+int threads_for(bool resident, int64_t bytes) { return !resident ? 512 : bytes <= kSmallTask ? 32 : 256; }
+
+struct Launch {
+  bool resident;
+  int64_t blocks, bytes;
+};
+
+struct Device {
+  int processors = 0, most = 0, all = 0, reserved = 0;
+  explicit Device(int device) {
+    const auto get = [&](int& x, cudaDeviceAttr what) { check(cudaDeviceGetAttribute(&x, what, device), "device"); };
+    get(processors, cudaDevAttrMultiProcessorCount);
+    get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    get(all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    get(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  }
+  // Shared memory of each of `blocks` that share a processor, less what a kernel has of its own.
+  int64_t share(int blocks) const { return std::min(all / blocks - reserved, most) / 16 * 16 - 512; }
+};
+
+// The rounds of a batch. `values` is the number of probabilities of a packed batch, 0 for dense tables.
+template <class T>
+std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, const Device& device) {
   CoreSpace w;
-  const int64_t bytes = core_layout(w, nullptr, ns, na);
-  int most = 0, processors = 0, resident = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of the device");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors of the device");
-  const int64_t shared = bytes + 1024 <= most ? bytes : 0;
-  if (shared)
-    check(cudaFuncSetAttribute(solve_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "shared memory of the kernel");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, solve_kernel<T>, kThreads, shared), "occupancy");
-  // without shared memory one block a processor bounds the workspace
-  const int64_t blocks = std::max<int64_t>(1, processors) * (shared ? std::max(1, resident) : 1);
-  return {std::min(n, blocks), shared, shared ? 0 : bytes};
+  const int64_t fixed = core_layout(w, nullptr, nullptr, ns, na), rows = ns * na;
+  const int64_t at_most = core_bytes_at_most<T>(ns, na, rows * ns);
+  // Windows of dense tables are guessed to be as wide as sampled AnyMDP tasks' (1.25 sqrt(ns)), the factors twice as wide
+  // and a quarter more; a tenth is for tasks above the mean. A wrong guess costs a round.
+  const double width = values ? static_cast<double>(values) / static_cast<double>(n * rows) : 1.25 * std::sqrt(ns);
+  const double guess = fixed + 1.1 * (rows * width * sizeof(T) + ns * std::min<double>(2.25 * width, ns) * sizeof(double));
+  const int64_t first = std::min(at_most, static_cast<int64_t>(guess));
+  std::vector<Launch> out;
+  int blocks = 1;
+  while (blocks < 32 && device.share(blocks + 1) >= first) ++blocks;
+  for (;; blocks = (blocks + 1) / 2) {
+    const int64_t bytes = std::min(device.share(blocks), (at_most + 15) / 16 * 16);
+    if (bytes > fixed) {
+      const Kernel<T> kernel = kernel_for<T>(true, bytes);
+      int resident = 0;
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+            "shared memory of the kernel");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads_for(true, bytes), bytes), "occupancy");
+      out.push_back({true, std::min<int64_t>(n, std::max(1, resident) * device.processors), bytes});
+      if (bytes >= at_most) return out;
+    }
+    if (blocks == 1) break;
+  }
+  // one block a processor bounds the global workspace
+  out.push_back({false, std::min<int64_t>(n, device.processors), core_bytes_at_most<T>(ns, na, 0)});
+  return out;
+}
+
+// The workspace: for each round two counters, and its list of tasks that did not fit; each block's slow memory; the last
+// round's fast memory.
+struct Workspace {
+  int64_t counters, lists, slow, fast, bytes;
+};
+Workspace layout(const std::vector<Launch>& rounds, int64_t n, int64_t ns, int64_t na) {
+  int64_t blocks = 0;
+  for (const Launch& x : rounds) blocks = std::max(blocks, x.blocks);
+  const int64_t count = static_cast<int64_t>(rounds.size());
+  Workspace w;
+  w.counters = 0, w.lists = count * 2 * 8, w.slow = w.lists + (count - 1) * n * 8;
+  w.fast = (w.slow + blocks * core_slow_bytes(ns, na) + 255) / 256 * 256;
+  w.bytes = w.fast + (rounds.back().resident ? 0 : rounds.back().blocks * rounds.back().bytes);
+  return w;
 }
 
 struct Guard {
@@ -95,35 +175,54 @@ struct Guard {
   ~Guard() { cudaSetDevice(before); }
 };
 
-// Bytes of global workspace that a batch needs; 0 where shared memory is enough.
-int64_t workspace(int64_t n, int64_t ns, int64_t na, bool is_double, int device) {
+std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, bool is_double, int device) {
+  const Device d(device);
+  return is_double ? plan<double>(n, ns, na, values, d) : plan<float>(n, ns, na, values, d);
+}
+
+// Bytes of global workspace that a batch needs.
+int64_t workspace(int64_t n, int64_t ns, int64_t na, int64_t values, bool is_double, int device) {
+  if (n == 0) return 0;
   Guard guard(device);
-  const Plan p = is_double ? plan_launch<double>(n, ns, na, device) : plan_launch<float>(n, ns, na, device);
-  return p.blocks * p.global;
+  return layout(plan(n, ns, na, values, is_double, device), n, ns, na).bytes;
 }
 
 template <class T>
-void launch(const CoreBatch& b, uintptr_t space, int device, uintptr_t stream) {
-  const Plan p = plan_launch<T>(b.n, b.ns, b.na, device);
-  solve_kernel<T><<<static_cast<unsigned>(p.blocks), kThreads, p.shared, reinterpret_cast<cudaStream_t>(stream)>>>(
-      b, p.shared ? nullptr : reinterpret_cast<char*>(space), p.global);
-  check(cudaGetLastError(), "launch");
+void launch(const CoreBatch& b, const std::vector<Launch>& rounds, char* space, cudaStream_t stream) {
+  const Workspace w = layout(rounds, b.n, b.ns, b.na);
+  check(cudaMemsetAsync(space, 0, w.lists, stream), "workspace");
+  auto* counters = reinterpret_cast<unsigned long long*>(space + w.counters);
+  auto* lists = reinterpret_cast<int64_t*>(space + w.lists);
+  Round round{nullptr, nullptr, counters, counters + 1, lists};
+  for (const Launch& x : rounds) {
+    kernel_for<T>(x.resident, x.bytes)<<<static_cast<unsigned>(x.blocks), threads_for(x.resident, x.bytes),
+                                         x.resident ? x.bytes : 0, stream>>>(
+        b, round, space + w.fast, x.bytes, space + w.slow, core_slow_bytes(b.ns, b.na));
+    check(cudaGetLastError(), "launch");
+    round = {round.left, reinterpret_cast<const int64_t*>(round.unfit), round.taken + 2, round.unfit + 2, round.left + b.n};
+  }
 }
 
-void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t terminal,
-           uintptr_t num_states, uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na,
-           int method, double tol, uintptr_t q, uintptr_t v, uintptr_t policy, uintptr_t bound, uintptr_t iterations,
-           uintptr_t refusal, uintptr_t space, int device, uintptr_t stream) {
+void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t offset, uintptr_t first,
+           uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states, uintptr_t discount,
+           uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na, int method, double tol, uintptr_t q,
+           uintptr_t v, uintptr_t policy, uintptr_t bound, uintptr_t iterations, uintptr_t refusal, uintptr_t space,
+           int device, uintptr_t stream) {
   if (n == 0) return;
   Guard guard(device);
-  const CoreBatch b = core_batch(transition, reward, by_successor, terminal, num_states, discount, order, n, ng, ns, na,
-                                 method, tol, q, v, policy, bound, iterations, refusal);
-  is_double ? launch<double>(b, space, device, stream) : launch<float>(b, space, device, stream);
+  const CoreBatch b =
+      core_batch(transition, reward, by_successor, offset, first, length, values, terminal, num_states, discount, order,
+                 n, ng, ns, na, method, tol, q, v, policy, bound, iterations, refusal);
+  const std::vector<Launch> rounds = plan(n, ns, na, values, is_double, device);
+  char* at = reinterpret_cast<char*>(space);
+  const auto on = reinterpret_cast<cudaStream_t>(stream);
+  is_double ? launch<double>(b, rounds, at, on) : launch<float>(b, rounds, at, on);
 }
 
 }  // namespace
 
 void bind_value_iteration_cuda(pybind11::module_& m) {
+  m.attr("value_iteration_cuda_most_states") = kMostStates;
   m.def("value_iteration_cuda_workspace", &workspace);
   m.def("value_iteration_cuda", &solve, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

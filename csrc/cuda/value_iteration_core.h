@@ -1,399 +1,576 @@
-// The GPU planner, written for a team of threads that share one task. A host build runs it with a team of one thread, which
-// is how its logic is tested where there is no GPU; races between threads are what that cannot show.
+// The GPU planner, written for a team of threads that share one task: Howard policy iteration and Jacobi sweeps in float64.
+// A host build runs it with a team of coroutines, which is how it is tested where there is no GPU.
 //
-// Howard policy iteration in float64. A row's window (first to last entry that is not zero) is found when the table is first
-// read; later reads stay within it. I - discount P is stored dense and eliminated without pivoting (an M-matrix), each pivot
-// touching only the rows and columns of the envelope of all the task's rows: one barrier for each pivot.
+// A task's table is read once. What is left of a row is its window, from the first to the last entry that is not zero; where
+// `Resident` the windows lie in the team's fast memory for all discounts, else they are read where they were given. Policy
+// evaluation factors I - discount P by panels of four states without pivoting (an M-matrix: every pivot is positive): the
+// inverse of a panel's diagonal block replaces it, the rows below take one product of four terms an entry. A row is stored
+// from its own first column to the last that its panel can reach. One barrier a panel: the first warp updates the next panel
+// and inverts its block while the others do the rest.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/policy_iteration.h"
-
-#ifdef __CUDACC__
-#define ICRL_HD __host__ __device__
-#else
-#define ICRL_HD
-#endif
+#include "cuda/value_iteration_space.h"
 
 namespace icrl {
 
-constexpr int kLanes = 8;  // threads of a group, which take one row together: 8 floats are one 32-byte sector
-
-// A team of one: groups of one lane, nothing to wait for. The device's team is in value_iteration.cu.
-struct SerialTeam {
-  int id = 0, size = 1, lane = 0, lanes = 1, group = 0, groups = 1;
-  void sync() {}
-  double lane_sum(double x) { return x; }
-  int64_t lane_max(int64_t x) { return x; }
-  double max(double x) { return x; }
-};
-
-template <class T>
-struct CoreTask {
-  const T* transition;  // as TaskTables
-  const T* reward;
-  const uint8_t* terminal;
-  int64_t ns, na, stride;
-  bool by_successor;
-};
-
-// Workspace of one task: doubles first, then int32, then bytes.
-struct CoreSpace {
-  double *matrix, *reward, *magnitude, *q, *scale, *v, *next, *rhs;
-  int32_t *low, *high, *policy, *right, *below, *above;
-  uint8_t *ends, *reached, *reached_next;
-  int64_t ld;
-};
-
-ICRL_HD inline int64_t core_layout(CoreSpace& w, char* base, int64_t ns, int64_t na) {
-  const int64_t rows = ns * na;
-  w.ld = ns | 1;  // odd: a column falls on different banks
-  double* d = reinterpret_cast<double*>(base);
-  w.matrix = d, d += ns * w.ld;
-  w.reward = d, d += rows;
-  w.magnitude = d, d += rows;
-  w.q = d, d += rows;
-  w.scale = d, d += rows;
-  w.v = d, d += ns;
-  w.next = d, d += ns;
-  w.rhs = d, d += ns;
-  int32_t* i = reinterpret_cast<int32_t*>(d);
-  w.low = i, i += rows;
-  w.high = i, i += rows;
-  w.policy = i, i += ns;
-  w.right = i, i += ns;
-  w.below = i, i += ns;
-  w.above = i, i += ns;
-  uint8_t* b = reinterpret_cast<uint8_t*>(i);
-  w.ends = b, b += ns;
-  w.reached = b, b += ns;
-  w.reached_next = b, b += ns;
-  return (reinterpret_cast<char*>(b) - base + 15) / 16 * 16;
-}
-
-template <class T, class Team>
+template <class T, bool Resident, class Team>
 struct Core {
   Team& team;
-  CoreTask<T> in;
+  const CoreBatch& b;
+  int64_t task;
+  int ns, na;
   CoreSpace w;
-  double row_sum, reward_magnitude;
+  T* windows = nullptr;
+  double* factors = nullptr;
+  int64_t most_factors = 0;
+  double row_sum = 0, reward_magnitude = 0;
 
-  static constexpr double kRounding = 0x1p-52;
+  enum State { fine, unfit, singular };
+  static constexpr double kRounding = 0x1p-52, kUnderflow = 0x1p-1073, kLargest = 0x1.fffffffffffffp1023;
+  static constexpr int64_t kMostSweeps = 100000;
 
   ICRL_HD static double absolute(double x) { return x < 0 ? -x : x; }
-  ICRL_HD const T* row(int64_t k) const { return in.transition + k * in.stride; }
-  ICRL_HD double roundings() const { return (in.ns + 16) * kRounding; }
+  ICRL_HD double roundings() const { return (ns + 16) * kRounding; }
+  ICRL_HD int panels() const { return (ns + kPanel - 1) / kPanel; }
+  ICRL_HD double* at(int row) const { return factors + w.origin[row]; }
 
-  // The first (least) of the indices that threads give, -1 meaning none.
+  // Where a row was given: p[j] and gain[j] for from <= j < to.
+  struct Given {
+    const T *p, *gain;
+    int from, to;
+  };
+  ICRL_HD Given given(int k) const {
+    const T *p = static_cast<const T*>(b.transition), *gain = static_cast<const T*>(b.reward);
+    if (!b.offset) {
+      const int64_t row = task * b.ns * na + k;
+      return {p + row * b.ns, b.by_successor ? gain + row * b.ns : nullptr, 0, ns};
+    }
+    const int64_t row = task * b.ns * na + k, end = static_cast<int64_t>(b.first[row]) + b.length[row];
+    const int64_t shift = b.offset[row] - b.first[row];
+    return {p + shift, b.by_successor ? gain + shift : nullptr, b.first[row], static_cast<int>(end < ns ? end : ns)};
+  }
+  // Whether a row's window leaves its table.
+  ICRL_HD bool outside(int k) const {
+    if (!b.offset) return false;
+    const int64_t row = task * b.ns * na + k, at = b.offset[row], low = b.first[row], n = b.length[row];
+    return low < 0 || n < 0 || low + n > b.ns || (n > 0 && (at < 0 || at > b.values - n));
+  }
+  // Where a row's window begins in table(): column low[k]. `at` runs through the windows of a state, action by action.
+  using Place = std::conditional_t<Resident, int, int64_t>;
+  ICRL_HD const T* table() const { return Resident ? windows : static_cast<const T*>(b.transition); }
+  ICRL_HD Place first_window(int s) const { return Resident ? static_cast<Place>(w.base[s]) : 0; }
+  ICRL_HD Place window(int k, Place& at) const {
+    if (!Resident) return static_cast<Place>(given(k).p + w.low[k] - static_cast<const T*>(b.transition));
+    const Place p = at;
+    at += w.length[k];
+    return p;
+  }
+
+  ICRL_HD double lane_sum(double x) {
+    for (int m = kLanes / 2; m > 0; m /= 2) x += team.lane_xor(x, m);
+    return x;
+  }
+  ICRL_HD int lane_max(int x) {
+    for (int m = kLanes / 2; m > 0; m /= 2) {
+      const int y = team.lane_xor(x, m);
+      x = y > x ? y : x;
+    }
+    return x;
+  }
+  // Lane l gets the sum over the lanes of x[l].
+  ICRL_HD double lane_sums(double (&x)[kLanes]) {
+    ICRL_UNROLL
+    for (int m = kLanes / 2; m > 0; m /= 2) {
+      const bool upper = team.lane & m;
+      ICRL_UNROLL
+      for (int r = 0; r < m; ++r) {
+        const double give = upper ? x[r] : x[r + m], keep = upper ? x[r + m] : x[r];
+        x[r] = keep + team.lane_xor(give, m);
+      }
+    }
+    return x[0];
+  }
+  // The least of the indices that threads give, -1 meaning none.
   ICRL_HD int64_t first(int64_t index) {
     const double least = -team.max(index < 0 ? -0x1p60 : -static_cast<double>(index));
     return least >= 0x1p59 ? -1 : static_cast<int64_t>(least);
   }
 
-  // Windows, expected rewards, checks. Every thread returns the same.
+  // ---- reading the table -------------------------------------------------------------------------------------------------
+
+  // Windows, expected rewards, checks. Every thread returns the same; w.shared[1] says that the windows did not fit.
   ICRL_HD PlanResult pack() {
-    const int64_t ns = in.ns, na = in.na;
+    const int most = Resident ? static_cast<int>(w.room / static_cast<int64_t>(sizeof(T))) : 0;
+    if (team.id == 0) w.shared[0] = w.shared[1] = 0;
+    windows = reinterpret_cast<T*>(w.pool);
+    team.sync();
     double most_mass = 0, most_size = 0;
     int64_t fault = -1;  // row * 16 + kind, the least
-    for (int64_t k = team.group; k < ns * na; k += team.groups) {
-      const T* p = row(k);
-      const T* gain = in.by_successor ? in.reward + k * in.stride : nullptr;
-      double mass = 0, mean = 0, size = 0;
-      int64_t low = ns, high = 0, negative = 0;
-      for (int64_t j = team.lane; j < ns; j += team.lanes) {
-        const double x = p[j];
-        if (x == 0) continue;  // a NaN goes on, and spoils the mass
-        const double r = gain ? x * static_cast<double>(gain[j]) : 0;
-        mass += x, mean += r, size += absolute(r);
-        low = j < low ? j : low, high = j + 1, negative |= x < 0;
+    for (int s = team.group; s < ns; s += team.groups) {
+      const bool declared = b.terminal && b.terminal[task * b.ns + s];
+      int total = 0;
+      for (int k = s * na; k < (s + 1) * na; ++k) {
+        const Refusal kind = read_row(k, declared, most_mass);
+        if (kind != Refusal::none && fault < 0) fault = static_cast<int64_t>(k) * 16 + static_cast<int>(kind);
+        total += w.length[k];
       }
-      mass = team.lane_sum(mass), mean = team.lane_sum(mean), size = team.lane_sum(size);
-      low = ns - team.lane_max(ns - low), high = team.lane_max(high), negative = team.lane_max(negative);
-      if (!gain) mean = in.reward[k], size = absolute(mean);
-      if (team.lane == 0) w.low[k] = low < high ? low : 0, w.high[k] = high, w.reward[k] = mean, w.magnitude[k] = size;
-      most_mass = mass > most_mass ? mass : most_mass;
-      const bool declared = in.terminal && in.terminal[k / na];
-      Refusal kind = Refusal::none;
-      if (!(mass - mass == 0)) kind = Refusal::not_finite;
-      else if (negative) kind = Refusal::negative;
-      else if (high > 0 && !(absolute(mass - 1) <= 1e-4)) kind = Refusal::row_sum;
-      else if (high > 0 && declared) kind = Refusal::terminal_row;
-      if (kind != Refusal::none && fault < 0) fault = k * 16 + static_cast<int>(kind);
-    }
-    team.sync();
-    for (int64_t s = team.id; s < ns; s += team.size) {
-      bool empty = true;
-      for (int64_t a = 0; a < na; ++a) empty &= w.high[s * na + a] == 0;
-      const bool ends = in.terminal ? in.terminal[s] != 0 : empty;
-      for (int64_t k = s * na; k < (s + 1) * na; ++k) {
+      const bool ends = b.terminal ? declared : total == 0;
+      for (int k = s * na + team.lane; k < (s + 1) * na; k += kLanes) {
         if (ends) w.reward[k] = 0, w.magnitude[k] = 0;
         if (!(w.magnitude[k] - w.magnitude[k] == 0)) {
-          const int64_t code = k * 16 + static_cast<int>(Refusal::reward);
+          const int64_t code = static_cast<int64_t>(k) * 16 + static_cast<int>(Refusal::reward);
           fault = fault < 0 || code < fault ? code : fault;
         }
-        most_size = w.magnitude[k] > most_size ? w.magnitude[k] : most_size;
+        most_size = core_larger(most_size, w.magnitude[k]);
       }
+      if (Resident) keep(s, total, most);
     }
     fault = first(fault);
     row_sum = team.max(most_mass) * (1 + roundings());
     reward_magnitude = team.max(most_size);
+    const int64_t taken = (static_cast<int64_t>(w.shared[0]) * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    factors = reinterpret_cast<double*>(w.pool + (Resident ? taken : 0));
+    most_factors = (w.room - (Resident ? taken : 0)) / static_cast<int64_t>(sizeof(double));
     PlanResult out;
     if (fault >= 0) out.refusal = static_cast<Refusal>(fault % 16), out.row = fault / 16;
-    if (team.id == 0 && fault < 0) envelope();
-    team.sync();
     return out;
   }
 
-  // right[k]: the last column that pivot row k can hold; below[k]: the last row that column k can reach; above[k]: the first
-  // row that holds column k. One thread, once for each task.
-  ICRL_HD void envelope() {
-    const int64_t ns = in.ns, na = in.na;
-    int32_t right = 0;
-    for (int64_t s = 0; s < ns; ++s) w.below[s] = static_cast<int32_t>(s);
-    for (int64_t s = 0; s < ns; ++s) {
-      int32_t low = static_cast<int32_t>(s);
-      right = right > low ? right : low;
-      for (int64_t k = s * na; k < (s + 1) * na; ++k) {
-        if (w.high[k] == 0) continue;
-        low = w.low[k] < low ? w.low[k] : low;
-        right = w.high[k] - 1 > right ? w.high[k] - 1 : right;
+  // All lanes of the group: the row's window and expected reward.
+  ICRL_HD Refusal read_row(int k, bool declared, double& most_mass) {
+    const bool out = outside(k);
+    const Given in = out ? Given{nullptr, nullptr, 0, 0} : given(k);
+    constexpr int kAhead = 8;  // loads in flight
+    int low = ns, high = 0;
+    for (int j0 = in.from + team.lane; j0 < in.to; j0 += kLanes * kAhead) {
+      T x[kAhead];
+      ICRL_UNROLL
+      for (int u = 0; u < kAhead; ++u) x[u] = j0 + u * kLanes < in.to ? in.p[j0 + u * kLanes] : T(0);
+      ICRL_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        if (x[u] == 0) continue;  // a NaN goes on, and spoils the mass
+        const int j = j0 + u * kLanes;
+        low = j < low ? j : low, high = j + 1;
       }
-      w.right[s] = right;
-      if (low < s) w.below[low] = static_cast<int32_t>(s);  // s ascends: the last to write is the greatest
     }
-    for (int64_t k = 1; k < ns; ++k) w.below[k] = w.below[k] > w.below[k - 1] ? w.below[k] : w.below[k - 1];
-    int64_t i = 0;
-    for (int64_t k = 0; k < ns; ++k) {
-      while (w.right[i] < k) ++i;
-      w.above[k] = static_cast<int32_t>(i);
+    low = -lane_max(-low), high = lane_max(high);
+    double mass = 0, mean = 0, size = 0;
+    int negative = 0;
+    for (int j = low + team.lane; j < high; j += kLanes) {
+      const double x = in.p[j];
+      if (x == 0) continue;  // the reward of what cannot happen is not read
+      const double r = in.gain ? x * static_cast<double>(in.gain[j]) : 0;
+      mass += x, mean += r, size += absolute(r), negative |= x < 0;
+    }
+    mass = lane_sum(mass), negative = lane_max(negative);
+    if (b.by_successor)
+      mean = lane_sum(mean), size = lane_sum(size);
+    else
+      mean = static_cast<const T*>(b.reward)[task * b.ns * na + k], size = absolute(mean);
+    const int length = high > low ? high - low : 0;
+    if (team.lane == 0) {
+      w.low[k] = static_cast<uint16_t>(length ? low : 0), w.length[k] = static_cast<uint16_t>(length);
+      w.reward[k] = mean, w.magnitude[k] = size;
+    }
+    team.sync_lanes();
+    if (out) return Refusal::window;
+    most_mass = core_larger(most_mass, mass);
+    if (!(mass - mass == 0)) return Refusal::not_finite;
+    if (negative) return Refusal::negative;
+    if (length && !(absolute(mass - 1) <= 1e-4)) return Refusal::row_sum;
+    return length && declared ? Refusal::terminal_row : Refusal::none;
+  }
+
+  // All lanes of the group: copies a state's windows where there is room.
+  ICRL_HD void keep(int s, int total, int most) {
+    int base = 0;
+    if (team.lane == 0) base = team.claim(w.shared, total);
+    base = lane_max(base);
+    const bool fits = base <= most - total;
+    if (team.lane == 0) {
+      w.base[s] = base;
+      if (!fits) w.shared[1] = 1;
+    }
+    if (!fits) return;
+    T* to = windows + base;
+    for (int k = s * na; k < (s + 1) * na; ++k) {
+      const T* p = given(k).p + w.low[k];
+      for (int j = team.lane; j < w.length[k]; j += kLanes) to[j] = p[j];
+      to += w.length[k];
     }
   }
 
-  // q = reward + discount T v, scale = its sum of magnitudes, next = max q.
-  ICRL_HD void backup(double discount) {
-    for (int64_t k = team.group; k < in.ns * in.na; k += team.groups) {
-      const T* p = row(k);
-      double sum = 0, size = 0;
-      for (int64_t j = w.low[k] + team.lane; j < w.high[k]; j += team.lanes) {
-        const double x = static_cast<double>(p[j]) * w.v[j];
-        sum += x, size += absolute(x);
+  // ---- a sweep -------------------------------------------------------------------------------------------------------------
+
+  struct Sweep {
+    double change, largest, news;  // max |v - next|, max |v|; news 1: a better action somewhere, 2: by more than rounding of v
+  };
+
+  // rhs = max q and best = argmax q, where q = reward + discount T v; with `improve` also policy iteration's step. q and v
+  // are written where they are asked for. Lane l ends with action l of a chunk of eight.
+  ICRL_HD Sweep backup(double discount, bool improve, double* q_out, double* v_out) {
+    const double slack = 1 - discount * row_sum, amplified = 4 / (slack > 1e-6 ? slack : 1e-6);
+    Sweep out{0, 0, 0};
+    for (int s = team.group; s < ns; s += team.groups) {
+      Place next_window = first_window(s);
+      double top = -1 / 0.0, mine = 0;
+      int best = 0;
+      const int own = improve ? w.policy[s] : 0;
+      for (int a0 = 0; a0 < na; a0 += kLanes) {
+        double sum[kLanes];
+        Place from[kLanes];
+        int low[kLanes], n[kLanes], longest = 0;
+        ICRL_UNROLL
+        for (int a = 0; a < kLanes; ++a) {
+          sum[a] = 0, n[a] = 0, low[a] = 0, from[a] = 0;
+          if (a0 + a >= na) continue;
+          const int k = s * na + a0 + a;
+          from[a] = window(k, next_window), low[a] = w.low[k], n[a] = w.length[k];
+          longest = n[a] > longest ? n[a] : longest;
+        }
+        for (int j = team.lane; j < longest; j += kLanes) {
+          ICRL_UNROLL
+          for (int a = 0; a < kLanes; ++a)
+            if (j < n[a]) sum[a] += static_cast<double>(table()[from[a] + j]) * w.v[low[a] + j];
+        }
+        const double total = lane_sums(sum);
+        const int a = a0 + team.lane, k = s * na + a;
+        double q = -1 / 0.0;
+        if (a < na) q = w.reward[k] + discount * total;
+        if (a < na && q_out) q_out[k] = q;
+        if (own >= a0 && own < a0 + kLanes) mine = team.lane_read(q, own - a0);
+        int arg = a;
+        for (int m = kLanes / 2; m > 0; m /= 2) {
+          const double x = team.lane_xor(q, m);
+          const int y = team.lane_xor(arg, m);
+          if (x > q || (x == q && y < arg)) q = x, arg = y;
+        }
+        if (q > top) top = q, best = arg;
       }
-      sum = team.lane_sum(sum), size = team.lane_sum(size);
-      if (team.lane == 0) w.q[k] = w.reward[k] + discount * sum, w.scale[k] = w.magnitude[k] + discount * size;
+      out.change = core_larger(out.change, absolute(w.v[s] - top)), out.largest = core_larger(out.largest, absolute(w.v[s]));
+      if (team.lane == 0) {
+        w.rhs[s] = top, w.best[s] = static_cast<uint16_t>(best);
+        if (v_out) v_out[s] = top;
+      }
+      if (!improve || !(top > mine)) continue;
+      const double rounding = roundings() * (magnitude_of(s, own, discount) + magnitude_of(s, best, discount));
+      if (!(top - mine > rounding)) continue;
+      if (team.lane == 0) w.policy[s] = static_cast<uint16_t>(best);
+      out.news = core_larger(out.news, top - mine > rounding * amplified ? 2 : 1);
     }
-    team.sync();
-    for (int64_t s = team.id; s < in.ns; s += team.size) w.next[s] = w.q[s * in.na + greedy(s)];
-    team.sync();
+    out.change = team.max(out.change), out.largest = team.max(out.largest), out.news = team.max(out.news);
+    return out;
   }
 
-  ICRL_HD int64_t greedy(int64_t s) const {
-    int64_t best = 0;
-    for (int64_t a = 1; a < in.na; ++a)
-      if (w.q[s * in.na + a] > w.q[s * in.na + best]) best = a;
-    return best;
+  // All lanes of the group: the sum of magnitudes in the backup of an action.
+  ICRL_HD double magnitude_of(int s, int a, double discount) {
+    Place next_window = first_window(s);
+    const int k = s * na + a;
+    for (int i = s * na; Resident && i < k; ++i) window(i, next_window);
+    const T* p = table() + window(k, next_window);
+    double size = 0;
+    for (int j = team.lane; j < w.length[k]; j += kLanes) size += static_cast<double>(p[j]) * absolute(w.v[w.low[k] + j]);
+    return w.magnitude[k] + discount * lane_sum(size);
   }
 
-  // v = (I - discount P[policy])^-1 reward[policy]; false where a pivot is not positive.
-  ICRL_HD bool evaluate(double discount) {
-    const int64_t ns = in.ns, ld = w.ld;
-    for (int64_t i = team.group; i < ns; i += team.groups) {
-      const int64_t k = i * in.na + w.policy[i];
-      const T* p = row(k);
-      for (int64_t j = team.lane; j < ns; j += team.lanes) {
-        const double x = j >= w.low[k] && j < w.high[k] ? -discount * static_cast<double>(p[j]) : 0;
-        w.matrix[i * ld + j] = i == j ? x + 1 : x;
+  // ---- policy evaluation ---------------------------------------------------------------------------------------------------
+
+  // Where the factors of the policy's rows lie. Returns whether they fit.
+  ICRL_HD bool envelope() {
+    const int np = panels();
+    for (int k = team.id; k < np; k += team.size) {
+      int right = k * kPanel + kPanel;
+      for (int i = k * kPanel; i < (k + 1) * kPanel; ++i) {
+        int left = k * kPanel;
+        if (i < ns) {
+          const int row = i * na + w.policy[i], low = w.low[row], high = low + w.length[row];
+          if (high > low) left = low < left ? low : left, right = high > right ? high : right;
+        }
+        w.left[i] = static_cast<uint16_t>(left);
       }
-      if (team.lane == 0) w.rhs[i] = w.reward[k];
+      w.above[k] = static_cast<uint16_t>(right);  // for now
     }
     team.sync();
-    bool fine = true;
-    for (int64_t k = 0; k < ns; ++k) {
-      const double* pivot = w.matrix + k * ld;
-      const int64_t right = w.right[k], below = w.below[k];
-      fine &= pivot[k] > 0;
-      if (below == k) continue;  // the same for every thread
-      const double inverse = 1 / pivot[k];
-      for (int64_t i = k + 1 + team.group; i <= below; i += team.groups) {
-        double* to = w.matrix + i * ld;
-        const double m = to[k] * inverse;  // column k itself stays as it is: nobody reads it after this pivot
-        for (int64_t j = k + 1 + team.lane; j <= right; j += team.lanes) to[j] -= m * pivot[j];
-        if (team.lane == 0) w.rhs[i] -= m * w.rhs[k];
+    for (int k = team.id; k < np; k += team.size) {
+      int right = 0, width = 0, least = k * kPanel;
+      for (int i = 0; i <= k; ++i) right = w.above[i] > right ? w.above[i] : right;
+      for (int i = k * kPanel; i < (k + 1) * kPanel; ++i) {
+        width += right - w.left[i];
+        least = w.left[i] < least ? w.left[i] : least;
+      }
+      w.right[k] = static_cast<uint16_t>(right), w.total[k] = width, w.below[k] = static_cast<uint16_t>(least);
+    }
+    team.sync();
+    int64_t all = 0;
+    for (int k = 0; k < np; ++k) all += w.total[k];
+    const bool fits = all <= most_factors;  // the same for every thread
+    int below = 0, above = 0;
+    for (int k = team.id; k < np; k += team.size) {
+      int at = 0;
+      for (int i = 0; i < k; ++i) at += w.total[i];
+      for (int i = k * kPanel; i < (k + 1) * kPanel; ++i) {
+        w.origin[i] = at - w.left[i];
+        at += w.right[k] - w.left[i];
+      }
+    }
+    // two arrays change their meaning: every thread keeps one panel's news until all have read, panel by panel of the team
+    for (int k0 = 0; k0 < np; k0 += team.size) {
+      const int k = k0 + team.id;
+      if (k < np) {
+        below = k, above = 0;
+        for (int i = k + 1; i < np; ++i)
+          if (w.below[i] < (k + 1) * kPanel) below = i;
+        while (w.right[above] <= k * kPanel) ++above;
+      }
+      team.sync();
+      if (k < np) w.below[k] = static_cast<uint16_t>(below), w.above[k] = static_cast<uint16_t>(above);
+      team.sync();
+    }
+    return fits;
+  }
+
+  // One thread: the inverse of a panel's diagonal block, by blocks of two.
+  ICRL_HD void invert(int k) {
+    const int c = k * kPanel;
+    double *r0 = at(c) + c, *r1 = at(c + 1) + c, *r2 = at(c + 2) + c, *r3 = at(c + 3) + c;
+    double det = r0[0] * r1[1] - r0[1] * r1[0], inverse = 1 / det;
+    bool good = r0[0] > 0 && det > 0;
+    const double a00 = r1[1] * inverse, a01 = -r0[1] * inverse, a10 = -r1[0] * inverse, a11 = r0[0] * inverse;
+    const double x00 = a00 * r0[2] + a01 * r1[2], x01 = a00 * r0[3] + a01 * r1[3];
+    const double x10 = a10 * r0[2] + a11 * r1[2], x11 = a10 * r0[3] + a11 * r1[3];
+    const double y00 = r2[0] * a00 + r2[1] * a10, y01 = r2[0] * a01 + r2[1] * a11;
+    const double y10 = r3[0] * a00 + r3[1] * a10, y11 = r3[0] * a01 + r3[1] * a11;
+    const double s00 = r2[2] - (r2[0] * x00 + r2[1] * x10), s01 = r2[3] - (r2[0] * x01 + r2[1] * x11);
+    const double s10 = r3[2] - (r3[0] * x00 + r3[1] * x10), s11 = r3[3] - (r3[0] * x01 + r3[1] * x11);
+    det = s00 * s11 - s01 * s10, inverse = 1 / det;
+    good = good && s00 > 0 && det > 0;
+    const double d00 = s11 * inverse, d01 = -s01 * inverse, d10 = -s10 * inverse, d11 = s00 * inverse;
+    const double z00 = d00 * y00 + d01 * y10, z01 = d00 * y01 + d01 * y11;
+    const double z10 = d10 * y00 + d11 * y10, z11 = d10 * y01 + d11 * y11;
+    r0[0] = a00 + (x00 * z00 + x01 * z10), r0[1] = a01 + (x00 * z01 + x01 * z11);
+    r1[0] = a10 + (x10 * z00 + x11 * z10), r1[1] = a11 + (x10 * z01 + x11 * z11);
+    r0[2] = -(x00 * d00 + x01 * d10), r0[3] = -(x00 * d01 + x01 * d11);
+    r1[2] = -(x10 * d00 + x11 * d10), r1[3] = -(x10 * d01 + x11 * d11);
+    r2[0] = -z00, r2[1] = -z01, r2[2] = d00, r2[3] = d01;
+    r3[0] = -z10, r3[1] = -z11, r3[2] = d10, r3[3] = d11;
+    if (!good) w.shared[2] = 1;
+  }
+
+  // The rows below panel k, whose block is inverted. The next panel's four rows are the first warp's alone.
+  ICRL_HD void update(int k) {
+    const int c = k * kPanel, right = w.right[k], rows = (w.below[k] - k) * kPanel;
+    constexpr int kAhead = kWarp / kLanes;
+    const bool alone = team.groups > kAhead && team.group < kAhead;
+    const int step = team.groups > kAhead ? (alone ? kAhead : team.groups - kAhead) : team.groups;
+    const int end = alone && rows > kPanel ? kPanel : rows;
+    const double *p0 = at(c), *p1 = at(c + 1), *p2 = at(c + 2), *p3 = at(c + 3);
+    for (int x = team.group; x < end; x += step) {
+      const int i = c + kPanel + x, left = w.left[i];
+      if (left >= c + kPanel) continue;
+      double* to = at(i);
+      const double a0 = c >= left ? to[c] : 0, a1 = c + 1 >= left ? to[c + 1] : 0;
+      const double a2 = c + 2 >= left ? to[c + 2] : 0, a3 = to[c + 3];
+      const double m0 = a0 * p0[c] + a1 * p1[c] + (a2 * p2[c] + a3 * p3[c]);
+      const double m1 = a0 * p0[c + 1] + a1 * p1[c + 1] + (a2 * p2[c + 1] + a3 * p3[c + 1]);
+      const double m2 = a0 * p0[c + 2] + a1 * p1[c + 2] + (a2 * p2[c + 2] + a3 * p3[c + 2]);
+      const double m3 = a0 * p0[c + 3] + a1 * p1[c + 3] + (a2 * p2[c + 3] + a3 * p3[c + 3]);
+      for (int j = c + kPanel + team.lane; j < right; j += kLanes)
+        to[j] -= m0 * p0[j] + m1 * p1[j] + (m2 * p2[j] + m3 * p3[j]);
+      if (team.lane == 0) w.rhs[i] -= m0 * w.rhs[c] + m1 * w.rhs[c + 1] + (m2 * w.rhs[c + 2] + m3 * w.rhs[c + 3]);
+    }
+  }
+
+  // v = (I - discount P[policy])^-1 reward[policy].
+  ICRL_HD State evaluate(double discount) {
+    const int np = panels();
+    if (!envelope()) return unfit;
+    if (team.id == 0) w.shared[2] = 0;
+    for (int i = team.group; i < np * kPanel; i += team.groups) {
+      double* to = at(i);
+      const int right = w.right[i / kPanel];
+      int low = 0, length = 0;
+      const T* p = table();
+      if (i < ns) {
+        const int k = i * na + w.policy[i];
+        Place next_window = first_window(i);
+        for (int a = i * na; Resident && a < k; ++a) window(a, next_window);
+        p += window(k, next_window), low = w.low[k], length = w.length[k];
+        if (team.lane == 0) w.rhs[i] = w.reward[k];
+      } else if (team.lane == 0) {
+        w.rhs[i] = 0;
+      }
+      for (int j = w.left[i] + team.lane; j < right; j += kLanes) {
+        const double x = j >= low && j < low + length ? -discount * static_cast<double>(p[j - low]) : 0;
+        to[j] = i == j ? x + 1 : x;
+      }
+    }
+    team.sync();
+    if (team.id == 0) invert(0);
+    team.sync();
+    for (int k = 0; k + 1 < np; ++k) {
+      update(k);
+      if (team.id < kWarp) {
+        team.sync_warp();
+        if (team.id == 0) invert(k + 1);
       }
       team.sync();
     }
-    if (!fine) return false;  // every thread has seen every pivot
-    for (int64_t k = ns - 1; k >= 0; --k) {
-      const double x = w.rhs[k] / w.matrix[k * ld + k];
-      if (team.id == 0) w.v[k] = x;
-      const int64_t above = w.above[k];
-      for (int64_t i = above + team.id; i < k; i += team.size) w.rhs[i] -= w.matrix[i * ld + k] * x;
+    if (w.shared[2]) return singular;
+    for (int k = np - 1; k >= 0; --k) {
+      const int c = k * kPanel;
+      int i = w.above[k] * kPanel + team.id;
+      if (i < c || team.id == 0) {
+        const double *p0 = at(c) + c, *p1 = at(c + 1) + c, *p2 = at(c + 2) + c, *p3 = at(c + 3) + c;
+        const double r0 = w.rhs[c], r1 = w.rhs[c + 1], r2 = w.rhs[c + 2], r3 = w.rhs[c + 3];
+        const double x0 = p0[0] * r0 + p0[1] * r1 + (p0[2] * r2 + p0[3] * r3);
+        const double x1 = p1[0] * r0 + p1[1] * r1 + (p1[2] * r2 + p1[3] * r3);
+        const double x2 = p2[0] * r0 + p2[1] * r1 + (p2[2] * r2 + p2[3] * r3);
+        const double x3 = p3[0] * r0 + p3[1] * r1 + (p3[2] * r2 + p3[3] * r3);
+        if (team.id == 0) w.v[c] = x0, w.v[c + 1] = x1, w.v[c + 2] = x2, w.v[c + 3] = x3;
+        for (; i < c; i += team.size) {
+          const double* row = at(i) + c;
+          const int n = w.right[i / kPanel] - c;  // at least one of the panel's columns is stored
+          w.rhs[i] -= row[0] * x0 + (n > 1 ? row[1] * x1 : 0) + ((n > 2 ? row[2] * x2 : 0) + (n > 3 ? row[3] * x3 : 0));
+        }
+      }
       team.sync();
     }
-    return true;
+    return fine;
   }
+
+  // ---- discount 1 ----------------------------------------------------------------------------------------------------------
 
   // As cannot_end in cpu/value_iteration.inl: the first state from which no end can be reached, or -1.
   ICRL_HD int64_t cannot_end(bool choose) {
-    const int64_t ns = in.ns, na = in.na;
-    for (int64_t s = team.id; s < ns; s += team.size) w.reached[s] = 0;
+    for (int s = team.id; s < ns; s += team.size) w.reached[s] = 0;
     for (;;) {
       team.sync();
       double more = 0;
-      for (int64_t s = team.id; s < ns; s += team.size) {
+      for (int s = team.id; s < ns; s += team.size) {
         w.reached_next[s] = w.reached[s];
-        for (int64_t a = choose ? 0 : w.policy[s], end = choose ? na : a + 1; a < end && !w.reached_next[s]; ++a) {
-          const int64_t k = s * na + a;
-          bool found = w.high[k] == 0;
-          for (int64_t j = w.low[k]; j < w.high[k] && !found; ++j) found = row(k)[j] > 0 && w.reached[j];
-          if (found) w.reached_next[s] = 1, w.policy[s] = static_cast<int32_t>(a), more = 1;
+        const int only = w.policy[s];
+        Place next_window = first_window(s);
+        for (int a = 0; a < na && !w.reached_next[s]; ++a) {
+          const int k = s * na + a;
+          const T* p = table() + window(k, next_window);
+          if (!choose && a != only) continue;
+          bool found = w.length[k] == 0;
+          for (int j = 0; j < w.length[k] && !found; ++j) found = p[j] > 0 && w.reached[w.low[k] + j];
+          if (found) w.reached_next[s] = 1, w.policy[s] = static_cast<uint16_t>(a), more = 1;
         }
       }
       more = team.max(more);
-      for (int64_t s = team.id; s < ns; s += team.size) w.reached[s] = w.reached_next[s];
+      for (int s = team.id; s < ns; s += team.size) w.reached[s] = w.reached_next[s];
       if (more == 0) break;
     }
     int64_t stuck = -1;
-    for (int64_t s = team.id; s < ns && stuck < 0; s += team.size)
+    for (int s = team.id; s < ns && stuck < 0; s += team.size)
       if (!w.reached[s]) stuck = s;
     return first(stuck);
   }
 
-  struct Change {
-    double change, largest;  // max |v - next|, max |v|
-  };
-  ICRL_HD Change change() {
-    double d = 0, m = 0;
-    for (int64_t s = team.id; s < in.ns; s += team.size) {
-      const double x = absolute(w.v[s] - w.next[s]), y = absolute(w.v[s]);
-      d = x > d ? x : d, m = y > m ? y : m;
-    }
-    d = team.max(d);
-    return {d, team.max(m)};
-  }
+  // ---- the two methods -----------------------------------------------------------------------------------------------------
+
   ICRL_HD double rounding(double discount, double largest) const {
-    return roundings() * (reward_magnitude + discount * row_sum * largest);
+    return roundings() * (reward_magnitude + discount * row_sum * largest) + (ns + 16) * kUnderflow;
   }
-  ICRL_HD double certificate(double discount, const Change& c) const {
+  // |q - Q*| given that q is the backup of v: (rounding + contraction |v - max q|) / (1 - contraction), or NaN.
+  ICRL_HD double certificate(double discount, const Sweep& c) const {
     const double contraction = discount * row_sum * (1 + 2 * kRounding);
     if (!(contraction < 1)) return 0.0 / 0.0;
-    return (rounding(discount, c.largest) + contraction * c.change) / (1 - contraction) * (1 + 8 * kRounding);
+    return (rounding(discount, c.largest) + contraction * c.change) / (1 - contraction) * (1 + 8 * kRounding) + kUnderflow;
   }
 
-  ICRL_HD PlanResult policy_iteration(double discount) {
+  ICRL_HD PlanResult policy_iteration(double discount, double* q, double* v, bool& fits) {
     PlanResult out;
     if (discount == 1 && cannot_end(false) >= 0) {
       const int64_t s = cannot_end(true);
-      if (s >= 0) return out.refusal = Refusal::no_proper_policy, out.row = s * in.na, out;
+      if (s >= 0) return out.refusal = Refusal::no_proper_policy, out.row = s * na, out;
     }
-    const double slack = 1 - discount * row_sum, amplified = 4 / (slack > 1e-6 ? slack : 1e-6);
     for (int small_rounds = 0;;) {
       ++out.iterations;
-      if (!evaluate(discount)) return out.refusal = Refusal::singular, out;
-      backup(discount);
-      double news = 0;  // 1: a change, 2: one above the rounding of v
-      for (int64_t s = team.id; s < in.ns; s += team.size) {
-        const int64_t k = s * in.na + w.policy[s], best = greedy(s);
-        const double gain = w.next[s] - w.q[k], fine = roundings() * (w.scale[k] + w.scale[s * in.na + best]);
-        if (!(gain > fine)) continue;
-        w.policy[s] = static_cast<int32_t>(best);
-        const double kind = gain > fine * amplified ? 2 : 1;
-        news = kind > news ? kind : news;
-      }
-      news = team.max(news);
-      small_rounds = news == 2 ? 0 : small_rounds + 1;
-      if (news == 0 || small_rounds > 4) break;
+      team.sync();
+      const State state = evaluate(discount);
+      if (state == unfit) return fits = false, out;
+      if (state == singular) return out.refusal = Refusal::singular, out;
+      const Sweep c = backup(discount, true, q, v);
+      if (!(c.change <= kLargest)) return out.refusal = Refusal::singular, out;
+      small_rounds = c.news == 2 ? 0 : small_rounds + 1;
+      if (c.news == 0 || small_rounds > 4) return out.bound = certificate(discount, c), out;
       if (discount == 1) {
         const int64_t s = cannot_end(false);
-        if (s >= 0) return out.refusal = Refusal::unbounded, out.row = s * in.na, out;
+        if (s >= 0) return out.refusal = Refusal::unbounded, out.row = s * na, out;
       }
     }
-    out.bound = certificate(discount, change());
-    return out;
   }
 
-  ICRL_HD PlanResult value_iteration(double discount, double tol) {
+  ICRL_HD PlanResult value_iteration(double discount, double tol, double* q, double* v) {
     PlanResult out;
-    for (int64_t s = team.id; s < in.ns; s += team.size) w.v[s] = 0;
+    for (int s = team.id; s < ns; s += team.size) w.v[s] = 0;
     for (;;) {
       team.sync();
       ++out.iterations;
-      backup(discount);
-      const Change c = change();
+      const Sweep c = backup(discount, false, nullptr, nullptr);
+      if (!(c.change <= kLargest)) return out.refusal = Refusal::singular, out;
       out.bound = certificate(discount, c);
       if (!(out.bound == out.bound)) return out.refusal = Refusal::no_contraction, out;
-      if (out.bound <= tol || c.change <= rounding(discount, c.largest)) return out;
-      for (int64_t s = team.id; s < in.ns; s += team.size) w.v[s] = w.next[s];
+      if (out.bound <= tol || c.change <= rounding(discount, c.largest) || out.iterations > kMostSweeps) break;
+      for (int s = team.id; s < ns; s += team.size) w.v[s] = w.rhs[s];
     }
+    backup(discount, false, q, v);  // the same again, to keep it
+    return out;
   }
 };
 
-// Arguments of a batch, as `solve` in csrc/cpu/value_iteration.cpp; `order` [N,G] sorts a task's discounts ascending.
-struct CoreBatch {
-  const void *transition, *reward;
-  const uint8_t* terminal;
-  const int64_t* num_states;
-  const double* discount;
-  const int64_t* order;
-  int64_t n, ng, ns, na;
-  bool by_successor;
-  int method;
-  double tol;
-  double *q, *v;
-  int64_t* policy;
-  double* bound;
-  int64_t *iterations, *refusal;
-};
-
-inline CoreBatch core_batch(uintptr_t transition, uintptr_t reward, bool by_successor, uintptr_t terminal,
-                            uintptr_t num_states, uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns,
-                            int64_t na, int method, double tol, uintptr_t q, uintptr_t v, uintptr_t policy,
-                            uintptr_t bound, uintptr_t iterations, uintptr_t refusal) {
-  const auto doubles = [](uintptr_t p) { return reinterpret_cast<double*>(p); };
-  const auto integers = [](uintptr_t p) { return reinterpret_cast<int64_t*>(p); };
-  return {reinterpret_cast<const void*>(transition), reinterpret_cast<const void*>(reward),
-          reinterpret_cast<const uint8_t*>(terminal), integers(num_states), doubles(discount), integers(order), n, ng, ns,
-          na, by_successor, method, tol, doubles(q), doubles(v), integers(policy), doubles(bound), integers(iterations),
-          integers(refusal)};
-}
-
-template <class T, class Team>
-ICRL_HD void core_solve(Team& team, const CoreBatch& b, int64_t i, char* space) {
-  const int64_t ns = b.num_states ? b.num_states[i] : b.ns, na = b.na;
-  CoreSpace w;
-  core_layout(w, space, ns, na);
-  const CoreTask<T> in{static_cast<const T*>(b.transition) + i * b.ns * na * b.ns,
-                       static_cast<const T*>(b.reward) + i * b.ns * na * (b.by_successor ? b.ns : 1),
-                       b.terminal ? b.terminal + i * b.ns : nullptr, ns, na, b.ns, b.by_successor};
-  Core<T, Team> core{team, in, w, 0, 0};
+// Solves one task; false, and nothing is to be made of the outputs, where `fast` (`bytes`, with `Resident`) was too small for
+// it. `slow` is core_slow_bytes large. Without `Resident` fast memory is global and large enough: core_bytes_at_most.
+template <class T, bool Resident, class Team>
+ICRL_HD bool core_solve(Team& team, const CoreBatch& b, int64_t i, char* fast, int64_t bytes, char* slow) {
+  const int ns = static_cast<int>(b.num_states ? b.num_states[i] : b.ns), na = static_cast<int>(b.na);
+  Core<T, Resident, Team> core{team, b, i, ns, na, {}};
+  CoreSpace& w = core.w;
+  const int64_t fixed = core_layout(w, fast, slow, ns, na);
+  w.pool = fast + fixed, w.room = bytes - fixed;
+  if (w.room < 0) return false;
   int64_t* refused = b.refusal + i * 3;
   PlanResult r = core.pack();
+  if (Resident && w.shared[1]) return false;
   if (team.id == 0) refused[0] = static_cast<int64_t>(r.refusal), refused[1] = r.row, refused[2] = 0;
-  if (r.refusal != Refusal::none) return;
-  for (int64_t s = team.id; s < ns; s += team.size) {  // the greedy policy of the expected reward
-    int64_t best = 0;
-    for (int64_t a = 1; a < na; ++a)
+  if (r.refusal != Refusal::none) return true;
+  for (int s = team.id; s < ns; s += team.size) {  // the greedy policy of the expected reward
+    int best = 0;
+    for (int a = 1; a < na; ++a)
       if (w.reward[s * na + a] > w.reward[s * na + best]) best = a;
-    w.policy[s] = static_cast<int32_t>(best);
+    w.policy[s] = static_cast<uint16_t>(best);
   }
-  team.sync();
   for (int64_t x = 0; x < b.ng; ++x) {
     const int64_t g = b.order[i * b.ng + x], at = i * b.ng + g;
     const double discount = b.discount[at];
-    r = b.method == 1 ? core.value_iteration(discount, b.tol) : core.policy_iteration(discount);
+    double *q = b.q + at * b.ns * na, *v = b.v + at * b.ns;
+    bool fits = true;
+    team.sync();
+    r = b.method == 1 ? core.value_iteration(discount, b.tol, q, v) : core.policy_iteration(discount, q, v, fits);
+    if (!fits) return false;
     if (r.refusal != Refusal::none) {
       if (team.id == 0) refused[0] = static_cast<int64_t>(r.refusal), refused[1] = r.row, refused[2] = g;
-      return;
+      return true;
     }
-    for (int64_t k = team.id; k < b.ns * na; k += team.size) b.q[at * b.ns * na + k] = k < ns * na ? w.q[k] : 0;
+    for (int64_t k = static_cast<int64_t>(ns) * na + team.id; k < b.ns * na; k += team.size) q[k] = 0;
     for (int64_t s = team.id; s < b.ns; s += team.size) {
-      const int64_t best = s < ns ? core.greedy(s) : 0;
-      b.v[at * b.ns + s] = s < ns ? w.next[s] : 0, b.policy[at * b.ns + s] = best;
-      if (s < ns) w.policy[s] = static_cast<int32_t>(best);
+      const int best = s < ns ? w.best[s] : 0;
+      b.policy[at * b.ns + s] = best;
+      if (s < ns)
+        w.policy[s] = static_cast<uint16_t>(best);
+      else
+        v[s] = 0;
     }
     if (team.id == 0) b.bound[at] = r.bound, b.iterations[at] = r.iterations;
-    team.sync();
   }
+  return true;
 }
 
 }  // namespace icrl
