@@ -14,6 +14,7 @@ void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
 void bind_rollout_tables(pybind11::module_& m);
 void bind_rwkv7(pybind11::module_& m);
+void bind_tokens(pybind11::module_& m);
 void bind_value_iteration(pybind11::module_& m);
 void bind_value_iteration_cuda(pybind11::module_& m);
 void bind_value_iteration_team(pybind11::module_& m);
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   icrl::bind_rollout(m);
   icrl::bind_rollout_tables(m);
   icrl::bind_rwkv7(m);
+  icrl::bind_tokens(m);
   icrl::bind_value_iteration(m);
   icrl::bind_value_iteration_team(m);
 #ifdef ICRL_WITH_CUDA

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from icrl.checkpoint import checksum
@@ -119,6 +121,62 @@ def test_slices_hold_their_own_entries_only(dense, packed, index):
     assert entries(packed[[3] * 100]) == entries(packed[3])
     with pytest.raises(IndexError):
         packed[19]
+
+
+@st.composite
+def windows(draw) -> tuple[PackedTransition, torch.Tensor]:
+    """Any rows over any values: out of order, overlapping, shared, empty; values of 1e-8 and 1e8 together."""
+    n, s, a, m = (draw(st.integers(least, most)) for least, most in ((1, 4), (1, 5), (1, 3), (0, 30)))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    length = (torch.rand(n, s, a, generator=g) * (min(s, m) + 1)).long()
+    first = (torch.rand(n, s, a, generator=g) * (s - length + 1)).long()
+    offset = (torch.rand(n, s, a, generator=g) * (m - length + 1)).long()
+    scale = 10.0 ** torch.randint(-8, 9, (2, m), generator=g)
+    values, reward = torch.randn(2, m, generator=g) * scale
+    return PackedTransition(values, offset, first.int(), length.int()), reward
+
+
+@settings(max_examples=200, deadline=None)
+@given(table=windows(), data=st.data(), block=st.sampled_from([1, 7, 1 << 22]))
+def test_operations_on_any_windows(table, data, block):
+    """Taking, compacting, joining, padding and summing windows is what it is of the dense tables."""
+    p, reward = table
+    n, s, a = p.offset.shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows_module, "ENTRIES", block)
+        transition, rewards = windows_module.unpack(p.check(), reward)
+        j = torch.arange(s)
+        inside = (j >= p.first[..., None]) & (j < (p.first + p.length)[..., None])
+
+        def holds(q, r, wanted):
+            for got, want in zip(windows_module.unpack(q.check(), r), wanted, strict=True):
+                assert torch.equal(got, want)
+
+        holds(p, reward, (transition, rewards))
+        q, r = windows_module.compact(p, reward)
+        assert len(q.probability) == len(r) == int(p.length.sum())
+        holds(q, r, (transition, rewards))
+        index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=6)), dtype=torch.int64)
+        q, r = windows_module.take(p, reward, index)
+        holds(q, r, (transition[index], rewards[index]))
+        if len(index.unique()) < n:
+            assert len(q.probability) == int(p.length[index.unique()].sum())
+        both = windows_module.concatenate([p, q])
+        holds(
+            both,
+            torch.cat([reward, r]),
+            (torch.cat([transition, transition[index]]), torch.cat([rewards, rewards[index]])),
+        )
+        grown = windows_module.pad(p, s + 2, a + 1)
+        size = (0, 2, 0, 1, 0, 2)
+        holds(grown, reward, (torch.nn.functional.pad(transition, size), torch.nn.functional.pad(rewards, size)))
+        sums = windows_module.row_sums(p, p.probability, reward)
+        terms = transition.double() * rewards.double()
+        rounding = s * 2.0**-53 * terms.abs().sum(-1)  # of a sum of s terms in any order
+        assert ((sums - terms.sum(-1)).abs() <= 2 * rounding).all()
+        assert torch.equal(windows_module.row_sums(p, torch.ones_like(reward)), inside.sum(-1).double())
+        back, again = windows_module.pack(transition, rewards)
+        assert torch.equal(windows_module.unpack(back, again)[0], transition)
 
 
 def test_pad_and_concatenate(dense, packed):

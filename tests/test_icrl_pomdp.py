@@ -19,7 +19,9 @@ from icrl.worlds import (
     sample_bandit,
     sample_pomdp,
 )
+from icrl.worlds.tables import _draw_tokens
 from icrl_kernels import rollout, rollout_start, rollout_step
+from icrl_kernels.tokens import draw_tokens
 
 KINDS = {"pomdp": (1, 1), "tokens": (3, 1), "actions": (1, 2), "tokens and actions": (2, 3)}
 
@@ -154,6 +156,36 @@ def test_observations_depend_on_seed_record_and_step_alone(tasks):
     blanked = tasks.emit(none, seed=3, step=steps)
     assert (blanked[:, 3] == -1).all()
     assert torch.equal(blanked[:, 4:], whole[:, 4:])
+
+
+def test_the_compiled_draw_is_torchs(tasks):
+    """Bit for bit, rows far from sum 1, spikes and zeros included."""
+    emission = tasks.emission.clone()
+    emission[0] *= 1 + 9e-5
+    emission[1, 0, 2] = torch.nn.functional.one_hot(torch.tensor(10), 11)
+    m = 20_000
+    key = counter.keys_of(0, torch.arange(m))
+    task, state = counter.integers(key, 1, 1, 10)[:, 0], counter.integers(key, 2, 1, 12)[:, 0]
+    state[::50] = -1
+    compiled = draw_tokens(emission, task, state, key)
+    assert torch.equal(compiled, _draw_tokens(emission, task, state, key))
+    assert (compiled[(task == 1) & (state == 2), 0] == 10).all()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - threads % 2)
+        assert torch.equal(compiled, draw_tokens(emission, task, state, key))
+    finally:
+        torch.set_num_threads(threads)
+    for name, arguments in (
+        ("task", (emission, task + 1, state, key)),
+        ("state", (emission, task, state - 1, key)),
+        ("key", (emission, task, state, key[1:])),
+        ("emission", (emission.double(), task, state, key)),
+        ("emission", (emission[..., :0], task, state, key)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            draw_tokens(*arguments)
+    assert draw_tokens(emission[..., :0], task[:0], state[:0], key[:0]).shape == (0, tasks.observation_tokens)
 
 
 def test_full_observation_is_a_token_too():

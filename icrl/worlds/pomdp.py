@@ -56,7 +56,7 @@ def sample_pomdp(
     if "num_observations" not in options and isinstance(num_states, tuple):
         options["num_observations"] = num_states[1]  # of the states' ids, which must not depend on the batch
     tasks = sample_anymdp(n, num_states, num_actions, seed=seed, first=first, **options)
-    keys = counter.keys_of(seed, torch.arange(first, first + n), STREAM)
+    keys = counter.keys_of(seed, torch.arange(first, first + n, device=tasks.device), STREAM)
     emission = _emissions(keys, tasks.num_states, tasks.shape[1], num_observations, observation_tokens, density, most)
     return replace(tasks, emission=emission, num_observations=num_observations, action_tokens=action_tokens)
 
@@ -67,7 +67,7 @@ def _emissions(keys: Tensor, sizes: Tensor, states: int, ids: int, tokens: int, 
     The c least of m uniforms mark c places drawn without replacement, and given the next larger one, τ, these c are
     independent and uniform on (0, τ): the entries themselves, but for a factor that normalising removes.
     """
-    out = torch.zeros(len(keys), tokens, states, ids)
+    out = torch.zeros(len(keys), tokens, states, ids, device=keys.device)
     density = min(density, most / ids)
     for ns in sizes.unique().tolist():
         places = ns * ids
@@ -126,31 +126,29 @@ def regroup(run: Rollout, action_tokens: int, elapsed: Tensor | None = None) -> 
     if elapsed is not None:
         inner = inner + torch.where(fresh.cumsum(1) == 0, elapsed[:, None], 0)
     place = inner % action_tokens
-    begins = place == 0
+    begins, closes = place == 0, ended | (place == action_tokens - 1)
     number = begins.cumsum(1) - 1
-    count = ((ended | (place == action_tokens - 1)) & (number >= 0)).sum(1)
+    count = (closes & (number >= 0)).sum(1)
     whole = (number >= 0) & (number < count[:, None])
     most = int(count.max()) if r else 0
-    record = torch.arange(r, device=ended.device)[:, None].expand(r, t)
+    to = (number + most * torch.arange(r, device=ended.device)[:, None]).flatten()
 
-    def spread(values: Tensor, where: Tensor, fill: int) -> Tensor:
-        out = values.new_full((r, most), fill)
-        out[record[where], number[where]] = values[where]
-        return out
+    def spread(values: Tensor, at: Tensor, fill: int) -> Tensor:
+        out = values.new_full((r * most,), fill)
+        return out.index_copy_(0, to[at], values.reshape(-1)[at]).view(r, most)
 
-    opens = whole & begins
-    closes = whole & (ended | (place == action_tokens - 1))
-    action = run.action.new_full((r, most, action_tokens), -1)
-    action[record[whole], number[whole], place[whole]] = run.action[whole]
-    reward = torch.zeros(r, most, dtype=torch.float64, device=ended.device)
-    reward.index_put_((record[whole], number[whole]), run.reward[whole].double(), accumulate=True)
+    every, first, last = (x.flatten().nonzero()[:, 0] for x in (whole, whole & begins, whole & closes))
+    action = run.action.new_full((r * most * action_tokens,), -1)
+    action.index_copy_(0, to[every] * action_tokens + place.flatten()[every], run.action.reshape(-1)[every])
+    reward = torch.zeros(r * most, dtype=torch.float64, device=ended.device)
+    reward.index_add_(0, to[every], run.reward.reshape(-1)[every].double())
     return EnvironmentSteps(
-        state=spread(run.state, opens, -1),
-        action=action,
-        reward=reward.float(),
-        done=spread(run.done, closes, 0),
-        behaviour=spread(run.behaviour, opens, 0),
-        next_state=spread(run.next_state, closes, -1),
-        step=spread(column, opens, -1),
+        state=spread(run.state, first, -1),
+        action=action.view(r, most, action_tokens),
+        reward=reward.float().view(r, most),
+        done=spread(run.done, last, 0),
+        behaviour=spread(run.behaviour, first, 0),
+        next_state=spread(run.next_state, last, -1),
+        step=spread(column, first, -1),
         count=count,
     )

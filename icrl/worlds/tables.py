@@ -18,6 +18,7 @@ from icrl.checkpoint import checksum
 from icrl.worlds import counter, exchange, windows
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.packed import PackedTransition
+from icrl_kernels.tokens import draw_tokens
 
 FORMAT, VERSION = "icrl.TabularTasks", "2"  # version 1 had dense tables only and is still read
 EMISSIONS = 5  # stream of the tokens seen; samplers use those before
@@ -392,15 +393,10 @@ class TabularTasks:
             return torch.where(flat < 0, -1, self.state_mapping[task, flat]).view(states.shape)[..., None]
         keys = counter.keys_of(seed, record, EMISSIONS).view(down) + (torch.as_tensor(step) + 1) * counter.GOLDEN
         keys = counter.mix(keys.expand(states.shape).flatten())
-        _, tokens, _, ids = self.emission.shape
-        out = torch.empty(len(flat), tokens, dtype=torch.int64, device=self.device)
-        block = max(1, windows.ENTRIES // (tokens * ids))
-        for i in range(0, len(flat), block):
-            some = slice(i, i + block)
-            total = self.emission[task[some], :, flat[some]].double().cumsum(-1)
-            u = counter.uniforms(keys[some], 0, tokens) * (1 - 2.0**-52)  # so that rounding cannot reach the total
-            out[some] = (total <= (u * total[..., -1])[..., None]).sum(-1)
-        return torch.where(flat[:, None] < 0, -1, out).view(*states.shape, tokens)
+        tokens = self.emission.shape[1]
+        if self.device.type == "cpu":
+            return draw_tokens(self.emission, task, flat, keys).view(*states.shape, tokens)
+        return _draw_tokens(self.emission, task, flat, keys).view(*states.shape, tokens)
 
     def state_of(self) -> Tensor:
         """[N, num_observations] int64: the inner state behind each observed id, -1 for ids that no state has."""
@@ -556,6 +552,17 @@ class TabularTasks:
         for name in types.keys() & fields.keys():
             fields[name] = torch.as_tensor(np.asarray(fields[name])).to(types[name])[None]
         return cls(**fields).validate()
+
+
+def _draw_tokens(emission: Tensor, task: Tensor, state: Tensor, key: Tensor) -> Tensor:
+    """`draw_tokens` on any device."""
+    _, tokens, _, ids = emission.shape
+    out = torch.empty(len(state), tokens, dtype=torch.int64, device=state.device)
+    for some in torch.arange(len(state), device=state.device).split(max(1, windows.ENTRIES // (tokens * ids))):
+        total = emission[task[some], :, state[some]].double().cumsum(-1)
+        u = counter.uniforms(key[some], 0, tokens) * (1 - 2.0**-52)  # so that rounding cannot reach the total
+        out[some] = (total <= (u * total[..., -1])[..., None]).sum(-1).clamp(max=ids - 1)
+    return torch.where(state[:, None] < 0, -1, out)
 
 
 def _task(bad: Tensor) -> int:
