@@ -1,4 +1,4 @@
-"""`python -m benches.end_to_end demo|context`: the commands of the same name, their numbers kept in benches/results/."""
+"""`python -m benches.end_to_end demo|context|difficulty`: the commands of the same name, their numbers kept in benches/results/."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def main() -> int:
         from icrl.context import context
 
         print(write("context", [], **context(compile=True)))
+    elif which == ["difficulty"]:
+        from icrl.worlds.commands import difficulty
+        from icrl.worlds.draw import draw_task
+        from icrl.worlds.samplers import sample_anymdp
+
+        numbers = difficulty(RESULTS / "difficulty.png", 500, (16, 32, 64, 128), 5, 2, seed=0)
+        print(write("difficulty", **numbers))
+        draw_task(sample_anymdp(1, 32, seed=1)).savefig(RESULTS / "task.png", dpi=95)
     else:
         print(__doc__, file=sys.stderr)
         return 2

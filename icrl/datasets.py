@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import icrl_kernels
-from icrl.distill import DPDConfig, Records, make_batch
+from icrl.distill import DPDConfig, Records, batch_tasks, simulate
 from icrl.shards import (
     INDEX,
     DataSet,
@@ -46,12 +46,18 @@ STEP = {
         "int8", ("N", "T"), "the behaviour's: 0.. optimal at that discount, 4 model-based, 5 Q, 6 random, 7 hidden"
     ),
 }
-VALUES = Field("float32", ("N", "G", "O", "A"), "optimal value of each action where that is observed, at each discount")
+VALUES = Field(
+    "float32",
+    ("N", "G", "O", "A"),
+    "optimal value of each action where that is observed, at each discount; 0 of ids without a state",
+)
 LABELS = Field("int8", ("N", "T", "G"), "the optimal action at each discount: where its value is largest")
 
 
-def records_dataset(config: DPDConfig, rows: int, seed: int, *, labels: bool = False) -> DataSet:
-    """The data set of `rows` records of `config.steps` steps, in shards of about 64 MB.
+def records_dataset(
+    config: DPDConfig, rows: int, seed: int, *, labels: bool = False, rows_per_shard: int | None = None
+) -> DataSet:
+    """The data set of `rows` records of `config.steps` steps, in shards of about 64 MB unless their rows are given.
 
     Raises:
         ValueError: ids that int16 or int8 cannot hold.
@@ -61,10 +67,11 @@ def records_dataset(config: DPDConfig, rows: int, seed: int, *, labels: bool = F
             raise ValueError(f"{name}: records hold at most {most}, got {getattr(config, name)}")
     sizes = {"T": config.steps, "G": len(config.discounts), "O": config.states, "A": config.actions}
     fields = {**STEP, "value": VALUES, **({"label": LABELS} if labels else {})}
-    row = sum(_row_bytes(field, sizes) for field in fields.values())
-    batches = max(1, SHARD_BYTES // (row * config.batch))
+    if rows_per_shard is None:
+        row = sum(_row_bytes(field, sizes) for field in fields.values())
+        rows_per_shard = max(1, SHARD_BYTES // (row * config.batch)) * config.batch
     made_by = {"icrl_kernels": icrl_kernels.__version__, **asdict(config)}
-    return DataSet(RECORDS, fields, sizes, made_by, seed, rows, batches * config.batch)
+    return DataSet(RECORDS, fields, sizes, made_by, seed, rows, rows_per_shard)
 
 
 def _row_bytes(field: Field, sizes: dict[str, int]) -> int:
@@ -75,30 +82,40 @@ def _row_bytes(field: Field, sizes: dict[str, int]) -> int:
 
 
 def write_records(
-    folder: Path, config: DPDConfig, rows: int, seed: int, *, labels: bool = False, **options: Any
+    folder: Path,
+    config: DPDConfig,
+    rows: int,
+    seed: int,
+    *,
+    labels: bool = False,
+    rows_per_shard: int | None = None,
+    **options: Any,
 ) -> Written:
     """Make the records that are not there yet: `icrl.shards.write_shards`, whose options these are."""
-    dataset = records_dataset(config, rows, seed, labels=labels)
+    dataset = records_dataset(config, rows, seed, labels=labels, rows_per_shard=rows_per_shard)
     return write_shards(folder, dataset, partial(_make, config, seed, labels), **options)
 
 
 def _make(config: DPDConfig, seed: int, labels: bool, first: int, count: int) -> dict[str, Tensor]:
-    parts = [
-        _compact(config, seed, index, labels)
-        for index in range(first // config.batch, -(-(first + count) // config.batch))
-    ]
-    return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
+    begin, end = first // config.batch, -(-(first + count) // config.batch)
+    parts = [_compact(config, seed, index, labels) for index in range(begin, end)]
+    skip = first - begin * config.batch
+    return {name: torch.cat([part[name] for part in parts])[skip : skip + count] for name in parts[0]}
 
 
 def _compact(config: DPDConfig, seed: int, index: int, labels: bool) -> dict[str, Tensor]:
-    records = make_batch(config, seed, index)
-    tensors = {name: getattr(records, name).to(getattr(torch, field.dtype)) for name, field in STEP.items()}
-    N, T, G, A = records.q.shape
-    value = torch.zeros(N, config.states, G, A)  # of states that the record never visits: zero
-    value[torch.arange(N)[:, None], records.observation] = records.q
-    tensors["value"] = value.transpose(1, 2).contiguous()
+    tasks, own = batch_tasks(config, seed, index)
+    run, tag, q = simulate(config, tasks, seed=own)
+    state = run.state.long()
+    found = {"observation": tasks.state_mapping.to(torch.int16).gather(1, state), "reward": run.reward}
+    found |= {"action": run.action, "done": run.done, "tag": tag}
+    tensors = {name: found[name].to(getattr(torch, field.dtype)) for name, field in STEP.items()}
+    behind = tasks.state_of()[:, None, :, None]  # the state behind each observation; -1 where there is none
+    value = q.gather(2, behind.clamp(min=0).expand(-1, q.shape[1], -1, q.shape[3]))
+    tensors["value"] = value.masked_fill(behind < 0, 0)
     if labels:
-        tensors["label"] = records.q.argmax(3).to(torch.int8)
+        best = q.argmax(3).to(torch.int8).transpose(1, 2)  # [N,S,G]
+        tensors["label"] = best.gather(1, state[..., None].expand(-1, -1, best.shape[2]))
     return tensors
 
 

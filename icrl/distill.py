@@ -20,7 +20,7 @@ from torch import Tensor
 from icrl import worlds
 from icrl.stream import Stream, hash_seed
 from icrl.worlds import TabularTasks
-from icrl_kernels import Behaviours, rollout
+from icrl_kernels import Behaviours, Rollout, rollout
 from icrl_kernels.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -155,23 +155,37 @@ def sample_tasks(
     return worlds.TabularTasks.concatenate(parts)
 
 
-def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Records:
-    """One record of `config.steps` steps in each task."""
+class Simulated(NamedTuple):
+    """What records in N tasks are made of."""
+
+    run: Rollout
+    tag: Tensor  # [N,T] int64
+    q: Tensor  # [N,G,S,A] float32, optimal values of each inner state at each discount; -inf past a task's own actions
+
+
+def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Simulated:
+    """Act for `config.steps` steps in each task, with optimal values to label what was visited."""
     N, _, A = tasks.noise_action.shape
     tables = tasks.tables()
     own_action = torch.arange(A) < tasks.num_actions[:, None]
-    q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)  # [N,G,S,A]
+    q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)
     policies = torch.nn.functional.one_hot(q.argmax(3), A).float()
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
     behaviours = draw_behaviours(config, N, generator)
     run = rollout(tables, steps=config.steps, seed=hash_seed(seed, 1), policies=policies, behaviours=behaviours)
-    state, record = run.state.long(), torch.arange(N)[:, None]
+    return Simulated(run, _tags(config, run.behaviour, run.done, generator), q)
+
+
+def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Records:
+    """One record of `config.steps` steps in each task."""
+    run, tag, q = simulate(config, tasks, seed=seed)
+    state, record = run.state.long(), torch.arange(len(q))[:, None]
     return Records(
         observation=tasks.state_mapping.gather(1, state),
         action=run.action.long(),
         reward=run.reward,
         done=run.done.long(),
-        tag=_tags(config, run.behaviour, run.done, generator),
+        tag=tag,
         q=q.transpose(1, 2)[record, state],
     )
 
@@ -216,9 +230,16 @@ class DPDStream(Stream[Records]):
 
 
 def make_batch(config: DPDConfig, seed: int, index: int, *, sampler: Sampler = sample_tasks) -> Records:
-    """Batch `index` of a seed: what the streams give and the data sets hold."""
-    tasks = sampler(config, config.batch, hash_seed(seed, index, 0))
-    return make_records(config, tasks, seed=hash_seed(seed, index, 1))
+    """Batch `index` of a seed."""
+    tasks, own = batch_tasks(config, seed, index, sampler=sampler)
+    return make_records(config, tasks, seed=own)
+
+
+def batch_tasks(
+    config: DPDConfig, seed: int, index: int, *, sampler: Sampler = sample_tasks
+) -> tuple[TabularTasks, int]:
+    """The tasks of batch `index` of a seed, and the seed of what happens in them."""
+    return sampler(config, config.batch, hash_seed(seed, index, 0)), hash_seed(seed, index, 1)
 
 
 def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Generator) -> Behaviours:

@@ -452,13 +452,17 @@ class ShardReader:
                 what = "is missing" if size < 0 else f"is cut short or changed: {size} bytes, wanted {shard.bytes}"
                 raise ValueError(f"{path}: {what}; run the data set's command again")
         if full:
-            for shard in range(self.dataset.num_shards):
-                check_shard(self.folder, self.dataset, shard, full=True)
+            self.check_all()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.dataset.rows
+
+    def check_all(self) -> None:
+        """Read every byte against the checksums; ValueError names the first file that differs."""
+        for shard in range(self.dataset.num_shards):
+            check_shard(self.folder, self.dataset, shard, full=True)
 
     def read(self, rows: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """These rows `[n]` of the named tensors (by default all that have rows), in the order asked for, as copies."""
@@ -472,14 +476,14 @@ class ShardReader:
             shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]
             out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype))
         for begin, shard, first, count in self._runs(rows.tolist()):
-            file = self._file(shard)
+            mapped = self._mapped(shard)
             for name in names:
-                out[name][begin : begin + count] = file.get_slice(name)[first : first + count]
+                out[name][begin : begin + count] = mapped[name][first : first + count]
         return out
 
     def shard(self, shard: int) -> dict[str, Tensor]:
         """All tensors of one shard, as copies."""
-        return {name: self._file(shard).get_tensor(name).clone() for name in self.dataset.fields}
+        return {name: t.clone() for name, t in self._mapped(shard).items()}
 
     def _runs(self, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
         """(position, shard, first row in it, how many) of each stretch of neighbours within one shard."""
@@ -489,13 +493,15 @@ class ShardReader:
                 yield begin, rows[begin] // size, rows[begin] % size, i - begin
                 begin = i
 
-    def _file(self, shard: int) -> Any:
+    def _mapped(self, shard: int) -> dict[str, Tensor]:
+        """The shard's tensors as views of its file: only what is read of them comes into memory."""
         with self._lock:
             if shard not in self._open:
                 check_shard(self.folder, self.dataset, shard)
                 if len(self._open) >= self.open_files:
                     self._open.popitem(last=False)
-                self._open[shard] = safe_open(shard_path(self.folder, shard), framework="pt").__enter__()
+                with safe_open(shard_path(self.folder, shard), framework="pt") as f:
+                    self._open[shard] = {name: f.get_tensor(name) for name in self.dataset.fields}
             self._open.move_to_end(shard)
             return self._open[shard]
 

@@ -85,7 +85,7 @@ class TaskSet:
         states = self.num_states[1]
         sizes = {"S": states, "A": self.num_actions, "G": len(self.discounts)}
         config = {"icrl_kernels": icrl_kernels.__version__, **dataclasses.asdict(self)}
-        guess = states * self.num_actions * (states // 2 + 4) * 8  # bytes of a task's tables
+        guess = states * self.num_actions * (states // 8 + 4) * 8  # bytes of an AnyMDP task's windows
         fields = {**WINDOWS, **REST, **(SOLVED if self.discounts else {})}
         return DataSet(TASKS, fields, sizes, config, seed, rows, max(1, SHARD_BYTES // guess))
 
