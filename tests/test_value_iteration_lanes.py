@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_value_iteration import banded, check, garnet
 
 from icrl.worlds import sample_anymdp
-from icrl_kernels import PackedTransition, _C, pack_transition, value_iteration
+from icrl_kernels import _C, PackedTransition, pack_transition, value_iteration
 
 GAMMAS = torch.tensor([0.93, 0.0, 0.994, 0.5], dtype=torch.float64)
 CROSSOVER = 128  # kMostLaneStates of csrc/cpu/value_iteration.cpp

@@ -39,7 +39,7 @@ inline unsigned bits(const LaneMask& m) {
 
 // A row's window [first, end), 0 and 0 where all of it is zero, and where it lies in the lane's table. Rows are kept in
 // groups of eight, each row over as many blocks of eight entries as the widest of its group needs, padded with zeros.
-struct Row {
+struct LaneRow {
   int32_t first, end, at, padded_end;
 };
 
@@ -50,7 +50,7 @@ struct Lane {
   double row_sum, reward_magnitude;  // as in Task
   int64_t widest;                    // entries in the widest row
   double gamma, largest;             // its discount; largest |v|
-  Row* row;                     // [ns * na]
+  LaneRow* row;                 // [ns * na]
   double *reward, *magnitude;   // [ns * na]: expected reward, sum of |transition * reward|
   double *q, *v, *next;         // v: zeros follow
   int32_t* chosen;              // [ns]: the policy's rows
@@ -80,7 +80,7 @@ int64_t lanes_layout(Group& g, char* base, int64_t ns, int64_t na, int64_t ng, i
   g.tile = take<int64_t>(at, nb + 1), g.low = take<int32_t>(at, nb), g.high = take<int32_t>(at, nb);
   g.buffer = take<char>(at, 4 * reach * kLanes * element);
   for (Lane& lane : g.lane) {
-    lane.row = take<Row>(at, rows);
+    lane.row = take<LaneRow>(at, rows);
     lane.reward = take<double>(at, rows), lane.magnitude = take<double>(at, rows), lane.q = take<double>(at, rows);
     lane.v = take<double>(at, reach), lane.next = take<double>(at, ns);
     lane.chosen = take<int32_t>(at, ns), lane.order = take<int64_t>(at, ng);
@@ -241,7 +241,7 @@ void gather(Group& g, int64_t i, int64_t& first, int64_t& end, int64_t& padded_e
       double* right = g.rhs + s * kLanes + l;
       *right = 0;
       if (lane.task < 0 || s >= lane.states) continue;
-      const Row row = lane.row[lane.chosen[s]];
+      const LaneRow row = lane.row[lane.chosen[s]];
       *right = lane.reward[lane.chosen[s]];
       if (row.end == 0) continue;
       first = row.first < first ? row.first : first, end = row.end > end ? row.end : end;
@@ -399,7 +399,7 @@ template <class T>
 void backup_lane(Lane& lane, int64_t rows) {
   const T* p = static_cast<const T*>(lane.table);
   for (int64_t k = 0; k < rows; k += 8) {
-    const Row* row = lane.row + k;
+    const LaneRow* row = lane.row + k;
     const int64_t count = rows - k < 8 ? rows - k : 8, padded = row->padded_end - row->first;
     v8 acc[8];
     clear(acc);
@@ -425,7 +425,7 @@ double tie_in_lane(const Lane& lane, int64_t a, int64_t b) {
   double size = lane.magnitude[a] + lane.magnitude[b];
   int64_t widest = 0;
   for (const int64_t k : {a, b}) {
-    const Row row = lane.row[k];
+    const LaneRow row = lane.row[k];
     const T* p = static_cast<const T*>(lane.table) + row.at;
     for (int64_t j = row.first; j < row.end; ++j) {
       const double v = lane.v[j];
