@@ -12,7 +12,7 @@ from icrl.worlds import sample_anymdp
 
 @pytest.fixture(scope="module")
 def tasks():
-    return sample_anymdp(8, 16, seed=5)
+    return sample_anymdp(24, 16, seed=5)
 
 
 def test_episode_means_by_hand():
