@@ -123,7 +123,7 @@ def value_iteration() -> str:
     for x in r["rows"]:
         if x["discount"] == 0.994:
             cells = [
-                x["tables"],
+                x["tables"] + (", packed" if x.get("input") == "packed" else ""),
                 str(x["states"]),
                 f"{x['icrl, 1 thread: tasks/s']:,.0f}",
                 f"{x['icrl, 2 threads: tasks/s']:,.0f}",
