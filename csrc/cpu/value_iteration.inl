@@ -11,10 +11,8 @@ namespace {
 
 typedef double v8 __attribute__((vector_size(64)));
 typedef double v8u __attribute__((vector_size(64), aligned(8)));
-typedef float f8 __attribute__((vector_size(32)));
 typedef float f8u __attribute__((vector_size(32), aligned(4)));
 typedef long long i8 __attribute__((vector_size(64)));
-typedef int j8 __attribute__((vector_size(32)));
 
 constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 constexpr double kUnderflow = 0x1p-1073;  // above what two products may lose to underflow
@@ -27,44 +25,17 @@ inline v8 load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu
 inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
 #endif
 inline void store(double* p, const v8& x) { *reinterpret_cast<v8u*>(p) = x; }
-inline void store(float* p, const f8& x) { *reinterpret_cast<f8u*>(p) = x; }
 inline v8 splat(double x) { return v8{x, x, x, x, x, x, x, x}; }
 
-template <class T>
-inline v8 read(const T* p) {
-  return load(p);
-}
-#if defined(__AVX512F__)
-inline f8 narrow(const v8& x) { return _mm512_maskz_cvtpd_ps(0xff, x); }
-#else
-inline f8 narrow(const v8& x) { return __builtin_convertvector(x, f8); }
-#endif
-
-// Eight lanes of E, from memory of float or double.
-template <class E> struct Eight;
-template <> struct Eight<double> {
-  typedef v8 type;
-  typedef i8 index;
-  template <class T> static v8 load(const T* p) { return read(p); }
-};
-template <> struct Eight<float> {
-  typedef f8 type;
-  typedef j8 index;
-  static f8 load(const float* p) { return *reinterpret_cast<const f8u*>(p); }
-  static f8 load(const double* p) { return narrow(*reinterpret_cast<const v8u*>(p)); }
-};
-
 // An initialiser {} would become a string instruction, which is slow to start.
-template <class V>
-inline void clear(V (&a)[8]) {
+inline void clear(v8 (&a)[8]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) a[r] = V{};
+  for (int r = 0; r < 8; ++r) a[r] = v8{};
 }
 
 // Lane r of the result is the sum of a[r].
-template <class V>
-inline V row_sums(const V (&a)[8]) {
-  V t[4], u[2];
+inline v8 row_sums(const v8 (&a)[8]) {
+  v8 t[4], u[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
     t[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
@@ -83,24 +54,22 @@ inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1]
 
 // ---- Bellman backup ----------------------------------------------------------------------------------------------------
 
-// q = reward + discount T v, next = max over actions; v is padded with zeros to whole blocks.
-template <class T, class E>
-void backup(const Task& t, E discount, const E* v, const E* reward, E* q_out, E* next) {
-  typedef typename Eight<E>::type V;
-  const auto load = [](const auto* p) { return Eight<E>::load(p); };
+// t.q = reward + discount T v, t.next = max over actions; v is padded with zeros to whole blocks.
+template <class T>
+void backup(Task& t, double discount, const double* v) {
   const int64_t na = t.na;
   for (int64_t s = 0; s < t.ns; ++s) {
     const int64_t n = t.blocks[s];
     const int32_t* start = t.row_start + s * na;
-    E* q = q_out + s * na;
-    E best = -static_cast<E>(__builtin_inf());
+    double* q = t.q + s * na;
+    double best = -__builtin_inf();
     for (int64_t a0 = 0; a0 < na; a0 += 8) {
       const int64_t rows = na - a0 < 8 ? na - a0 : 8;
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + a0 * n * 8;
-      V acc[8];
+      v8 acc[8];
       clear(acc);
       if (rows == 5) {
-        const E* at[5];
+        const double* at[5];
         for (int r = 0; r < 5; ++r) at[r] = v + start[a0 + r] * 8;
         for (int64_t b = 0; b < n * 8; b += 8) {
 #pragma GCC unroll 5
@@ -108,24 +77,18 @@ void backup(const Task& t, E discount, const E* v, const E* reward, E* q_out, E*
         }
       } else {
         for (int64_t r = 0; r < rows; ++r) {
-          const E* at = v + start[a0 + r] * 8;
-          V one = V{};
+          const double* at = v + start[a0 + r] * 8;
+          v8 one = splat(0);
           for (int64_t b = 0; b < n * 8; b += 8) one += load(p + r * n * 8 + b) * load(at + b);
           acc[r] = one;
         }
       }
       // eight are written where fewer are meant; the next state or the padding takes them over
-      store(q + a0, load(reward + s * na + a0) + discount * row_sums(acc));
+      store(q + a0, load(t.reward + s * na + a0) + discount * row_sums(acc));
       for (int64_t r = 0; r < rows; ++r) best = q[a0 + r] > best ? q[a0 + r] : best;
     }
-    next[s] = best;
+    t.next[s] = best;
   }
-}
-
-// t.q, t.next
-template <class T>
-void backup(Task& t, double discount, const double* v) {
-  backup<T, double>(t, discount, v, t.reward, t.q, t.next);
 }
 
 // A bound on the rounding error of one entry of backup(), given max |v|: relative, and what underflow adds.
@@ -134,72 +97,69 @@ double backup_rounding(const Task& t, double discount, double largest) {
   return terms * 2 * kUnit * (t.reward_magnitude + discount * t.row_sum * largest) + terms * kUnderflow;
 }
 
-double largest_magnitude(const double* x, int64_t n) {
-  double m = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double a = x[i] < 0 ? -x[i] : x[i];
-    m = a > m || a != a ? a : m;  // once NaN, for ever NaN
+// max |v|, NaN where there is NaN or infinity; v is padded with zeros to whole blocks.
+double largest_magnitude(const Task& t, const double* v) {
+  v8 most = splat(0), odd = splat(0);
+  for (int64_t b = 0; b < t.nb * 8; b += 8) {
+    const v8 x = load(v + b), size = magnitude(x);
+    most = size > most ? size : most, odd += x - x;
   }
-  return m;
+  double m = 0;
+  for (int j = 0; j < 8; ++j) m = most[j] > m ? most[j] : m;
+  return m + sum(odd);
 }
 
 // ---- policy evaluation by block LU -------------------------------------------------------------------------------------
 
 // acc -= m u, each 8 x 8
-template <class E, class V>
-inline void subtract_product(V (&acc)[8], const E* m, const E* u) {
+inline void subtract_product(v8 (&acc)[8], const double* m, const double* u) {
 #pragma GCC unroll 8
   for (int k = 0; k < 8; ++k) {
-    const V row = Eight<E>::load(u + 8 * k);
+    const v8 row = load(u + 8 * k);
 #pragma GCC unroll 8
     for (int r = 0; r < 8; ++r) acc[r] -= m[8 * r + k] * row;
   }
 }
 
-template <int k, class E, class V>
-inline bool eliminate(V (&a)[8]) {
-  const typename Eight<E>::index lanes = {0, 1, 2, 3, 4, 5, 6, 7}, at_k = lanes == k;
-  const E pivot = a[k][k];
-  const V row = (at_k ? V{} + E(1) : a[k]) * (1 / pivot);
+template <int k>
+inline bool eliminate(v8 (&a)[8]) {
+  const i8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const i8 at_k = lanes == k;
+  const double pivot = a[k][k];
+  const v8 row = (at_k ? splat(1) : a[k]) * (1 / pivot);
 #pragma GCC unroll 8
   for (int r = 0; r < 8; ++r) {
     if (r == k) continue;
-    const E f = a[r][k];
-    a[r] = (at_k ? V{} : a[r]) - f * row;
+    const double f = a[r][k];
+    a[r] = (at_k ? splat(0) : a[r]) - f * row;
   }
   a[k] = row;
   return pivot > 0;
 }
 
 // In place by Gauss-Jordan elimination; false where a pivot is not positive.
-template <class E, class V>
-inline bool invert(V (&a)[8]) {
-  bool fine = eliminate<0, E>(a);
-  fine &= eliminate<1, E>(a);
-  fine &= eliminate<2, E>(a);
-  fine &= eliminate<3, E>(a);
-  fine &= eliminate<4, E>(a);
-  fine &= eliminate<5, E>(a);
-  fine &= eliminate<6, E>(a);
-  fine &= eliminate<7, E>(a);
+inline bool invert(v8 (&a)[8]) {
+  bool fine = eliminate<0>(a);
+  fine &= eliminate<1>(a);
+  fine &= eliminate<2>(a);
+  fine &= eliminate<3>(a);
+  fine &= eliminate<4>(a);
+  fine &= eliminate<5>(a);
+  fine &= eliminate<6>(a);
+  fine &= eliminate<7>(a);
   return fine;
 }
 
-template <class E, class V>
-inline void subtract_times(V (&acc)[8], const E* m, const E* x) {
-  const V right = Eight<E>::load(x);
+inline void subtract_times(v8 (&acc)[8], const double* m, const double* x) {
+  const v8 right = load(x);
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) acc[r] -= Eight<E>::load(m + 8 * r) * right;
+  for (int r = 0; r < 8; ++r) acc[r] -= load(m + 8 * r) * right;
 }
 
-// Factors I - discount P[policy] in E from block row `from` on. False where a pivot is not positive.
-template <class T, class E>
-bool factor(Task& t, double discount, const int64_t* policy, int64_t from) {
-  typedef typename Eight<E>::type V;
-  const auto load = [](const auto* p) { return Eight<E>::load(p); };
+// Factors I - discount P[policy] from block row `from` on and solves for t.v. False where a pivot is not positive.
+template <class T>
+bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
   const int64_t na = t.na, nb = t.nb;
-  const E minus = static_cast<E>(-discount);
-  E *all = reinterpret_cast<E*>(t.tiles), *inverse = reinterpret_cast<E*>(t.inverse);
   if (from == 0) t.tile[0] = 0;
   for (int64_t i = from; i < nb; ++i) {
     const int64_t begin = i * 8, count = t.ns - begin < 8 ? t.ns - begin : 8;
@@ -213,80 +173,57 @@ bool factor(Task& t, double discount, const int64_t* policy, int64_t from) {
     for (int64_t k = low; k < i; ++k) high = t.high[k] > high ? t.high[k] : high;
     t.low[i] = static_cast<int32_t>(low), t.high[i] = static_cast<int32_t>(high);
     t.tile[i + 1] = t.tile[i] + (high - low + 1) * 64;
-    E* tiles = all + t.tile[i];  // tile j at tiles + (j - low) * 64
+    double* tiles = t.tiles + t.tile[i];  // tile j at tiles + (j - low) * 64
 
-    for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, V{});
+    for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, splat(0));
     for (int64_t r = 0; r < count; ++r) {
       const int64_t s = begin + r, k = s * na + policy[s];
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (policy[s] * t.blocks[s] - t.row_start[k]) * 8;
-      for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j) store(tiles + (j - low) * 64 + r * 8, minus * load(p + j * 8));
+      for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j)
+        store(tiles + (j - low) * 64 + r * 8, -discount * load(p + j * 8));
+      t.rhs[s] = t.reward[k];
     }
     for (int64_t r = 0; r < 8; ++r) tiles[(i - low) * 64 + r * 9] += 1;
+    for (int64_t r = count; r < 8; ++r) t.rhs[begin + r] = 0;
 
+    v8 residual[8];
+    clear(residual);
     for (int64_t j = low; j <= high; ++j) {
-      E* here = tiles + (j - low) * 64;
-      V acc[8];
+      double* here = tiles + (j - low) * 64;
+      v8 acc[8];
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r) acc[r] = load(here + 8 * r);
       const int64_t last = j < i ? j : i;
       for (int64_t k = low; k < last; ++k)
-        if (t.high[k] >= j) subtract_product<E>(acc, tiles + (k - low) * 64, all + t.tile[k] + (j - t.low[k]) * 64);
+        if (t.high[k] >= j) subtract_product(acc, tiles + (k - low) * 64, t.tiles + t.tile[k] + (j - t.low[k]) * 64);
       if (j == i) {
-        if (!invert<E>(acc)) return false;
-        here = inverse + i * 64;
+        if (!invert(acc)) return false;
+        here = t.inverse + i * 64;
       } else if (j < i) {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
-        V product[8];
+        v8 product[8];
         clear(product);
-        subtract_product<E>(product, here, inverse + j * 64);
+        subtract_product(product, here, t.inverse + j * 64);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) acc[r] = product[r];
       }
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r) store(here + 8 * r, acc[r]);
+      if (j < i) subtract_times(residual, here, t.rhs + j * 8);
     }
+    store(t.rhs + begin, load(t.rhs + begin) + row_sums(residual));
   }
-  return true;
-}
-
-// x = (I - discount P)^-1 right by the factors; `right`, padded with zeros to whole blocks, is used up.
-template <class E>
-void substitute(const Task& t, E* right, E* x) {
-  typedef typename Eight<E>::type V;
-  const auto load = [](const auto* p) { return Eight<E>::load(p); };
-  const E *all = reinterpret_cast<const E*>(t.tiles), *inverse = reinterpret_cast<const E*>(t.inverse);
-  for (int64_t i = 0; i < t.nb; ++i) {
-    V acc[8];
-    clear(acc);
-    for (int64_t j = t.low[i]; j < i; ++j) subtract_times<E>(acc, all + t.tile[i] + (j - t.low[i]) * 64, right + j * 8);
-    store(right + i * 8, load(right + i * 8) + row_sums(acc));
-  }
-  for (int64_t i = t.nb - 1; i >= 0; --i) {
-    V acc[8];
+  for (int64_t i = nb - 1; i >= 0; --i) {
+    v8 acc[8];
     clear(acc);
     for (int64_t j = i + 1; j <= t.high[i]; ++j)
-      subtract_times<E>(acc, all + t.tile[i] + (j - t.low[i]) * 64, x + j * 8);
-    const V y = load(right + i * 8) + row_sums(acc);
+      subtract_times(acc, t.tiles + t.tile[i] + (j - t.low[i]) * 64, t.v + j * 8);
+    const v8 right = load(t.rhs + i * 8) + row_sums(acc);
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) acc[r] = load(inverse + i * 64 + 8 * r) * y;
-    store(x + i * 8, row_sums(acc));
+    for (int r = 0; r < 8; ++r) acc[r] = load(t.inverse + i * 64 + 8 * r) * right;
+    store(t.v + i * 8, row_sums(acc));
   }
-}
-
-// right[s] = the reward of the policy, scaled; zeros behind the last state.
-template <class E>
-void policy_reward(const Task& t, const E* reward, const int64_t* policy, E* right) {
-  for (int64_t s = 0; s < t.ns; ++s) right[s] = reward[s * t.na + policy[s]];
-  for (int64_t s = t.ns; s < t.nb * 8; ++s) right[s] = 0;
-}
-
-// t.v = the values of a policy, in float64 throughout. False where a pivot is not positive.
-template <class T>
-bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
-  if (!factor<T, double>(t, discount, policy, from)) return false;
-  policy_reward(t, t.reward, policy, t.rhs);
-  substitute(t, t.rhs, t.v);
   return true;
 }
 
@@ -346,14 +283,17 @@ double contraction(const Task& t, double discount) { return discount * t.row_sum
 double certificate(const Task& t, double discount, const double* v, double change) {
   const double kappa = contraction(t, discount);
   if (!(kappa < 1)) return __builtin_nan("");
-  const double rounding = backup_rounding(t, discount, largest_magnitude(v, t.ns));
+  const double rounding = backup_rounding(t, discount, largest_magnitude(t, v));
   return (rounding + kappa * change) / (1 - kappa) * (1 + 16 * kUnit) + kUnderflow;
 }
 
 inline int64_t greedy(const double* q, int64_t na) {
   int64_t best = 0;
-  for (int64_t a = 1; a < na; ++a)
-    if (q[a] > q[best]) best = a;
+  double most = q[0];
+  for (int64_t a = 1; a < na; ++a) {
+    const bool more = q[a] > most;
+    best = more ? a : best, most = more ? q[a] : most;
+  }
   return best;
 }
 
@@ -367,6 +307,18 @@ double tie(const Task& t, double discount, int64_t s, int64_t a, int64_t b) {
     for (int64_t j = 0; j < t.blocks[s] * 8; ++j) size += discount * (v[j] < 0 ? -v[j] : v[j]) * p[j];
   }
   return (t.blocks[s] * 8 + 16) * 2 * kUnit * size;
+}
+
+// Where nothing is known policy iteration starts from the policy of two backups of the largest rewards: they cost less than
+// the evaluations that they save.
+template <class T>
+void first_policy(Task& t, double discount) {
+  for (int64_t s = 0; s < t.nb * 8; ++s) t.v[s] = t.next[s] = 0;
+  for (int64_t s = 0; s < t.ns; ++s) t.v[s] = t.reward[s * t.na + greedy(t.reward + s * t.na, t.na)];
+  backup<T>(t, discount, t.v);
+  __builtin_memcpy(t.v, t.next, t.ns * sizeof(double));
+  backup<T>(t, discount, t.v);
+  for (int64_t s = 0; s < t.ns; ++s) t.policy[s] = greedy(t.q + s * t.na, t.na);
 }
 
 template <class T>
@@ -384,7 +336,7 @@ PlanResult policy_iteration(Task& t, double discount) {
   for (;;) {
     ++out.iterations;
     const bool solved = evaluate<T>(t, discount, policy, from);
-    const double largest = largest_magnitude(t.v, t.ns);
+    const double largest = largest_magnitude(t, t.v);
     if (!solved || !(largest <= kLargest)) return out.refusal = Refusal::singular, out;
     backup<T>(t, discount, t.v);
     const double coarse = backup_rounding(t, discount, largest) * 2;
@@ -455,7 +407,7 @@ PlanResult sweeps(Task& t, double discount, double tol, int64_t inner) {
     if (!(c.size <= kLargest)) return out.refusal = Refusal::singular, out;
     out.bound = certificate(t, discount, t.v, c.size);
     // below rounding nothing is to be gained
-    const double rounding = backup_rounding(t, discount, largest_magnitude(t.v, t.ns));
+    const double rounding = backup_rounding(t, discount, largest_magnitude(t, t.v));
     if (out.bound <= tol || c.size <= rounding || done >= kMostSweeps) return out;
     const double least = 2 * rounding / (1 - kappa);
     const double predicted = kappa * kappa * (c.high - c.low) / 2 / (1 - kappa) + least / 2;
@@ -479,8 +431,14 @@ PlanResult sweeps(Task& t, double discount, double tol, int64_t inner) {
 }
 
 template <class T>
-PlanResult solve(Task& t, double discount, Method method, double tol) {
-  if (method == Method::policy_iteration) return policy_iteration<T>(t, discount);
+PlanResult solve(Task& t, double discount, Method method, double tol, const int64_t* policy) {
+  if (method == Method::policy_iteration) {
+    if (policy[0] < 0)
+      first_policy<T>(t, discount);
+    else
+      __builtin_memcpy(t.policy, policy, t.ns * sizeof(int64_t));
+    return policy_iteration<T>(t, discount);
+  }
   return sweeps<T>(t, discount, tol, method == Method::value_iteration ? 0 : kInnerSweeps);
 }
 
@@ -501,8 +459,8 @@ PlanResult vi_pack(const TaskTables& in, void* scratch) {
 
 PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch) {
   Task& t = *static_cast<Task*>(scratch);
-  for (int64_t s = 0; s < t.ns; ++s) t.policy[s] = policy[0] < 0 ? greedy(t.reward + s * t.na, t.na) : policy[s];
-  const PlanResult out = t.is_double ? solve<double>(t, discount, method, tol) : solve<float>(t, discount, method, tol);
+  const PlanResult out = t.is_double ? solve<double>(t, discount, method, tol, policy)
+                                     : solve<float>(t, discount, method, tol, policy);
   if (out.refusal != Refusal::none) return out;
   __builtin_memcpy(q, t.q, t.ns * t.na * sizeof(double));
   for (int64_t s = 0; s < t.ns; ++s) v[s] = t.next[s], policy[s] = greedy(t.q + s * t.na, t.na);
