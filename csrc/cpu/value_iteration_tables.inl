@@ -171,7 +171,7 @@ inline v8 copy(T* to, const T* p, uint32_t bits) {
 #endif
 
 // A row: where its successor 0 would lie in a table laid out as the transitions, and which successors it has.
-struct Row {
+struct Extent {
   int64_t at, begin, end;
 };
 
@@ -179,7 +179,7 @@ template <class T>
 struct DenseRows {
   const TaskTables& in;
   const int64_t ns;
-  Row row(int64_t k) const { return {k * in.stride, 0, ns}; }
+  Extent row(int64_t k) const { return {k * in.stride, 0, ns}; }
   void find(int64_t k, int32_t& low, int32_t& high) const {
     window(static_cast<const T*>(in.transition) + k * in.stride, ns, low, high);
   }
@@ -189,12 +189,12 @@ template <class T>
 struct WindowRows {  // successors from num_states on are left out
   const TaskTables& in;
   const int64_t ns;
-  Row row(int64_t k) const {
+  Extent row(int64_t k) const {
     const int64_t begin = in.first[k], end = begin + in.length[k];
     return {in.offset[k] - begin, begin, end < ns ? end : ns};
   }
   void find(int64_t k, int32_t& low, int32_t& high) const {
-    const Row r = row(k);
+    const Extent r = row(k);
     const bool some = r.begin < r.end;
     low = some ? static_cast<int32_t>(r.begin / 8) : 0, high = some ? static_cast<int32_t>((r.end + 7) / 8) : 0;
   }
@@ -240,7 +240,7 @@ PlanResult pack(Task& t, const TaskTables& in) {
         const int64_t start = t.row_first[k] + n <= t.nb ? t.row_first[k] : t.nb - n;
         t.row_start[k] = static_cast<int32_t>(start);
         v8 sum = splat(0), gains = splat(0), sizes = splat(0);
-        const Row row = table.row(k);
+        const Extent row = table.row(k);
         for (int64_t b = start * 8; b < (start + n) * 8; b += 8, used += 8) {
           const uint32_t bits = 0xffu << within(row.begin - b) & ~(0xffu << within(row.end - b)) & 0xffu;
           const v8 p = copy(out + used, transition + (row.at + b), bits);
