@@ -82,41 +82,157 @@ bool noisy(const Record<FastOps>& r) {
   return most > 0;
 }
 
-template <bool kLearns>
-void go(Record<FastOps>* records, int n, int64_t steps, Numbers* numbers) {
-  bool noise[kTogether];
-  for (int k = 0; k < n; ++k) noise[k] = noisy(records[k]);
+// A learner, step by step: it needs each reward at once.
+void go_alone(Record<FastOps>& record, int64_t steps, Numbers& x) {
+  const bool noise = noisy(record);
   for (int64_t from = 0; from < steps; from += kBlock) {
     const int size = steps - from < kBlock ? static_cast<int>(steps - from) : kBlock;
-    for (int k = 0; k < n; ++k) {
-      draw_numbers(records[k].seed, records[k].number, static_cast<uint64_t>(records[k].step), numbers[k]);
-      if (noise[k]) draw_normals(numbers[k]);
-    }
+    draw_numbers(record.seed, record.number, static_cast<uint64_t>(record.step), x);
+    if (noise) draw_normals(x);
     for (int i = 0; i < size; ++i)
-      for (int k = 0; k < n; ++k) {
-        const Numbers& x = numbers[k];
-        records[k].advance<kLearns>(from + i, x.place[i], x.choice[i], x.explore[i], [&] { return x.normal[i]; });
-      }
+      record.advance<true>(from + i, x.place[i], x.choice[i], x.explore[i], [&] { return x.normal[i]; });
   }
-  for (int k = 0; k < n; ++k) records[k].store();
+  record.store();
+}
+
+enum Source { kChoices, kUniform, kTable, kRandom, kOutside };  // where actions come from
+
+// A record among others: only the way of its states is found step by step, the rest of a block of steps afterwards.
+struct Lane {
+  Record<FastOps> record;
+  Numbers x;
+  alignas(64) float place[kBlock];
+  int16_t state[kBlock], action[kBlock], next[kBlock];
+  uint8_t done[kBlock], behaviour[kBlock];
+  int64_t at[kBlock];  // of the reward
+  bool noise;
+  uint32_t explores;  // bit i: step i of the block is uniform
+  int64_t s;
+  int last;  // the step of the block that truncates the episode, if it comes that far
+  Source source;
+  const int16_t* choices;
+  const float* table;
+  int64_t from;  // the block's first step, of this call
+
+  void begin() { noise = noisy(record); }
+
+  void turn() {  // an episode begins, or a block
+    const Record<FastOps>& r = record;
+    s = r.s;
+    const int64_t left = r.horizon - r.elapsed - 1;  // elapsed counts from before the block
+    last = left < kBlock ? static_cast<int>(left) : kBlock;
+    const int64_t who = r.who;
+    source = r.c->actions ? kOutside : who == r.P ? kUniform : who > r.P ? kRandom : r.choices ? kChoices : kTable;
+    if (source == kChoices) choices = r.choices + who * r.S;
+    if (source == kTable) table = r.probabilities + who * r.S * r.A;
+  }
+
+  void draw(int64_t from_, int size) {
+    from = from_;
+    draw_numbers(record.seed, record.number, static_cast<uint64_t>(record.step), x);
+    if (noise) draw_normals(x);
+    for (int i = 0; i < kBlock; ++i) place[i] = uniform(x.place[i]);
+    explores = 0;
+    if (record.epsilon > 0 && !record.c->actions)
+      for (int i = 0; i < size; ++i)
+        explores |= uint32_t{uniform(x.explore[i]) < record.epsilon - record.decay * static_cast<float>(record.step + i)} << i;
+    turn();
+  }
+
+  inline __attribute__((always_inline)) void advance(int i) {
+    const Record<FastOps>& r = record;
+    int64_t a;
+    if (source == kOutside)
+      a = r.c->actions[r.r * r.c->T + from + i];
+    else if (source == kUniform || (explores >> i & 1))
+      a = below(x.choice[i], r.na);
+    else if (source == kChoices)
+      a = choices[s];
+    else if (source == kTable)
+      a = FastOps::search(table + s * r.A, r.na, uniform(x.choice[i]));
+    else
+      record.s = s, a = FastOps::search(record.random_row(), r.na, uniform(x.choice[i]));
+    const int64_t sa = s * r.A + a, offset = r.offset[sa];
+    const int64_t j = FastOps::search(r.cumulative + offset, r.window[2 * sa + 1], place[i]), to = r.window[2 * sa] + j;
+    at[i] = offset + j;
+    state[i] = static_cast<int16_t>(s), action[i] = static_cast<int16_t>(a), next[i] = static_cast<int16_t>(to);
+    behaviour[i] = static_cast<uint8_t>(r.who);
+    const int how = r.terminal[to] ? 1 : i >= last ? 2 : 0;
+    done[i] = static_cast<uint8_t>(how);
+    s = to;
+    if (how) end_episode(i);
+  }
+
+  __attribute__((noinline)) void end_episode(int i) {
+    const int64_t step = record.step;
+    record.step += i + 1;
+    record.begin_episode();
+    record.step = step, record.elapsed = -(i + 1);  // write adds the block
+    turn();
+  }
+
+  void write(int size) {
+    Record<FastOps>& r = record;
+    const RolloutOut& out = r.c->out;
+    const int64_t o = r.r * r.c->T + from;
+    float* gain = out.reward + o;
+    for (int i = 0; i < size; ++i) gain[i] = r.reward[at[i]];
+    if (noise)
+      for (int i = 0; i < size; ++i) {
+        const float std = r.noise_state[next[i]] + r.noise_action[state[i] * r.A + action[i]];
+        const float noised = static_cast<float>(gain[i] + static_cast<double>(std) * x.normal[i]);
+        gain[i] = std > 0 ? noised : gain[i];
+      }
+    const auto n = static_cast<size_t>(size);
+    memcpy(out.next_state + o, next, 2 * n), memcpy(out.done + o, done, n);
+    if (out.state) {
+      memcpy(out.state + o, state, 2 * n), memcpy(out.action + o, action, 2 * n);
+      if (r.c->actions)
+        memset(out.behaviour + o, 255, n);
+      else
+        memcpy(out.behaviour + o, behaviour, n);
+    }
+    if (r.G == 4)
+      for (int i = 0; i < size; ++i) memcpy(out.labels + (o + i) * 4, r.references + state[i] * 4, 8);
+    else
+      for (int i = 0; i < size; ++i)
+        for (int64_t g = 0; g < r.G; ++g) out.labels[(o + i) * r.G + g] = r.references[state[i] * r.G + g];
+    r.s = s, r.step += size, r.elapsed += size;
+  }
+};
+
+void go_together(Lane* lanes, int n, int64_t steps) {
+  for (int k = 0; k < n; ++k) lanes[k].begin();
+  for (int64_t from = 0; from < steps; from += kBlock) {
+    const int size = steps - from < kBlock ? static_cast<int>(steps - from) : kBlock;
+    for (int k = 0; k < n; ++k) lanes[k].draw(from, size);
+    if (n == kTogether)
+      for (int i = 0; i < size; ++i)
+        for (int k = 0; k < kTogether; ++k) lanes[k].advance(i);
+    else
+      for (int i = 0; i < size; ++i)
+        for (int k = 0; k < n; ++k) lanes[k].advance(i);
+    for (int k = 0; k < n; ++k) lanes[k].write(size);
+  }
+  for (int k = 0; k < n; ++k) lanes[k].record.store();
 }
 
 }  // namespace
 
 // Records [from, to). scratch: rollout_scratch(c) floats.
 void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch) {
-  Record<FastOps> records[kTogether];
-  Numbers numbers[kTogether];
+  Lane lanes[kTogether];
   const int64_t each = Record<FastOps>::scratch_floats(c);
   int n = 0;
   for (int64_t r = from; r < to; ++r) {
-    records[n].load(c, r, scratch + n * each);
-    if (records[n].learns())
-      go<true>(records + n, 1, c.T, numbers);
+    Record<FastOps>& record = lanes[n].record;
+    record.load(c, r, scratch + n * each);
+    if (record.learns())
+      go_alone(record, c.T, lanes[n].x);
     else if (++n == kTogether)
-      go<false>(records, n, c.T, numbers), n = 0;
+      go_together(lanes, n, c.T), n = 0;
   }
-  if (n) go<false>(records, n, c.T, numbers);
+  if (n) go_together(lanes, n, c.T);
 }
 
 int64_t rollout_scratch(const RolloutCall& c) { return kTogether * Record<FastOps>::scratch_floats(c); }
