@@ -17,6 +17,7 @@ from icrl.worlds.counter import Stream
 from icrl_kernels import PackedTransition, value_iteration
 
 SCALARS, START, ENDS, WINDOWS, WEIGHTS, CENTERS, POSITION, COSTS, ITEMS, SETTLE = range(10)
+SELF_LOOP = 0.5  # what a state's own weight is multiplied by
 RETRIES = 8  # rounds of a rejection that are drawn at once
 F64 = torch.float64
 
@@ -37,10 +38,22 @@ class Found(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    gain: Tensor  # [B,S]: of arriving, without the terminal bonus
-    fixed: Tensor  # [B,S,A]: of leaving
-    noise_state: Tensor
-    noise_action: Tensor
+    """Terms of the mean reward: of (s, a, s'), position(s') + potential(s) − potential(s') + action(s, a) + step."""
+
+    position: Tensor  # [B,S]
+    potential: Tensor  # [B,S]
+    action: Tensor  # [B,S,A]
+    step: Tensor  # [B]
+    noise_state: Tensor  # [B,S]
+    noise_action: Tensor  # [B,S,A]
+
+    def arriving(self) -> Tensor:
+        """[B,S]"""
+        return self.position - self.potential
+
+    def leaving(self) -> Tensor:
+        """[B,S,A]"""
+        return (self.potential + self.step[:, None])[..., None] + self.action
 
 
 def max_steps_of(keys: Tensor, sizes: Tensor) -> Tensor:
@@ -107,10 +120,12 @@ def _candidates(
     start, terminal, goal = _ends(streams, sizes, states)
     transition = _transition(streams, sizes, terminal, actions)
     rewards = _rewards(streams, sizes, terminal, goal, actions)
-    bonus, settled = _settle(streams[SETTLE], transition, rewards, start, terminal, goal, sizes)
+    arriving, leaving = rewards.arriving(), rewards.leaving()
+    bonus, settled = _settle(streams[SETTLE], transition, arriving, leaving, start, terminal, goal, sizes)
+    arriving += bonus
 
     chosen = settled.nonzero()[:, 0]
-    parts = (transition, rewards.gain + bonus, rewards.fixed, start, terminal, sizes, max_steps)
+    parts = (transition, arriving, leaving, start, terminal, sizes, max_steps)
     chosen = chosen[_worth_playing(*(x[chosen] for x in parts))]
 
     kept = transition[chosen]
@@ -119,8 +134,7 @@ def _candidates(
     first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
     length = torch.where(some, states - filled.flip(-1).to(torch.int8).argmax(-1) - first, 0)
     inside = (at >= first[..., None]) & (at < (first + length)[..., None])
-    gain = (rewards.gain + bonus)[chosen]
-    reward = (rewards.fixed[chosen][..., None] + gain[:, None, None, :]).masked_fill_(~filled, 0)
+    reward = (leaving[chosen][..., None] + arriving[chosen][:, None, None, :]).masked_fill_(~filled, 0)
     return Found(
         task[chosen],
         attempt[chosen],
@@ -224,7 +238,7 @@ def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions:
 
     weight = _clipped_normal(streams[WEIGHTS].uniform(at[:, None] * sizes[:, None, None] + at))
     weight *= (at >= f[..., None]) & (at < e[..., None]) & live[..., None]
-    loop = torch.where(at == ns - 1, 0.0, 0.5).to(F64)
+    loop = torch.where(at == ns - 1, 0.0, SELF_LOOP).to(F64)
     torch.diagonal(weight, dim1=1, dim2=2).mul_(loop)
     total_weight = weight.sum(-1)
 
@@ -276,26 +290,34 @@ def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tenso
     n = (3 * (at[:, None] * actions + torch.arange(actions, device=sizes.device))).expand(batch, -1, -1)
     amount = amount * (cost.uniform(n) >= 0.7) * real[..., None]
     radius, angle = (-2 * torch.log1p(-cost.uniform(n + 1))).sqrt() * amount, 2 * torch.pi * cost.uniform(n + 2)
-    z = 0.01 * _normal(scalar, torch.full_like(sizes, 9)[:, None])
-    step = torch.where(goal[:, None], z.clamp(max=0), torch.where(terminal.any(1, keepdim=True), z.clamp(min=0), 0))
+    z = 0.01 * _normal(scalar, torch.full_like(sizes, 9)[:, None])[:, 0]
     return Rewards(
-        gain=(height - zero) * stays - potential,
-        fixed=((potential + step) * real)[..., None] + radius * angle.cos(),
+        position=(height - zero) * stays,
+        potential=potential,
+        action=radius * angle.cos(),
+        step=torch.where(goal, z.clamp(max=0), torch.where(terminal.any(1), z.clamp(min=0), 0)),
         noise_state=noise_state,
         noise_action=(0.3 * radius * angle.sin()).clamp(min=0) * ~terminal[..., None],
     )
 
 
-def _mean_reward(transition: Tensor, gain: Tensor, fixed: Tensor) -> Tensor:
+def _mean_reward(transition: Tensor, arriving: Tensor, leaving: Tensor) -> Tensor:
     """r̄ [B,S,A]."""
     b, s, a, _ = transition.shape
-    return torch.bmm(transition.view(b, s * a, s), gain[..., None]).view(b, s, a) + fixed * transition.sum(-1)
+    return torch.bmm(transition.view(b, s * a, s), arriving[..., None]).view(b, s, a) + leaving * transition.sum(-1)
 
 
 def _settle(
-    stream: Stream, transition: Tensor, rewards: Rewards, start: Tensor, terminal: Tensor, goal: Tensor, sizes: Tensor
+    stream: Stream,
+    transition: Tensor,
+    arriving: Tensor,
+    leaving: Tensor,
+    start: Tensor,
+    terminal: Tensor,
+    goal: Tensor,
+    sizes: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """bonus [B,S] and whether [B] five rounds sufficed: pitfalls below every value, the last state above every start."""
+    """bonus [B,S] of arriving, and whether [B] five rounds put pitfalls below every value, the last state above starts."""
     batch, states = terminal.shape
     at = torch.arange(states, device=sizes.device)
     last = at == sizes[:, None] - 1
@@ -305,8 +327,8 @@ def _settle(
     for k in range(5):
         if len(left) == 0:
             break
-        gain, u = (rewards.gain + bonus)[left], stream[left].uniform(3 * k + at[:3].expand(len(left), -1))
-        mean = _mean_reward(tables, gain, rewards.fixed[left])
+        u = stream[left].uniform(3 * k + at[:3].expand(len(left), -1))
+        mean = _mean_reward(tables, (arriving + bonus)[left], leaving[left])
         v = value_iteration(tables, mean, 0.99, terminal=terminal[left], num_states=sizes[left]).v
         own = bonus[left]
         least = v.masked_fill(~open_states[left], torch.inf).amin(1)
@@ -324,12 +346,18 @@ def _settle(
 
 
 def _worth_playing(
-    transition: Tensor, gain: Tensor, fixed: Tensor, start: Tensor, terminal: Tensor, sizes: Tensor, max_steps: Tensor
+    transition: Tensor,
+    arriving: Tensor,
+    leaving: Tensor,
+    start: Tensor,
+    terminal: Tensor,
+    sizes: Tensor,
+    max_steps: Tensor,
 ) -> Tensor:
     """[B] bool, at γ = 2^(−1/ns): the optimal chain is spread, and the optimal policy is worth 2 more than the random."""
     batch, states, _, _ = transition.shape
     gamma = torch.exp2(-1 / sizes.double())[:, None]
-    mean = _mean_reward(transition, gain, fixed)
+    mean = _mean_reward(transition, arriving, leaving)
     best = value_iteration(transition, mean, gamma, terminal=terminal, num_states=sizes)
     chain = transition.gather(2, best.policy[:, 0, :, None, None].expand(-1, -1, 1, states))[:, :, 0]
     chain = torch.where(terminal[..., None], start[:, None], chain)
