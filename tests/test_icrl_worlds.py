@@ -482,45 +482,6 @@ def test_every_instruction_set_samples_the_same_tasks():
         np.testing.assert_allclose(other, first, rtol=1e-5, atol=1e-5, err_msg=isa)
 
 
-def statistics(tasks: TabularTasks) -> dict[str, np.ndarray]:
-    t, live = tasks.transition.double(), (~tasks.terminal).sum(-1)
-    rewards = tasks.expected_reward().double()
-    rank = torch.arange(t.shape[1], dtype=torch.float64)
-    discounted = tasks.solve(0.99)
-    found = {
-        "window width": (t.sum(2) > 0).sum((1, 2)) / live,
-        "density": (t > 1e-30).double().mean((1, 2, 3)),
-        "largest probability": t.amax(-1).mean(-1).sum(-1) / live,
-        "drift": (t.mean(2) * (rank - rank[:, None])).sum((1, 2)) / live,
-        "self-loop": torch.diagonal(t.mean(2), dim1=1, dim2=2).sum(-1) / live,
-        "terminals": tasks.terminal.sum(-1),
-        "goal": tasks.terminal[:, -1],
-        "start states": (tasks.start > 0).sum(-1),
-        "likeliest start": tasks.start.amax(-1),
-        "horizon": tasks.max_steps,
-        "mean reward": rewards.sum((1, 2)) / live,
-        "reward spread": rewards.flatten(1).std(-1),
-        "least reward": rewards.flatten(1).amin(-1),
-        "largest reward": rewards.flatten(1).amax(-1),
-        "noise": tasks.noise_state.mean(-1) + tasks.noise_action.mean((1, 2)),
-        "value of the start": (discounted.v * tasks.start).sum(-1),
-        "action gap": discounted.q.topk(2, -1).values.diff(dim=-1)[..., 0].mean(-1),
-        **quality(tasks)._asdict(),
-    }
-    return {name: x.double().numpy() for name, x in found.items()}
-
-
-@pytest.mark.slow
-def test_the_distribution_is_xenoverses():
-    """Two-sample Kolmogorov-Smirnov on 20 statistics of 100 tasks at ns=16: none below p = .01/20 (Bonferroni)."""
-    peer = pytest.importorskip("xenoverse.anymdp", exc_type=ImportError)
-    stats = pytest.importorskip("scipy.stats")
-    theirs = statistics(TabularTasks.from_xenoverse([peer.AnyMDPTaskSampler(16, 5, seed=i) for i in range(100)]))
-    ours = statistics(sample_anymdp(1000, 16, 5, seed=0))
-    p = {name: stats.ks_2samp(ours[name], theirs[name]).pvalue for name in ours}
-    assert min(p.values()) > 0.01 / len(p), p
-
-
 @pytest.mark.slow
 def test_xenoverse_environment_plays_our_tasks(tasks):
     """Its environment under uniform actions earns per step what the tables say, within five standard errors."""

@@ -252,7 +252,7 @@ def of_garnet(t: np.ndarray, r: np.ndarray, steps: np.ndarray) -> Numbers:
 
 @pytest.mark.parametrize(("ns", "branching"), [(16, 2), (16, 4), (32, 2)])
 def test_garnet_is_xenoverses(ns, branching):
-    theirs = [peer.GarnetTaskSampler(ns, 5, b=branching, sigma=0.1, seed=i) for i in range(300)]
+    theirs = [peer.GarnetTaskSampler(ns, 5, b=branching, sigma=0.1, seed=i) for i in range(4800 // ns)]
     tables, rewards = np.stack([x["transition"] for x in theirs]), np.stack([x["reward"] for x in theirs])
     ours = sample_garnet(3000, ns, 5, branching, sigma=0.1, seed=0)
     agree(
