@@ -117,7 +117,7 @@ def run(out: Path, tasks: int, workers: int) -> None:
     for i in range(20):
         stream.batch(i)
     numbers["shuffled_steps_read_per_second"] = 20 * 32 * LARGE.steps / (time.perf_counter() - begin)
-    del numbers["out"]
+    del numbers["out"], numbers["rows"], numbers["of"]
     numbers |= {"tasks": tasks, "steps": tasks * LARGE.steps, "workers": workers}
     print(write("dataset_run", [], **numbers))
 

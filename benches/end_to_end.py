@@ -26,7 +26,7 @@ def main() -> int:
 
         numbers = difficulty(RESULTS / "difficulty.png", 500, (16, 32, 64, 128), 5, 2, seed=0)
         print(write("difficulty", **numbers))
-        draw_task(sample_anymdp(1, 32, seed=1)).savefig(RESULTS / "task.png", dpi=95)
+        draw_task(sample_anymdp(1, 20, seed=3)).savefig(RESULTS / "task.png", dpi=90)
     else:
         print(__doc__, file=sys.stderr)
         return 2

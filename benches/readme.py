@@ -167,6 +167,40 @@ def worlds() -> str:
     return table(["two threads", "ours", "over xenoverse (its rate)"], rows) + f"\n\n{where(r)}."
 
 
+def datasets() -> str:
+    r = result("datasets")
+    sets = []
+    for x in r["rows"]:
+        if "set" in x:
+            cells = [x["set"], "-".join(str(n) for n in dict.fromkeys(x["states"])), f"{x['tasks']:,} × {x['steps']:,}"]
+            cells += [f"{x['steps_per_second'] / 1e6:.2f}M", f"{x['seconds_per_task'] * 1e3:,.1f} ms"]
+            cells += [f"{x['bytes_per_step']:.2f}", f"{x['bytes_per_task'] / 1e3:,.0f} KB"]
+            sets.append([*cells, f"{x['planned_hours']:.1f} h, {x['planned_gigabytes']:.0f} GB"])
+    heads = ["records, planned from measured costs", "states", "tasks × steps", "steps a second", "time a task"]
+    first = table([*heads, "bytes a step", "a task", "the whole set"], sets)
+    bare = {x["tasks of states"]: x for x in r["rows"] if x.get("discounts") == 0}
+    solved = {x["tasks of states"]: x for x in r["rows"] if x.get("discounts", 0) > 0}
+    tasks = []
+    for name, x in bare.items():
+        y = solved[name]
+        cells = [name, f"{x['tasks_per_second']:,.0f}", f"{x['bytes_per_task'] / 1e3:.1f} KB"]
+        tasks.append([*cells, f"{y['tasks_per_second']:,.0f}", f"{y['bytes_per_task'] / 1e3:.1f} KB"])
+    heads = ["AnyMDP tasks in shards, states", "tasks a second", "a task"]
+    second = table([*heads, "solved at four discounts: tasks a second", "a task"], tasks)
+    rate = {x["batches"]: x["steps_per_second"] / 1e6 for x in r["rows"] if "batches" in x}
+    reading = ", ".join(f"{v:.1f}M {name}" for name, v in rate.items())
+    machine = f"{r['machine']['cpu']}, torch {r['machine']['torch']}; two workers of one thread each"
+    text = f"{first}\n\n{second}\n\n{machine}. Steps a second into training, one thread: {reading}."
+    if (RESULTS / "dataset_run.json").exists():
+        x = result("dataset_run")
+        text += (
+            f"\n\nMade for real: the large set's first {x['tasks']:,} tasks, {x['steps'] / 1e9:.2f} billion steps, "
+            f"{x['bytes'] / 1e9:.1f} GB in {x['seconds'] / 60:.1f} minutes ({x['steps_per_second'] / 1e6:.2f}M steps a second); "
+            f"every byte checked in {x['seconds_to_check_every_byte']:.0f} s."
+        )
+    return text
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
@@ -176,6 +210,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "traffic": traffic,
     "value_iteration": value_iteration,
     "worlds": worlds,
+    "datasets": datasets,
 }
 
 

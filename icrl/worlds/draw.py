@@ -63,7 +63,7 @@ def draw_task(
     ]
     visits, way = _visits(p, start, terminal), optimal_way(p, r, start, terminal)
     heights += [_highlight(top, s, s2) for s, s2 in pairwise(way)]
-    size = float(np.clip((600 / ns) ** 2, 16, 420))  # a row of them is about 640 points long
+    size = float(np.clip((550 / ns) ** 2, 16, 420))  # a row of them is about 640 points long
     values = ScalarMappable(Normalize(value[~terminal].min(), value[~terminal].max() + 1e-9), "viridis")
     for mark, chosen in (("o", ~terminal), ("s", terminal)):
         face = values.to_rgba(value[chosen])
