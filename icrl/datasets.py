@@ -105,7 +105,7 @@ def _make(config: DPDConfig, seed: int, labels: bool, first: int, count: int) ->
 
 def _compact(config: DPDConfig, seed: int, index: int, labels: bool) -> dict[str, Tensor]:
     tasks, own = batch_tasks(config, seed, index)
-    run, tag, q = simulate(config, tasks, seed=own)
+    run, tag, q = simulate(config, tasks, seed=own, labels=labels)
     state = run.state.long()
     found = {"observation": tasks.state_mapping.to(torch.int16).gather(1, state), "reward": run.reward}
     found |= {"action": run.action, "done": run.done, "tag": tag}
@@ -114,8 +114,7 @@ def _compact(config: DPDConfig, seed: int, index: int, labels: bool) -> dict[str
     value = q.gather(2, behind.clamp(min=0).expand(-1, q.shape[1], -1, q.shape[3]))
     tensors["value"] = value.masked_fill(behind < 0, 0)
     if labels:
-        best = q.argmax(3).to(torch.int8).transpose(1, 2)  # [N,S,G]
-        tensors["label"] = best.gather(1, state[..., None].expand(-1, -1, best.shape[2]))
+        tensors["label"] = run.labels.to(torch.int8)
     return tensors
 
 

@@ -141,7 +141,9 @@ def sample_tasks(
         if not count:
             continue
         if name == "anymdp":
-            tasks = worlds.sample_anymdp(count, sizes, config.actions, seed=own, num_observations=config.states)
+            tasks = worlds.sample_anymdp(
+                count, sizes, config.actions, seed=own, num_observations=config.states, packed=True
+            )
         elif name == "garnet":
             branching = config.garnet_branching
             tasks = worlds.sample_garnet(
@@ -163,16 +165,24 @@ class Simulated(NamedTuple):
     q: Tensor  # [N,G,S,A] float32, optimal values of each inner state at each discount; -inf past a task's own actions
 
 
-def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Simulated:
-    """Act for `config.steps` steps in each task, with optimal values to label what was visited."""
+def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int, labels: bool = False) -> Simulated:
+    """Act for `config.steps` steps in each task, with optimal values to label what was visited.
+
+    With `labels`, `run.labels` [N,T,G] are the optimal actions at each discount.
+    """
     N, _, A = tasks.noise_action.shape
-    tables = tasks.tables()
     own_action = torch.arange(A) < tasks.num_actions[:, None]
     q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)
-    policies = torch.nn.functional.one_hot(q.argmax(3), A).float()
+    best = q.argmax(3)
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
-    behaviours = draw_behaviours(config, N, generator)
-    run = rollout(tables, steps=config.steps, seed=hash_seed(seed, 1), policies=policies, behaviours=behaviours)
+    run = rollout(
+        tasks.tables(),
+        steps=config.steps,
+        seed=hash_seed(seed, 1),
+        policies=best,
+        references=best if labels else None,
+        behaviours=draw_behaviours(config, N, generator),
+    )
     return Simulated(run, _tags(config, run.behaviour, run.done, generator), q)
 
 

@@ -68,18 +68,14 @@ class TaskSet:
 
     def sample(self, n: int, seed: int, first: int = 0) -> TabularTasks:
         """Tasks `first` to `first + n` of a seed, packed."""
-        ids = self.num_states[1]
+        ids, of = self.num_states[1], {"seed": seed, "first": first, "num_observations": self.num_states[1]}
         if self.kind == "bandit":
-            tasks = sample_bandit(n, self.num_actions, seed=seed, first=first, num_observations=ids)
-            tasks = tasks.pad(ids, self.num_actions)
+            tasks = sample_bandit(n, self.num_actions, **of)
         elif self.kind == "garnet":
-            tasks = sample_garnet(
-                n, self.num_states, self.num_actions, self.branching, seed=seed, first=first, num_observations=ids
-            ).pad(ids, self.num_actions)
+            tasks = sample_garnet(n, self.num_states, self.num_actions, self.branching, packed=True, **of)
         else:
-            tasks = sample_anymdp(n, self.num_states, self.num_actions, seed=seed, first=first, num_observations=ids)
-            tasks = tasks.pad(ids, self.num_actions)
-        return tasks.pack()
+            tasks = sample_anymdp(n, self.num_states, self.num_actions, packed=True, **of)
+        return tasks.pad(ids, self.num_actions).pack()
 
     def dataset(self, rows: int, seed: int) -> DataSet:
         states = self.num_states[1]
