@@ -24,7 +24,7 @@ from icrl_kernels import pack_transition, value_iteration
 
 DISCOUNTS = (0.5, 0.93, 0.994)
 ERROR = 1e-6  # allowed, relative to the largest value of the batch
-TASKS = {16: 256, 32: 256, 64: 128, 128: 64}
+TASKS = {16: 1024, 32: 512, 64: 256, 128: 128}
 
 
 def garnet(n: int, s: int, a: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     try:
         for s in (16, 64) if quick else (16, 32, 64, 128):
-            tasks = sample_anymdp(16 if quick else TASKS[s], num_states=s, num_actions=5, seed=0)
+            tasks = sample_anymdp(TASKS[s] // (8 if quick else 1), num_states=s, num_actions=5, seed=0)
             transition, reward = tasks.dense_tables()
             for kind, (t, r) in (("anymdp", (transition, reward)), ("garnet", garnet(len(tasks), s))):
                 for discounts in ((0.994,),) if quick else ((0.994,), DISCOUNTS):
