@@ -122,6 +122,15 @@ def test_bound_against_rationals(kind, rewards, s, a, gamma, seed, dtype):
         if exact is None:
             exact = exact_q(t[0], r[0], gamma, out.policy[0].tolist())
         assert_proven(out, exact)
+    # among so many states that the CPU takes the task alone, not in a lane beside others
+    alone, earned = torch.zeros(1, 64, a, 64, dtype=dtype), torch.zeros(1, 64, a, 64, dtype=dtype)
+    alone[:, 60 : 60 + s, :, 60 : 60 + s] = t
+    earned[:, 60 : 60 + s, :, 60 : 60 + s] = r if r.dim() == 4 else r[..., None]
+    if r.dim() == 3:
+        earned = earned[..., 60]
+    out = value_iteration(alone, earned, gamma)
+    assert not out.v[0, :60].any()
+    assert_proven(out._replace(q=out.q[:, 60 : 60 + s], v=out.v[:, 60 : 60 + s]), exact)
     packed = pack_transition(t, r if r.dim() == 4 else torch.zeros_like(t))
     out = value_iteration(packed[0], packed[1] if r.dim() == 4 else r, gamma)
     assert_proven(out, exact)

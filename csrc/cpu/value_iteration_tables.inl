@@ -215,6 +215,9 @@ PlanResult pack(Task& t, const TaskTables& in) {
   if (in.offset)
     for (int64_t k = 0; k < ns * na; ++k)
       if (outside(in, k)) return first_fault<T>(t, in);
+  constexpr int64_t kTogether = 5;  // rows: three sums of each fill sixteen slots but one
+  v8 slots[2][8];
+  clear(slots[0]), clear(slots[1]);
   T won[8];
   int64_t used = 0;
   bool fault = false;
@@ -230,10 +233,8 @@ PlanResult pack(Task& t, const TaskTables& in) {
     t.blocks[s] = static_cast<int32_t>(n), t.offset[s] = used;
     t.widest = n > t.widest ? n : t.widest;
     bool empty = true;
-    for (int64_t a0 = 0; a0 < na; a0 += 8) {
-      const int64_t rows = na - a0 < 8 ? na - a0 : 8;
-      v8 total[8], mean[8], size[8];
-      clear(total), clear(mean), clear(size);
+    for (int64_t a0 = 0; a0 < na; a0 += kTogether) {
+      const int64_t rows = na - a0 < kTogether ? na - a0 : kTogether;
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t k = s * na + a0 + r;
         // a row narrower than the state's widest takes in zeros next to it, all of it within the table
@@ -253,34 +254,37 @@ PlanResult pack(Task& t, const TaskTables& in) {
             sizes += magnitude(x);
           }
         }
-        total[r] = sum, mean[r] = gains, size[r] = sizes;
+        v8* slot = &slots[0][0] + 3 * r;
+        slot[0] = sum, slot[1] = gains, slot[2] = sizes;
       }
-      alignas(64) double mass[8], means[8], sizes[8];
-      store(mass, row_sums(total)), store(means, row_sums(mean)), store(sizes, row_sums(size));
+      alignas(64) double sums[16];
+      store(sums, row_sums(slots[0])), store(sums + 8, row_sums(slots[1]));
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t k = s * na + a0 + r;
-        if (!in.reward_by_successor) {
-          means[r] = static_cast<double>(reward[k]);
-          sizes[r] = means[r] < 0 ? -means[r] : means[r];
-        }
-        t.reward[k] = means[r], t.magnitude[k] = sizes[r];
-        if (mass[r] == 0) {  // of zeros only: otherwise there are negative ones, which are refused below
+        const double mass = sums[3 * r], mean = by_successor ? sums[3 * r + 1] : static_cast<double>(reward[k]);
+        t.reward[k] = mean, t.magnitude[k] = by_successor ? sums[3 * r + 2] : mean < 0 ? -mean : mean;
+        if (mass == 0) {  // of zeros only: otherwise there are negative ones, which are refused below
           first[a0 + r] = end[a0 + r] = 0;
           continue;
         }
         empty = false;
-        fault |= !(mass[r] - 1 <= 1e-4 && mass[r] - 1 >= -1e-4);
-        t.row_sum = mass[r] > t.row_sum ? mass[r] : t.row_sum;
+        fault |= !(mass - 1 <= 1e-4 && mass - 1 >= -1e-4);
+        t.row_sum = mass > t.row_sum ? mass : t.row_sum;
       }
     }
     const bool ends = in.terminal ? in.terminal[s] : empty;
     fault |= ends && !empty;
-    for (int64_t k = s * na; k < (s + 1) * na; ++k) {
-      if (ends) t.reward[k] = t.magnitude[k] = 0;
-      fault |= !(t.magnitude[k] <= kLargest);
-      t.reward_magnitude = t.magnitude[k] > t.reward_magnitude ? t.magnitude[k] : t.reward_magnitude;
-    }
+    if (ends)
+      for (int64_t k = s * na; k < (s + 1) * na; ++k) t.reward[k] = t.magnitude[k] = 0;
   }
+  v8 most = splat(0), odd = splat(0);
+  store(t.magnitude + ns * na, splat(0));
+  for (int64_t k = 0; k < ns * na; k += 8) {
+    const v8 x = load(t.magnitude + k);
+    most = x > most ? x : most, odd += x - x;
+  }
+  for (int j = 0; j < 8; ++j) t.reward_magnitude = most[j] > t.reward_magnitude ? most[j] : t.reward_magnitude;
+  fault |= sum(odd) != 0;  // NaN where there is NaN or infinity
   for (int j = 0; j < 8; ++j) fault |= least[j] < 0;
   if (fault) return first_fault<T>(t, in);
   t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
