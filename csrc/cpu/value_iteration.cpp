@@ -38,7 +38,8 @@ PlanResult plan(double discount, Method method, double tol, int64_t* policy, dou
 
 namespace {
 
-constexpr int64_t kMostLaneStates = 56;  // measured: larger tasks are as fast one by one, dense ones faster
+// Larger tasks are faster one by one (measured), or would need too much memory side by side.
+constexpr int64_t kMostLaneStates = 128, kMostLaneEntries = 1 << 18;
 
 // A thread's scratch, kept for its life: tasks are many and small.
 struct Scratch {
@@ -152,7 +153,8 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
   int64_t most_states = 0, next = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t states = b.num_states ? b.num_states[i] : ns;
-    const bool in_lanes = states <= kMostLaneStates && ng > 0 && b.method == Method::policy_iteration;
+    const bool fits = states <= kMostLaneStates && na <= kMostLaneEntries / (states * states);
+    const bool in_lanes = fits && ng > 0 && b.method == Method::policy_iteration;
     (in_lanes ? small : large).push_back(i);
     if (in_lanes) most_states = std::max(most_states, states);
   }

@@ -10,53 +10,7 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 8, kTileRows = 4;
-#else
-constexpr int kLanes = 4, kTileRows = 2;  // rows of a tile at a time: sixteen registers hold no more
-#endif
-constexpr int64_t kTile = 16 * kLanes;
-
-typedef double Lanes __attribute__((vector_size(8 * kLanes)));
-typedef double LanesAt __attribute__((vector_size(8 * kLanes), aligned(8)));
-typedef float SingleLanesAt __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef long long LaneMask __attribute__((vector_size(8 * kLanes)));
-
-inline Lanes wide(const double* p) { return *reinterpret_cast<const LanesAt*>(p); }
-#if defined(__AVX512F__)  // GCC 12 converts in halves otherwise
-inline Lanes wide(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }
-#else
-inline Lanes wide(const float* p) { return __builtin_convertvector(*reinterpret_cast<const SingleLanesAt*>(p), Lanes); }
-#endif
-inline void keep(double* p, const Lanes& x) { *reinterpret_cast<LanesAt*>(p) = x; }
-
-// Bit l is set where lane l is true.
-inline unsigned bits(const LaneMask& m) {
-  unsigned x = 0;
-  for (int l = 0; l < kLanes; ++l) x |= static_cast<unsigned>(m[l] & 1) << l;
-  return x;
-}
-
-// A row's window [first, end), 0 and 0 where all of it is zero, and where it lies in the lane's table. Rows are kept in
-// groups of eight, each row over as many blocks of eight entries as the widest of its group needs, padded with zeros.
-struct LaneRow {
-  int32_t first, end, at, padded_end;
-};
-
-struct Lane {
-  int64_t task, states;  // task -1: idle
-  int64_t at;            // place of its discount in ascending order
-  int64_t iterations, small_rounds;
-  double row_sum, reward_magnitude;  // as in Task
-  int64_t widest;                    // entries in the widest row
-  double gamma, largest;             // its discount; largest |v|
-  LaneRow* row;                 // [ns * na]
-  double *reward, *magnitude;   // [ns * na]: expected reward, sum of |transition * reward|
-  double *q, *v, *next;         // v: zeros follow
-  int32_t* chosen;              // [ns]: the policy's rows
-  int64_t* order;               // discounts in ascending order
-  void* table;
-};
+#include "cpu/value_iteration_lane_tables.inl"
 
 struct Group {
   int64_t ns, nb, na;  // states, blocks of four states, actions
@@ -80,9 +34,11 @@ int64_t lanes_layout(Group& g, char* base, int64_t ns, int64_t na, int64_t ng, i
   g.tile = take<int64_t>(at, nb + 1), g.low = take<int32_t>(at, nb), g.high = take<int32_t>(at, nb);
   g.buffer = take<char>(at, 4 * reach * kLanes * element);
   for (Lane& lane : g.lane) {
-    lane.row = take<LaneRow>(at, rows);
+    lane.first = take<int32_t>(at, rows), lane.end = take<int32_t>(at, rows);
+    lane.blocks = take<int32_t>(at, rows / 8), lane.begin = take<int32_t>(at, rows / 8);
     lane.reward = take<double>(at, rows), lane.magnitude = take<double>(at, rows), lane.q = take<double>(at, rows);
     lane.v = take<double>(at, reach), lane.next = take<double>(at, ns);
+    lane.rough_v = take<char>(at, reach * element), lane.rough_q = take<char>(at, rows * element);
     lane.chosen = take<int32_t>(at, ns), lane.order = take<int64_t>(at, ng);
     lane.table = take<char>(at, rows * ((ns + 7) / 8 * 8) * element);
   }
@@ -90,169 +46,40 @@ int64_t lanes_layout(Group& g, char* base, int64_t ns, int64_t na, int64_t ng, i
   return at - base;
 }
 
-// ---- loading a task into a lane ----------------------------------------------------------------------------------------
-
-// Bit j is set where entry j of eight is not zero. NaN counts.
-template <class T>
-inline unsigned filled(const T* p) {
-  unsigned x = 0;
-  for (int j = 0; j < 8; ++j) x |= static_cast<unsigned>(p[j] != 0) << j;
-  return x;
-}
-// Eight entries, zeros in place of those from n on.
-template <class T>
-inline void copy_part(T* to, const T* from, int64_t n) {
-  for (int64_t j = 0; j < 8; ++j) to[j] = j < n ? from[j] : T(0);
-}
-#if defined(__AVX512F__)
-inline unsigned filled(const float* p) { return _mm256_cmp_ps_mask(_mm256_loadu_ps(p), _mm256_setzero_ps(), _CMP_NEQ_UQ); }
-inline unsigned filled(const double* p) { return _mm512_cmp_pd_mask(_mm512_loadu_pd(p), _mm512_setzero_pd(), _CMP_NEQ_UQ); }
-inline __mmask8 first_bits(int64_t n) { return static_cast<__mmask8>(n >= 8 ? 0xff : n <= 0 ? 0 : 0xff >> (8 - n)); }
-inline void copy_part(float* to, const float* from, int64_t n) {
-  _mm256_storeu_ps(to, _mm256_maskz_loadu_ps(first_bits(n), from));
-}
-inline void copy_part(double* to, const double* from, int64_t n) {
-  _mm512_storeu_pd(to, _mm512_maskz_loadu_pd(first_bits(n), from));
-}
-#endif
-
-// Row k of a task: its entries, the first of them and how many.
-template <class T>
-inline const T* locate(const TaskTables& in, int64_t k, int64_t& first, int64_t& n) {
-  const T* values = static_cast<const T*>(in.transition);
-  if (in.offset) {
-    first = in.first[k], n = in.length[k];
-    if (first + n > in.num_states) n = first < in.num_states ? in.num_states - first : 0;
-    return values + in.offset[k];
-  }
-  const T* row = values + k * in.stride;
-  int32_t low, high;
-  window(row, in.num_states, low, high);
-  if (low == high) return first = n = 0, row;
-  int64_t end = high * 8 < in.num_states ? high * 8 : in.num_states;
-  first = low * 8;
-  if (first + 8 <= end) first += __builtin_ctz(filled(row + first) | 0x80);
-  while (row[first] == 0) ++first;  // in the last block, where it is cut short
-  if (end == high * 8) end -= __builtin_clz(filled(row + end - 8) | 1) - 24;
-  while (row[end - 1] == 0) --end;
-  n = end - first;
-  return row + first;
-}
-
-// Copies a task into a lane; false where it is not a plain one.
-template <class T>
-bool load_task(Lane& lane, const TaskTables& in) {
-  const int64_t na = in.num_actions, rows = in.num_states * na;
-  const T *transition = static_cast<const T*>(in.transition), *reward = static_cast<const T*>(in.reward);
-  T* to = static_cast<T*>(lane.table);
-  v8 least = splat(0), row_sum = splat(0);
-  bool fault = false;
-  int64_t used = 0;
-  lane.states = in.num_states, lane.widest = 0, lane.reward_magnitude = 0;
-  for (int64_t k = 0; k < rows; k += 8) {
-    const int64_t count = rows - k < 8 ? rows - k : 8;
-    const T* from[8];
-    int64_t first[8], n[8], widest = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      if (in.offset && outside(in, k + r)) return false;
-      from[r] = locate<T>(in, k + r, first[r], n[r]);
-      widest = n[r] > widest ? n[r] : widest;
-    }
-    lane.widest = widest > lane.widest ? widest : lane.widest;
-    const int64_t padded = (widest + 7) / 8 * 8;
-    v8 total[8], mean[8], size[8];
-    clear(total);
-    for (int64_t r = 0; r < count; ++r) {
-      v8 sum = splat(0);
-      for (int64_t j = 0; j < padded; j += 8) {
-        T* here = to + used + r * padded + j;
-        copy_part(here, from[r] + j, n[r] - j);
-        const v8 p = load(here);
-        sum += p;
-        least = p < least ? p : least;
-      }
-      total[r] = sum;
-    }
-    alignas(64) double mass[8];
-    const v8 masses = row_sums(total);
-    store(mass, masses);
-    row_sum = masses > row_sum ? masses : row_sum;
-    if (in.reward_by_successor) {
-      clear(mean), clear(size);
-      for (int64_t r = 0; r < count; ++r) {
-        const T* gain = reward + (from[r] - transition);
-        for (int64_t j = 0; j < padded; j += 8) {
-          T won[8];
-          copy_part(won, gain + j, n[r] - j);
-          // the reward of an impossible transition counts for nothing, even if it is NaN
-          const v8 p = load(to + used + r * padded + j), x = p != 0 ? load(won) * p : splat(0);
-          mean[r] += x, size[r] += x < 0 ? -x : x;
-        }
-      }
-      store(lane.reward + k, row_sums(mean)), store(lane.magnitude + k, row_sums(size));
-    } else {
-      T means[8];
-      copy_part(means, reward + k, count);
-      const v8 x = load(means);
-      store(lane.reward + k, x), store(lane.magnitude + k, x < 0 ? -x : x);
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      const bool empty = mass[r] == 0;
-      fault |= !(empty || (mass[r] - 1 <= 1e-4 && mass[r] - 1 >= -1e-4));
-      const int64_t begin = empty ? 0 : first[r], end = empty ? 0 : first[r] + n[r];
-      lane.row[k + r] = {static_cast<int32_t>(begin), static_cast<int32_t>(end), static_cast<int32_t>(used + r * padded),
-                         static_cast<int32_t>(begin + padded)};
-    }
-    used += count * padded;
-  }
-  for (int64_t s = 0; s < in.num_states; ++s) {
-    bool empty = true;
-    for (int64_t k = s * na; k < s * na + na; ++k) empty &= lane.row[k].end == 0;
-    const bool ends = in.terminal ? in.terminal[s] : empty;
-    fault |= ends && !empty;
-    int64_t best = s * na;
-    for (int64_t k = s * na; k < s * na + na; ++k) {
-      if (ends) lane.reward[k] = lane.magnitude[k] = 0;
-      fault |= !(lane.magnitude[k] <= kLargest);
-      lane.reward_magnitude = lane.magnitude[k] > lane.reward_magnitude ? lane.magnitude[k] : lane.reward_magnitude;
-      best = lane.reward[k] > lane.reward[best] ? k : best;
-    }
-    lane.chosen[s] = static_cast<int32_t>(best);
-  }
-  lane.row_sum = 0;
-  for (int j = 0; j < 8; ++j) {
-    fault |= least[j] < 0;
-    lane.row_sum = row_sum[j] > lane.row_sum ? row_sum[j] : lane.row_sum;
-  }
-  lane.row_sum *= 1 + (lane.widest + 4) * 2 * kUnit;
-  return !fault;
-}
-
 // ---- policy evaluation -------------------------------------------------------------------------------------------------
 
-// The policies' rows of block row i into the buffer, their rewards, and the columns [first, end) that the lanes fill.
+struct Columns {
+  int32_t first, end, padded_end;
+};
+
+// The policies' rows of block row i into the buffer, their rewards to the right-hand side; the columns that are filled.
 template <class T>
-void gather(Group& g, int64_t i, int64_t& first, int64_t& end, int64_t& padded_end) {
-  first = g.ns, end = padded_end = 0;
+Columns gather(Group& g, int64_t i) {
+  Columns all{static_cast<int32_t>(g.ns), 0, 0};
   for (int l = 0; l < kLanes; ++l) {
     const Lane& lane = g.lane[l];
-    for (int64_t r = 0; r < 4; ++r) {
-      const int64_t s = i * 4 + r;
-      double* right = g.rhs + s * kLanes + l;
-      *right = 0;
-      if (lane.task < 0 || s >= lane.states) continue;
-      const LaneRow row = lane.row[lane.chosen[s]];
-      *right = lane.reward[lane.chosen[s]];
-      if (row.end == 0) continue;
-      first = row.first < first ? row.first : first, end = row.end > end ? row.end : end;
-      padded_end = row.padded_end > padded_end ? row.padded_end : padded_end;
-      const T* from = static_cast<const T*>(lane.table) + row.at;
-      T* to = static_cast<T*>(g.buffer) + (r * g.columns + row.first) * kLanes + l;
-      for (int64_t n = row.padded_end - row.first; n > 0; n -= 8, from += 8, to += 8 * kLanes)
+    const int64_t states = lane.states - i * 4 < 4 ? lane.states - i * 4 : 4;
+    double* right = g.rhs + i * 4 * kLanes + l;
+    T* line = static_cast<T*>(g.buffer) + l;
+    for (int64_t r = 0; r < states; ++r) {
+      const int64_t k = lane.chosen[i * 4 + r];
+      const int32_t first = lane.first[k], end = lane.end[k];
+      right[r * kLanes] = lane.reward[k];
+      if (end == 0) continue;
+      const T* from = static_cast<const T*>(lane.table) + lane.begin[k / 8] + k % 8 * 8;
+      T* to = line + (r * g.columns + first) * kLanes;
+      int32_t j = first;
+      do {
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) to[j * kLanes] = from[j];
+        for (int x = 0; x < 8; ++x) to[x * kLanes] = from[x];
+        j += 8, from += 64, to += 8 * kLanes;
+      } while (j < end);
+      all.first = first < all.first ? first : all.first, all.end = end > all.end ? end : all.end;
+      all.padded_end = j > all.padded_end ? j : all.padded_end;
     }
+    for (int64_t r = states > 0 ? states : 0; r < 4; ++r) right[r * kLanes] = 0;
   }
+  return all;
 }
 
 // acc -= m u for kTileRows rows of m
@@ -306,9 +133,8 @@ unsigned evaluate_lanes(Group& g) {
   LaneMask bad = {};
   g.tile[0] = 0;
   for (int64_t i = 0; i < nb; ++i) {
-    int64_t first, end, padded_end;
-    gather<T>(g, i, first, end, padded_end);
-    const int64_t own_low = first / 4, own_high = (end + 3) / 4 - 1;  // blocks that the rows themselves fill
+    const Columns filled = gather<T>(g, i);
+    const int64_t own_low = filled.first / 4, own_high = (filled.end + 3) / 4 - 1;  // blocks that the rows themselves fill
     int64_t low = own_low < i ? own_low : i, high = own_high > i ? own_high : i;
     for (int64_t k = low; k < i; ++k) high = g.high[k] > high ? g.high[k] : high;
     g.low[i] = static_cast<int32_t>(low), g.high[i] = static_cast<int32_t>(high);
@@ -356,8 +182,9 @@ unsigned evaluate_lanes(Group& g) {
       }
       if (j == i) bad |= invert_tile(tiles + (j - low) * kTile, g.inverse + i * kTile);
     }
-    for (int64_t r = 0; r < 4 && end > 0; ++r)
-      __builtin_memset(buffer + (r * g.columns + first) * kLanes, 0, (padded_end - first) * kLanes * sizeof(T));
+    for (int64_t r = 0; r < 4; ++r)
+      for (int64_t j = filled.first; j < filled.padded_end; ++j)
+        clear_lanes(buffer + (r * g.columns + j) * kLanes);
   }
   Lanes largest = {}, total = {};
   for (int64_t i = nb - 1; i >= 0; --i) {
@@ -394,44 +221,19 @@ unsigned evaluate_lanes(Group& g) {
 
 // ---- policy improvement, one lane --------------------------------------------------------------------------------------
 
-// q = reward + discount T v
-template <class T>
-void backup_lane(Lane& lane, int64_t rows) {
-  const T* p = static_cast<const T*>(lane.table);
-  for (int64_t k = 0; k < rows; k += 8) {
-    const LaneRow* row = lane.row + k;
-    const int64_t count = rows - k < 8 ? rows - k : 8, padded = row->padded_end - row->first;
-    v8 acc[8];
-    clear(acc);
-    if (count == 8) {
-      const double* at[8];
-      for (int r = 0; r < 8; ++r) at[r] = lane.v + row[r].first;
-      for (int64_t j = 0; j < padded; j += 8) {
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) acc[r] += load(p + r * padded + j) * load(at[r] + j);
-      }
-    } else {
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t j = 0; j < padded; j += 8) acc[r] += load(p + r * padded + j) * load(lane.v + row[r].first + j);
-    }
-    p += count * padded;
-    store(lane.q + k, load(lane.reward + k) + lane.gamma * row_sums(acc));
-  }
-}
-
 // As tie(), for rows a and b.
 template <class T>
 double tie_in_lane(const Lane& lane, int64_t a, int64_t b) {
   double size = lane.magnitude[a] + lane.magnitude[b];
   int64_t widest = 0;
   for (const int64_t k : {a, b}) {
-    const LaneRow row = lane.row[k];
-    const T* p = static_cast<const T*>(lane.table) + row.at;
-    for (int64_t j = row.first; j < row.end; ++j) {
-      const double v = lane.v[j];
-      size += lane.gamma * (v < 0 ? -v : v) * p[j - row.first];
+    const T* p = static_cast<const T*>(lane.table) + lane.begin[k / 8] + k % 8 * 8;
+    const int64_t n = lane.end[k] - lane.first[k];
+    for (int64_t j = 0; j < n; ++j) {
+      const double v = lane.v[lane.first[k] + j];
+      size += lane.gamma * (v < 0 ? -v : v) * p[j / 8 * 64 + j % 8];
     }
-    widest = row.end - row.first > widest ? row.end - row.first : widest;
+    widest = n > widest ? n : widest;
   }
   return (widest + 16) * 2 * kUnit * size;
 }
@@ -448,7 +250,7 @@ inline int64_t greedy_row(const Lane& lane, int64_t s, int64_t na) { return s * 
 template <class T>
 bool improve_lane(Lane& lane, int64_t na) {
   ++lane.iterations;
-  backup_lane<T>(lane, lane.states * na);
+  backup_lane<T, double>(lane, na, lane.v, lane.q);
   const double slack = 1 - lane.gamma * lane.row_sum, amplified = 4 / (slack > 1e-6 ? slack : 1e-6);
   const double coarse = lane_rounding(lane) * 2;
   bool changed = false, large = false;
@@ -482,7 +284,7 @@ bool next_task(Lane& lane, const LaneJobs& jobs) {
     const int64_t i = jobs.tasks[at], ng = jobs.num_discounts, before = lane.states;
     const double* gamma = jobs.discount + i * ng;
     if (load_task<T>(lane, jobs.tables(jobs.context, i))) {
-      for (int64_t s = lane.states; s < before; ++s) lane.v[s] = 0;
+      for (int64_t s = lane.states; s < before; ++s) lane.v[s] = 0, static_cast<T*>(lane.rough_v)[s] = 0;
       for (int64_t x = 0; x < ng; ++x) {  // insertion: few, stable
         int64_t y = x;
         for (; y > 0 && gamma[lane.order[y - 1]] > gamma[x]; --y) lane.order[y] = lane.order[y - 1];
@@ -492,6 +294,8 @@ bool next_task(Lane& lane, const LaneJobs& jobs) {
       if (top < 1 && top * lane.row_sum * (1 + 4 * kUnit) < 1) {
         lane.task = i, lane.at = lane.iterations = lane.small_rounds = 0;
         lane.gamma = gamma[lane.order[0]];
+        for (int64_t s = 0; s < lane.states; ++s) lane.next[s] = 0;
+        start_policy<T>(lane, jobs.num_actions);
         return true;
       }
     }
@@ -544,6 +348,7 @@ void solve_lanes(Group& g, const LaneJobs& jobs) {
       if (fine && ++lane.at < jobs.num_discounts) {
         lane.gamma = jobs.discount[lane.task * jobs.num_discounts + lane.order[lane.at]];
         lane.iterations = lane.small_rounds = 0;
+        start_policy<T>(lane, g.na);
         continue;
       }
       if (!fine) jobs.alone(jobs.context, lane.task);
@@ -567,7 +372,7 @@ void vi_lanes(const LaneJobs& jobs, void* scratch) {
   __builtin_memset(g.buffer, 0, 4 * g.columns * kLanes * element);
   for (Lane& lane : g.lane) {
     lane.states = 0;
-    for (int64_t s = 0; s < g.columns; ++s) lane.v[s] = 0;
+    __builtin_memset(lane.v, 0, g.columns * sizeof(double)), __builtin_memset(lane.rough_v, 0, g.columns * element);
   }
   jobs.is_double ? solve_lanes<double>(g, jobs) : solve_lanes<float>(g, jobs);
 }

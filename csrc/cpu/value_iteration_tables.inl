@@ -98,17 +98,48 @@ inline void window(const T* row, int64_t n, int32_t& low, int32_t& high) {
   low = static_cast<int32_t>(lo < hi ? lo : 0), high = static_cast<int32_t>(lo < hi ? hi : 0);
 }
 
-// From the first to the last entry that is not zero, for rows of ns entries; 0 and 0 where all are.
+// Bit j is set where entry j of eight is not zero. NaN counts.
+#if defined(__AVX512F__)
+inline uint64_t filled(const float* p) {
+  return _mm256_cmp_ps_mask(_mm256_loadu_ps(p), _mm256_setzero_ps(), _CMP_NEQ_UQ);
+}
+inline uint64_t filled(const double* p) {
+  return _mm512_cmp_pd_mask(_mm512_loadu_pd(p), _mm512_setzero_pd(), _CMP_NEQ_UQ);
+}
+#elif defined(__AVX2__)
+inline uint64_t filled(const float* p) {
+  return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(p), _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+}
+inline uint64_t filled(const double* p) {
+  const int low = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(p), _mm256_setzero_pd(), _CMP_NEQ_UQ));
+  const int high = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(p + 4), _mm256_setzero_pd(), _CMP_NEQ_UQ));
+  return static_cast<uint64_t>(low | high << 4);
+}
+#else
+template <class T>
+inline uint64_t filled(const T* p) {
+  uint64_t x = 0;
+  for (int j = 0; j < 8 && any_block(p); ++j) x |= static_cast<uint64_t>(p[j] != 0) << j;
+  return x;
+}
+#endif
+
+// From the first to the last entry that is not zero, for rows of ns entries; 0 and 0 where all are. Without branches on
+// what is in a row: where windows begin is anyone's guess.
 template <class T>
 void find_windows(const T* table, int64_t rows, int64_t ns, int32_t* first, int32_t* length) {
   for (int64_t k = 0; k < rows; ++k) {
     const T* row = table + k * ns;
-    int32_t low, high;
-    window(row, ns, low, high);
-    int64_t begin = low * 8, end = high * 8 < ns ? high * 8 : ns;
-    while (begin < end && row[begin] == 0) ++begin;
-    while (begin < end && row[end - 1] == 0) --end;
-    first[k] = static_cast<int32_t>(begin < end ? begin : 0), length[k] = static_cast<int32_t>(end - begin);
+    int64_t begin = ns, end = 0;
+    for (int64_t j = 0; j < ns; j += 64) {
+      const int64_t n = ns - j < 64 ? ns - j : 64;
+      uint64_t here = 0;
+      for (int64_t x = 0; x + 8 <= n; x += 8) here |= filled(row + j + x) << x;
+      for (int64_t x = n / 8 * 8; x < n; ++x) here |= static_cast<uint64_t>(row[j + x] != 0) << x;
+      const int64_t low = j + __builtin_ctzll(here | 1ull << 63), high = j + 64 - __builtin_clzll(here | 1);
+      begin = here && low < begin ? low : begin, end = here ? high : end;
+    }
+    first[k] = static_cast<int32_t>(begin < end ? begin : 0), length[k] = static_cast<int32_t>(begin < end ? end - begin : 0);
   }
 }
 
