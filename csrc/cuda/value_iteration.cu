@@ -130,20 +130,22 @@ std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, cons
   const double guess = fixed + 1.1 * (rows * width * sizeof(T) + ns * std::min<double>(2.25 * width, ns) * sizeof(double));
   const int64_t first = std::min(at_most, static_cast<int64_t>(guess));
   std::vector<Launch> out;
-  int blocks = 1;
-  while (blocks < 32 && device.share(blocks + 1) >= first) ++blocks;
-  for (;; blocks = (blocks + 1) / 2) {
+  int blocks = guess > 2 * device.share(1) ? 0 : 1;  // 0: too large for shared memory by far
+  while (blocks > 0 && blocks < 32 && device.share(blocks + 1) >= first) ++blocks;
+  for (; blocks > 0; blocks = blocks > 1 ? (blocks + 1) / 2 : 0) {
     const int64_t bytes = std::min(device.share(blocks), (at_most + 15) / 16 * 16);
     if (bytes > fixed) {
       const Kernel<T> kernel = kernel_for<T>(true, bytes);
       int resident = 0;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      // the most that there is: what another thread asks for in between does not matter then
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.share(1))),
             "shared memory of the kernel");
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+            "shared memory of the processors");
       check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads_for(true, bytes), bytes), "occupancy");
       out.push_back({true, std::min<int64_t>(n, std::max(1, resident) * device.processors), bytes});
       if (bytes >= at_most) return out;
     }
-    if (blocks == 1) break;
   }
   // one block a processor bounds the global workspace
   out.push_back({false, std::min<int64_t>(n, device.processors), core_bytes_at_most<T>(ns, na, 0)});
