@@ -1,17 +1,15 @@
 // The GPU planner (csrc/cuda/value_iteration_core.h) on the host, for tests where there is no GPU: a team's threads are
-// coroutines on one thread. Between two barriers they run one after another, in ascending, descending or shuffled order: what
-// one may read before another has written it, or after, comes out different, so that a missing barrier shows in the results;
-// threads that wait at barriers which others never reach are an error.
+// coroutines on one thread. It is always the first, the last or any of those that can run whose turn it is, until it waits at
+// a barrier: what one may read before another has written it, or after, comes out different, so that a missing barrier shows
+// in the results. Threads that wait at barriers which others never reach are an error.
 #include <pybind11/pybind11.h>
 
 #if defined(__linux__)
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -49,19 +47,10 @@ class Coroutines {
       makecontext(&contexts_[i], reinterpret_cast<void (*)()>(&Coroutines::enter), 3, static_cast<unsigned>(self >> 32),
                   static_cast<unsigned>(self), i);
     }
-    std::vector<int> turn(size_);
-    std::iota(turn.begin(), turn.end(), 0);
-    if (order_ < 0) std::reverse(turn.begin(), turn.end());
-    for (int left = size_; left > 0;) {
-      if (order_ > 0) std::shuffle(turn.begin(), turn.end(), shuffle_);
-      bool moved = false;
-      for (const int i : turn) {
-        if (done_[i] || (waits_[i].barrier && waits_[i].barrier->round == waits_[i].round)) continue;
-        moved = true, waits_[i].barrier = nullptr, current_ = i;
-        swapcontext(&scheduler_, &contexts_[i]);
-        left -= done_[i];
-      }
-      if (!moved) throw std::runtime_error("value_iteration: threads wait at different barriers");
+    for (int left = size_; left > 0; left -= done_[current_]) {
+      current_ = next();
+      waits_[current_].barrier = nullptr;
+      swapcontext(&scheduler_, &contexts_[current_]);
     }
   }
 
@@ -69,7 +58,6 @@ class Coroutines {
     Barrier& barrier = barriers_[which];
     const int64_t round = barrier.round;
     if (++barrier.arrived == barrier.members) barrier.arrived = 0, ++barrier.round;
-    // the last one waits too: others come first, or not, as the order has it
     waits_[id] = {&barrier, round};
     swapcontext(&contexts_[id], &scheduler_);
   }
@@ -79,6 +67,18 @@ class Coroutines {
     Barrier* barrier;
     int64_t round;
   };
+  bool can_run(int i) const {
+    return !done_[i] && !(waits_[i].barrier && waits_[i].barrier->round == waits_[i].round);
+  }
+  // The first or the last that can run, so that some get as far as barriers let them before others start; or any.
+  int next() {
+    const int start = order_ > 0 ? static_cast<int>(shuffle_() % size_) : 0;
+    for (int i = 0; i < size_; ++i) {
+      const int id = order_ < 0 ? size_ - 1 - i : (start + i) % size_;
+      if (can_run(id)) return id;
+    }
+    throw std::runtime_error("value_iteration: threads wait at different barriers");
+  }
   static void enter(unsigned high, unsigned low, int id) {
     auto* self = reinterpret_cast<Coroutines*>(static_cast<uint64_t>(high) << 32 | low);
     (*self->body_)(id);
@@ -114,6 +114,7 @@ struct HostTeam {
   }
   double lane_xor(double x, int m) { return lane_read(x, lane ^ m); }
   int lane_xor(int x, int m) { return static_cast<int>(lane_read(static_cast<double>(x), lane ^ m)); }
+  void prefetch(const void*) {}
   int claim(int32_t* counter, int n) {
     const int before = *counter;
     *counter += n;
@@ -162,7 +163,7 @@ int64_t solve(const CoreBatch& b, int64_t bytes, int threads, int order) {
 }
 
 // As value_iteration_cuda, with a team of `threads` (a multiple of 8) that has `bytes` of fast memory, run in `order`: 0
-// ascending, -1 descending, else shuffled by this seed. Returns how many tasks did not fit and were solved in slow memory.
+// first, -1 last, else any by this seed. Returns how many tasks did not fit and were solved in slow memory.
 int64_t solve_on_host(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t offset,
                       uintptr_t first, uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states,
                       uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na, int method,

@@ -36,6 +36,7 @@ struct BlockTeam {
   __device__ double lane_xor(double x, int m) { return __shfl_xor_sync(mask(), x, m); }
   __device__ int lane_xor(int x, int m) { return __shfl_xor_sync(mask(), x, m); }
   __device__ double lane_read(double x, int from) { return __shfl_sync(mask(), x, from, kLanes); }
+  __device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
   __device__ int claim(int32_t* counter, int n) { return atomicAdd(counter, n); }
   __device__ double max(double x) {
     for (int m = kWarp / 2; m > 0; m /= 2) x = core_larger(x, __shfl_xor_sync(0xffffffffu, x, m));

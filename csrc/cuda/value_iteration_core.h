@@ -107,6 +107,7 @@ struct Core {
     const int most = Resident ? static_cast<int>(w.room / static_cast<int64_t>(sizeof(T))) : 0;
     if (team.id == 0) w.shared[0] = w.shared[1] = 0;
     windows = reinterpret_cast<T*>(w.pool);
+    prefetch();
     team.sync();
     double most_mass = 0, most_size = 0;
     int64_t fault = -1;  // row * 16 + kind, the least
@@ -138,6 +139,21 @@ struct Core {
     PlanResult out;
     if (fault >= 0) out.refusal = static_cast<Refusal>(fault % 16), out.row = fault / 16;
     return out;
+  }
+
+  // Rows are read one after another, each in two or three steps that wait for one another: bring them nearer at once. The
+  // rewards of dense tables are left where they are, since most of them will not be read.
+  ICRL_HD void prefetch() {
+    constexpr int kLine = 128 / sizeof(T);
+    for (int k = team.id; k < ns * na; k += team.size) {
+      if (!b.by_successor && k % kLine == 0) team.prefetch(static_cast<const T*>(b.reward) + task * b.ns * na + k);
+      if (outside(k)) continue;
+      const Given in = given(k);
+      for (int j = in.from; j < in.to; j = j + kLine < in.to || j == in.to - 1 ? j + kLine : in.to - 1) {
+        team.prefetch(in.p + j);
+        if (b.offset && in.gain) team.prefetch(in.gain + j);
+      }
+    }
   }
 
   // All lanes of the group: the row's window and expected reward.
