@@ -344,7 +344,6 @@ struct Core {
       }
       team.sync();
       if (k < np) w.below[k] = static_cast<uint16_t>(below), w.above[k] = static_cast<uint16_t>(above);
-      team.sync();
     }
     return fits;
   }
