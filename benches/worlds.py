@@ -7,6 +7,7 @@ measured. Before timing, the two samplers are held to the same distribution of w
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from benches import common
 from icrl.worlds import TabularEnv, TabularTasks, TabularVectorEnv, quality, sample_anymdp
 
-PEER_TASKS = {16: 20, 32: 10, 64: 4}  # xenoverse makes a few tasks a second
-OURS = {16: 4000, 32: 2000, 64: 1000, 128: 300}
+PEER_TASKS = {16: 20, 32: 10, 64: 4, 128: 2}  # xenoverse makes a few tasks a second, and at 128 states one in five
+OURS = {16: 8000, 32: 4000, 64: 2000, 128: 800}
 STEPS = 20_000
 
 
@@ -42,24 +43,39 @@ def check(peer: Any, ns: int, count: int) -> None:
 
 
 def sampling(peer: Any) -> list[dict[str, Any]]:
+    """Tasks a second with all filters: in dense tables, in windows, by the torch sampler, and xenoverse's."""
     rows = []
     for ns, count in OURS.items():
-        runs: dict[str, Any] = {"ours": lambda ns=ns, count=count: sample_anymdp(count, ns, 5, seed=1)}
-        sizes = {"ours": count}
-        if peer and ns in PEER_TASKS:
+        few = count // 8  # for the torch sampler, which is for GPUs
+        sizes = {"dense": count, "packed": count, "torch": few}
+        runs: dict[str, Any] = {
+            "dense": lambda ns=ns, count=count: sample_anymdp(count, ns, 5, seed=1),
+            "packed": lambda ns=ns, count=count: sample_anymdp(count, ns, 5, seed=1, packed=True),
+            "torch": lambda ns=ns, few=few: sample_anymdp(few, ns, 5, seed=1, packed=True, backend="torch"),
+        }
+        times = common.interleaved(runs, repeats=5, warmup=1)
+        if peer:
             seeds = iter(range(10_000))
             sizes["xenoverse"] = PEER_TASKS[ns]
-            runs["xenoverse"] = lambda ns=ns, seeds=seeds: [
-                peer.AnyMDPTaskSampler(ns, 5, seed=next(seeds)) for _ in range(PEER_TASKS[ns])
-            ]
-        times = common.interleaved(runs, repeats=3, warmup=1)
+            repeats = 1 if ns == 128 else 3  # ten seconds a run
+            times |= common.interleaved(
+                {"xenoverse": lambda ns=ns, seeds=seeds: _theirs(peer, ns, seeds)},
+                repeats=repeats,
+                warmup=int(ns < 128),
+            )
         rate = {name: sizes[name] / np.median(seconds) for name, seconds in times.items()}
-        row = {"what": "sample_anymdp", "num_states": ns, "tasks_per_s": rate["ours"]}
-        if "xenoverse" in rate:
-            row |= {"xenoverse_tasks_per_s": rate["xenoverse"], "ratio": rate["ours"] / rate["xenoverse"]}
-        rows.append(row)
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+        for name in runs:
+            row = {"what": f"sample_anymdp, {name}", "num_states": ns, "tasks_per_s": rate[name]}
+            if "xenoverse" in rate:
+                row |= {"xenoverse_tasks_per_s": rate["xenoverse"], "ratio": rate[name] / rate["xenoverse"]}
+            rows.append(row)
+            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     return rows
+
+
+def _theirs(peer: Any, ns: int, seeds: Iterator[int]) -> None:
+    for _ in range(PEER_TASKS[ns]):
+        peer.AnyMDPTaskSampler(ns, 5, seed=next(seeds))
 
 
 def _single(env: Any, actions: np.ndarray) -> float:

@@ -1,88 +1,10 @@
 // The AnyMDP sampler (Wang et al., arXiv 2502.02869, "Scalable procedural task generation"): one task at a time, float64
-// throughout, probabilities rounded to float32 before anything is judged by them. Included after tiles.inl, once per
-// instruction set; everything here is local to the file that includes it.
-//
-// Random numbers are counter-based: value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each
-// quantity of each attempt has a stream of its own in which each number has its place. So a task depends on its key alone,
-// and icrl/worlds/anymdp_torch.py draws the same one for a whole batch at once.
+// throughout, probabilities rounded to float32 before anything is judged by them. Included after tiles.inl and
+// anymdp_numbers.inl, once per instruction set; everything here is local to the file that includes it.
 
 namespace {
 
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
 constexpr int64_t kBlock = 8;
-
-template <class T>
-inline T mix(const T& x) {
-  T z = x;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
-}
-inline double to_unit(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
-inline double larger(double a, double b) { return a > b ? a : b; }
-inline double smaller(double a, double b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline double clip(double x, double lo, double hi) { return smaller(larger(x, lo), hi); }
-
-enum Quantity : uint64_t { kScalars, kStart, kEnds, kWindows, kWeights, kCenters, kPosition, kCosts, kItems, kSettle };
-
-struct Random {
-  uint64_t key;
-  Random(uint64_t parent, uint64_t stream) : key(mix(parent ^ mix((stream + 1) * kGolden))) {}
-  Random(uint64_t parent, int64_t attempt, Quantity what) : Random(parent, static_cast<uint64_t>(attempt) * 16 + what) {}
-  double uniform(int64_t n) const { return to_unit(mix(key + (static_cast<uint64_t>(n) + 1) * kGolden)); }
-  double uniform(int64_t n, double lo, double hi) const { return lo + (hi - lo) * uniform(n); }
-  int64_t integer(int64_t n, int64_t lo, int64_t hi) const {  // [lo, hi); the multiplication's bias is below hi·2⁻⁵³
-    return lo + static_cast<int64_t>(uniform(n) * static_cast<double>(hi - lo));
-  }
-  double exponential(int64_t n) const { return -log(1.0 - uniform(n)); }
-  double radius(int64_t n) const { return sqrt(-2.0 * log(1.0 - uniform(n))); }
-  double angle(int64_t n) const { return 6.283185307179586 * uniform(n); }
-  double normal(int64_t n) const { return radius(n) * cos(angle(n + 1)); }  // takes n and n + 1
-};
-
-typedef unsigned long long u8 __attribute__((vector_size(64)));
-constexpr v8 kLanes = {0, 1, 2, 3, 4, 5, 6, 7};
-
-inline v8 larger(const v8& a, const v8& b) { return a > b ? a : b; }
-inline v8 smaller(const v8& a, const v8& b) { return a < b ? a : b; }
-
-template <int N>
-inline v8 polynomial(const v8& x, const double (&c)[N]) {  // highest power first
-  v8 p = splat(c[0]);
-#pragma GCC unroll 16
-  for (int i = 1; i < N; ++i) p = p * x + c[i];
-  return p;
-}
-
-// exp for x <= 0 to a few ulp; 0 below -700.
-inline v8 exp_negative(const v8& x) {
-  const v8 y = larger(x, splat(-700.0));
-  const v8 shifted = y * 1.4426950408889634 + 0x1.8p52;
-  const v8 n = shifted - 0x1.8p52;
-  const v8 r = (y - n * 0x1.62e42fefa39efp-1) - n * 0x1.abc9e3b39803fp-56;
-  const v8 series = polynomial(r, {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-                                   1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0});
-  const i8 power = (reinterpret_cast<i8>(shifted) + 1023) << 52;  // its low bits hold n in two's complement
-  return x < -700.0 ? splat(0) : series * reinterpret_cast<v8>(power);
-}
-
-// clip(N(0,1), .1, 1) from uniforms: the inverse distribution function's central rational form (P. J. Acklam, relative
-// error 1.2e-9); the clipped range never needs the tails.
-inline v8 clipped_normal(const v8& u) {
-  const v8 q = smaller(larger(u, splat(0.5398278372770290)), splat(0.8413447460685429)) - 0.5, r = q * q;
-  const v8 a = polynomial(r, {-3.969683028665376e+01, 2.209460984245205e+02, -2.759285104469687e+02, 1.383577518672690e+02,
-                              -3.066479806614716e+01, 2.506628277459239e+00});
-  const v8 b = polynomial(r, {-5.447609879822406e+01, 1.615858368580409e+02, -1.556989798598866e+02, 6.680131188771972e+01,
-                              -1.328068155288572e+01, 1.0});
-  return smaller(larger(q * a / b, splat(0.1)), splat(1.0));
-}
-
-inline v8 magnitude(const v8& a) { return a < 0 ? -a : a; }
-inline bool any(const i8& a) { return ((a[0] | a[4]) | (a[2] | a[6]) | (a[1] | a[5]) | (a[3] | a[7])) != 0; }
-inline void round_to(float* to, const v8& x) { *reinterpret_cast<f8u*>(to) = __builtin_convertvector(x, f8u); }
-inline double add(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
 template <class T>
 struct Blocks {  // [begin, end) of eight entries each, of a row that is zero elsewhere
@@ -213,11 +135,11 @@ struct Sampler {
         const v8 here = kLanes + static_cast<double>(j);
         v8 least = splat(1e300);
         for (int64_t a = 0; a < na; ++a) least = smaller(least, magnitude(center[a] - here));
-        for (int64_t a = 0; a < na; ++a) {
+        int64_t i = s * na;
+        double* p = bell + j;
+        for (int64_t a = 0; any(far); ++a, ++i, p += width) {
           const i8 taken = far & (magnitude(center[a] - here) == least);
           if (!any(taken)) continue;
-          const int64_t i = s * na + a;
-          double* p = bell + a * width + j;
           store(total + j, taken ? load(total + j) + (1.0 - load(p)) : load(total + j));
           store(p, taken ? splat(1) : load(p));
           begin[i] = smaller(begin[i], j), end[i] = larger(end[i], j + kBlock), far &= ~taken;
@@ -240,8 +162,8 @@ struct Sampler {
           round_to(w + j - l, x < 0x1p-126 ? splat(0) : x);
           kept += load(w + j - l);
         }
-        for (; l < h && add(load(w)) == 0; l += kBlock) w += kBlock;
-        for (; h > l && add(load(w + h - l - kBlock)) == 0;) h -= kBlock;
+        for (; l < h && !any(load(w) != 0); l += kBlock) w += kBlock;
+        while (h > l && !any(load(w + h - l - kBlock) != 0)) h -= kBlock;
         begin[i] = l / kBlock, end[i] = h / kBlock, offset[i] = w - rows, row_sum[i] = add(kept);
         used = offset[i] + h - l;
       }

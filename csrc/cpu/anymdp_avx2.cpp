@@ -5,5 +5,6 @@
 
 namespace icrl::avx2 {
 #include "cpu/tiles.inl"
+#include "cpu/anymdp_numbers.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::avx2

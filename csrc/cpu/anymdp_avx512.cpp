@@ -6,5 +6,6 @@
 
 namespace icrl::avx512 {
 #include "cpu/tiles.inl"
+#include "cpu/anymdp_numbers.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::avx512

@@ -5,5 +5,6 @@
 
 namespace icrl::generic {
 #include "cpu/tiles.inl"
+#include "cpu/anymdp_numbers.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::generic
