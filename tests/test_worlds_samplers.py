@@ -73,15 +73,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 8 * tasks.rew
     assert grown < 60_000, (grown, own)
 
 
-@pytest.mark.parametrize("sizes", [8, 16, 64, 128, (12, 40)])
-def test_torch_and_cpp_sample_the_same_tasks(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "actions"), [(8, 5), (16, 5), (16, 2), (20, 17), (64, 5), (128, 5), (250, 3), ((12, 40), 9)]
+)
+def test_torch_and_cpp_sample_the_same_tasks(sizes, actions):
     """The same attempt of 99 % of the tasks at least; these in all fields, but for the last bits of sums and of exp.
 
     Terminal bonuses come from values of up to 1e3 and are solved to 1e-12 of that; rewards are float32 sums of them with
     terms of the other sign, so their error is of the largest reward's size.
     """
-    n = {128: 16, 64: 60}.get(sizes, 300) if isinstance(sizes, int) else 150
-    cpp, by_torch = (sample_anymdp(n, sizes, 5, seed=11, packed=True, backend=b) for b in ("cpu", "torch"))
+    n = {250: 4, 128: 16, 64: 60}.get(sizes, 200) if isinstance(sizes, int) else 100
+    cpp, by_torch = (sample_anymdp(n, sizes, actions, seed=11, packed=True, backend=b) for b in ("cpu", "torch"))
     by_torch.validate()
     assert torch.equal(cpp.state_mapping, by_torch.state_mapping)
     assert torch.equal(cpp.max_steps, by_torch.max_steps)
@@ -103,7 +105,7 @@ def test_torch_samples_a_task_from_its_key_alone(monkeypatch):
     part = sample_anymdp(10, (12, 20), 3, seed=7, first=14, num_observations=50, packed=True, backend="torch")
     dense = sample_anymdp(24, (12, 20), 3, seed=7, num_observations=50, backend="torch")
     monkeypatch.setattr(
-        anymdp_torch, "_memory", lambda _: 7 * 40 * (20 * 3 * 20 + 20 * 20)
+        anymdp_torch, "_memory", lambda _: 7 * (40 * 20 * 3 * 20 + 80 * 20 * 20)
     )  # seven candidates at a time
     cut = sample_anymdp(24, (12, 20), 3, seed=7, num_observations=50, packed=True, backend="torch", progress=True)
     assert same(whole, cut)

@@ -515,7 +515,8 @@ struct Sampler {
       if (sure == C) return true;
       // nor is there doubt where the steps that are left, at most 1024, cannot move an entry by more than 1e-7
       double change = 0;
-      for (int64_t s = 0; s < C * width; ++s) change = larger(change, s % width < ns ? fabs(moved[s] - visits[s]) : 0.0);
+      for (int c = 0; c < C; ++c)
+        for (int64_t s = c * width; s < c * width + ns; ++s) change = larger(change, fabs(moved[s] - visits[s]));
       if (change < 1e-10) break;
     }
     for (int c = 0; c < C; ++c) {

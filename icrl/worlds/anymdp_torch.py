@@ -84,7 +84,9 @@ def sample(
     As many candidates are alive as fit into the device's memory; whenever some are accepted, the next tasks take their
     places.
     """
-    block = max(1, _memory(keys.device) // (40 * states * actions * states + 40 * states * states))
+    table = states * actions * states
+    fitting = _memory(keys.device) // (40 * table + 80 * states * states)
+    block = max(1, min(fitting, (2**31 - 1) // table))  # CUDA's nonzero counts in 32 bits
     found: list[Found] = []
     waiting = torch.arange(len(keys), device=keys.device)
     attempt = torch.ones_like(waiting)
