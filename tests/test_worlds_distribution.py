@@ -322,7 +322,7 @@ def of_tasks(tasks: TabularTasks, attempts: torch.Tensor) -> Numbers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ns", "count"), [(16, 300), (32, 120)])
+@pytest.mark.parametrize(("ns", "count"), [(16, 200), (32, 60)])
 def test_accepted_tasks_are_xenoverses(ns, count, monkeypatch):
     attempts, sampled = [], []
     once = task_sampler.sample_mdp

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -123,31 +124,30 @@ def _candidates(
     transition = _transition(streams, sizes, terminal, actions)
     rewards = _rewards(streams, sizes, terminal, goal, actions)
     arriving, leaving = rewards.arriving(), rewards.leaving()
-    bonus, settled = _settle(streams[SETTLE], transition, arriving, leaving, start, terminal, goal, sizes)
+    expected = leaving * transition.sum(-1)
+    bonus, settled = _settle(streams[SETTLE], transition, arriving, expected, start, terminal, goal, sizes)
     arriving += bonus
+    accepted = settled & _worth_playing(transition, arriving, expected, start, terminal, sizes, max_steps)
 
-    chosen = settled.nonzero()[:, 0]
-    parts = (transition, arriving, leaving, start, terminal, sizes, max_steps)
-    chosen = chosen[_worth_playing(*(x[chosen] for x in parts))]
-
-    kept = transition[chosen]
-    filled = kept != 0
+    filled = transition != 0
     some, at = filled.any(-1), torch.arange(states, device=keys.device)
     first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
-    length = torch.where(some, states - filled.flip(-1).to(torch.int8).argmax(-1) - first, 0)
-    inside = (at >= first[..., None]) & (at < (first + length)[..., None])
-    reward = (leaving[chosen][..., None] + arriving[chosen][:, None, None, :]).masked_fill_(~filled, 0)
+    end = torch.where(some, states - filled.flip(-1).to(torch.int8).argmax(-1), 0)
+    inside = (at >= first[..., None]) & (at < end[..., None]) & accepted[:, None, None, None]
+    task_of, state_of, action_of, to = inside.nonzero(as_tuple=True)
+    probability = transition[task_of, state_of, action_of, to]
+    reward = leaving[task_of, state_of, action_of] + arriving[task_of, to]
     return Found(
-        task[chosen],
-        attempt[chosen],
-        start[chosen].float(),
-        terminal[chosen],
-        rewards.noise_state[chosen].float(),
-        rewards.noise_action[chosen].float(),
-        first.int(),
-        length.int(),
-        kept[inside].float(),
-        reward[inside].float(),
+        task[accepted],
+        attempt[accepted],
+        start[accepted].float(),
+        terminal[accepted],
+        rewards.noise_state[accepted].float(),
+        rewards.noise_action[accepted].float(),
+        first[accepted].int(),
+        (end - first)[accepted].int(),
+        probability.float(),
+        torch.where(probability == 0, 0, reward).float(),
     )
 
 
@@ -199,22 +199,8 @@ def _ends(streams: list[Stream], sizes: Tensor, states: int) -> tuple[Tensor, Te
 
 
 def _clipped_normal(u: Tensor) -> Tensor:
-    """clip(N(0,1), .1, 1) by the inverse distribution function's central rational form, as in C++."""
-    q = u.clamp(0.5398278372770290, 0.8413447460685429) - 0.5
-    r = q * q
-    a = torch.full_like(r, -3.969683028665376e01)
-    for c in (
-        2.209460984245205e02,
-        -2.759285104469687e02,
-        1.383577518672690e02,
-        -3.066479806614716e01,
-        2.506628277459239,
-    ):
-        a = a.mul_(r).add_(c)
-    b = torch.full_like(r, -5.447609879822406e01)
-    for c in (1.615858368580409e02, -1.556989798598866e02, 6.680131188771972e01, -1.328068155288572e01, 1.0):
-        b = b.mul_(r).add_(c)
-    return (q * a / b).clamp(0.1, 1.0)
+    """clip(N(0,1), .1, 1) from uniforms."""
+    return torch.special.ndtri(u).clamp_(0.1, 1.0)
 
 
 def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions: int) -> Tensor:
@@ -246,18 +232,18 @@ def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions:
 
     n = at[:, None] * actions + torch.arange(actions, device=sizes.device)
     center = (f - 1)[..., None] + (e - (f - 1))[..., None] * streams[CENTERS].uniform(n.expand(batch, -1, -1))
-    bell = center[..., None] - at  # [B,S,A,S]
-    bell.square_().mul_((-1 / (sigma * sigma))[..., None, None]).exp_()
+    # [B,S,A,S], the largest tensor: the fewer passes over it the better
+    bell = (center / sigma[..., None])[..., None] - (at / sigma[..., None])[:, :, None]
+    torch.addcmul(bell.new_zeros(()), bell, bell, value=-1, out=bell).exp_()
     total = bell.sum(2)
     task, state, to = ((total < 1e-10) & (weight != 0)).nonzero(as_tuple=True)
     nearest = (center[task, state] - to[:, None]).abs().argmin(-1)  # far from every action: the nearest one takes it
     total[task, state, to] += 1 - bell[task, state, nearest, to]
     bell[task, state, nearest, to] = 1
-    share = torch.where(weight == 0, 0, weight / (total_weight[..., None] * total))
-    bell *= share[:, :, None]
-    bell *= (1 / bell.sum(-1, keepdim=True)).masked_fill_(~live[..., None, None], 0)
-    bell.masked_fill_(bell < 2.0**-126, 0)  # what float32 would hold as a denormal
-    return bell.copy_(bell.float())
+    bell *= torch.where(weight == 0, 0, weight / (total_weight[..., None] * total))[:, :, None]
+    scale = (1 / bell.sum(-1, keepdim=True)).masked_fill_(~live[..., None, None], 0)
+    rounded = torch.mul(bell, scale, out=torch.empty_like(bell, dtype=torch.float32))
+    return bell.copy_(F.threshold_(rounded, 2.0**-126, 0.0))  # no denormals
 
 
 def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tensor, actions: int) -> Rewards:
@@ -304,16 +290,16 @@ def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tenso
 
 
 def _mean_reward(transition: Tensor, arriving: Tensor, leaving: Tensor) -> Tensor:
-    """r̄ [B,S,A]."""
+    """r̄ [B,S,A], of which `leaving` is the part that has no s'."""
     b, s, a, _ = transition.shape
-    return torch.bmm(transition.view(b, s * a, s), arriving[..., None]).view(b, s, a) + leaving * transition.sum(-1)
+    return torch.bmm(transition.view(b, s * a, s), arriving[..., None]).view(b, s, a).add_(leaving)
 
 
 def _settle(
     stream: Stream,
     transition: Tensor,
     arriving: Tensor,
-    leaving: Tensor,
+    expected: Tensor,
     start: Tensor,
     terminal: Tensor,
     goal: Tensor,
@@ -327,30 +313,31 @@ def _settle(
     bonus, settled = last.double(), torch.zeros(batch, dtype=torch.bool, device=sizes.device)
     left, tables = torch.arange(batch, device=sizes.device), transition
     for k in range(5):
-        if len(left) == 0:
-            break
         u = stream[left].uniform(3 * k + at[:3].expand(len(left), -1))
-        mean = _mean_reward(tables, (arriving + bonus)[left], leaving[left])
+        mean = _mean_reward(tables, (arriving + bonus)[left], expected[left])
         v = value_iteration(tables, mean, 0.99, terminal=terminal[left], num_states=sizes[left]).v
         own = bonus[left]
         least = v.masked_fill(~open_states[left], torch.inf).amin(1)
         pit = own.masked_fill(at >= sizes[left, None], torch.inf).amin(1) - least + 1
         goal_value = v.gather(1, (sizes - 1 - goal.long())[left, None])[:, 0]
         fall = v.masked_fill(start[left] == 0, -torch.inf).amax(1) - goal_value + (2 + 3 * u[:, 0])
-        fine = (pit <= 0) & (fall <= 0)
+        fine = ((pit <= 0) & (fall <= 0)) | settled[left]
         drop = (pit + (1 + 9 * u[:, 1])) * (pit > 0)
         rise = torch.maximum(2 * fall, 1 + 9 * u[:, 2]) * torch.where(goal[left], 1.0, 0.01) * (fall > 0)
         change = rise[:, None] * last[left] - drop[:, None] * (terminal & ~last)[left]
         bonus[left] = own + change * ~fine[:, None]
         settled[left] = fine
-        left, tables = left[~fine], tables[~fine] if fine.any() else tables
+        if 2 * int(fine.sum()) >= len(left):  # the tables are copied only where that pays
+            left, tables = left[~fine], tables[~fine]
+        if len(left) == 0:
+            break
     return bonus, settled
 
 
 def _worth_playing(
     transition: Tensor,
     arriving: Tensor,
-    leaving: Tensor,
+    expected: Tensor,
     start: Tensor,
     terminal: Tensor,
     sizes: Tensor,
@@ -359,14 +346,16 @@ def _worth_playing(
     """[B] bool, at γ = 2^(−1/ns): the optimal chain is spread, and the optimal policy is worth 2 more than the random."""
     batch, states, _, _ = transition.shape
     gamma = torch.exp2(-1 / sizes.double())[:, None]
-    mean = _mean_reward(transition, arriving, leaving)
+    mean = _mean_reward(transition, arriving, expected)
     best = value_iteration(transition, mean, gamma, terminal=terminal, num_states=sizes)
-    chain = transition.gather(2, best.policy[:, 0, :, None, None].expand(-1, -1, 1, states))[:, :, 0]
+    at = torch.arange(states, device=sizes.device)
+    chain = transition[torch.arange(batch, device=sizes.device)[:, None], at, best.policy[:, 0]]
     chain = torch.where(terminal[..., None], start[:, None], chain)
     power = torch.frexp(max_steps.double()).exponent  # ⌊log2⌋ + 1
     for k in range(int(power.max()) if batch else 0):
-        chain = torch.where((k < power)[:, None, None], torch.bmm(chain, chain), chain)
-    p = (chain[:, :3] + 1e-12) * (torch.arange(states, device=sizes.device) < sizes[:, None])[:, None]
+        square = torch.bmm(chain, chain)
+        chain = square if k < int(power.min()) else torch.where((k < power)[:, None, None], square, chain)
+    p = (chain[:, :3] + 1e-12) * (at < sizes[:, None])[:, None]
     gini, entropy = 1 - (p * p).sum(-1), -torch.xlogy(p, p).sum(-1) / sizes.double().log()[:, None]
     spread = (gini > 0.7) & (entropy > 0.35)
 
