@@ -1,13 +1,16 @@
 """Data sets on disk: what a task and a step cost in seconds and bytes, and what the published sets would cost at that.
 
 `python -m benches.datasets` measures units on small sets in a temporary folder and writes benches/results/datasets.json.
-`python -m benches.datasets run FOLDER --tasks N` makes the published large set's first N tasks for real, checks every byte,
-reads them back in shuffled batches, and writes benches/results/dataset_run.json. Kill it and run it again: it goes on.
+`python -m benches.datasets run FOLDER` makes the published large set for real (59 GB; with --minutes or --tasks its first tasks),
+checks every byte, reads it back in shuffled batches, and writes benches/results/dataset_run.json. Kill it and run it again: it
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,8 +19,9 @@ from typing import Any
 import torch
 
 from benches.common import write
-from icrl.datasets import RecordStream, distill, write_records
+from icrl.datasets import RecordStream, distill, records_dataset, write_records
 from icrl.distill import PUBLISHED_BEHAVIOURS, DPDConfig, DPDStream
+from icrl.shards import read_index
 from icrl.worlds.shards import TaskSet, write_tasks
 
 WORKERS = 2
@@ -104,22 +108,34 @@ def _print(row: dict[str, Any]) -> None:
     print("  ".join(f"{k}={v:,.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
 
 
-def run(out: Path, tasks: int, workers: int) -> None:
-    """The large set, as far as `tasks` tasks go."""
-    numbers = distill(out, LARGE, tasks, SEED, labels=False, workers=workers, shards=None, full=False)
-    share = numbers["shards_made"] / (numbers["shards_made"] + numbers["shards_found"])  # of this call
-    numbers["steps_per_second"] = share * tasks * LARGE.steps / numbers["seconds"]
+def run(out: Path, tasks: int, minutes: float, workers: int) -> None:
+    """The large set: as many of its first tasks as there is time, disk and wish for. It grows by 40 shards at a time."""
+    begin, seconds, made = time.perf_counter(), 0.0, 0
+    rows_per_shard = records_dataset(LARGE, 1, SEED).rows_per_shard
+    step = 40 * rows_per_shard
+    rows = read_index(out)[0].rows if out.exists() else 0
+    numbers: dict[str, Any] = {}
+    while not numbers or (rows < tasks and seconds < 60 * minutes):
+        if numbers and shutil.disk_usage(out.parent).free < 8e9:
+            print("less than 8 GB of disk are left: enough")
+            break
+        if numbers or not rows:
+            rows = min(tasks, rows + step)
+        numbers = distill(out, LARGE, rows, SEED, labels=False, workers=workers, shards=None, full=False)
+        made += min(rows, numbers["shards_made"] * rows_per_shard)
+        seconds = time.perf_counter() - begin
+    found = {name: numbers[name] for name in ("bytes", "bytes_per_step", "index_crc32")}
+    found |= {"tasks": rows, "steps": rows * LARGE.steps, "workers": workers, "tasks_made_in_this_run": made}
+    found |= {"seconds": seconds, "steps_per_second": made * LARGE.steps / seconds}
     begin = time.perf_counter()
     stream = RecordStream(out, 32, SEED, prefetch=0)
     stream.reader.check_all()
-    numbers["seconds_to_check_every_byte"] = time.perf_counter() - begin
+    found["seconds_to_check_every_byte"] = time.perf_counter() - begin
     begin = time.perf_counter()
     for i in range(20):
         stream.batch(i)
-    numbers["shuffled_steps_read_per_second"] = 20 * 32 * LARGE.steps / (time.perf_counter() - begin)
-    del numbers["out"], numbers["rows"], numbers["of"]
-    numbers |= {"tasks": tasks, "steps": tasks * LARGE.steps, "workers": workers}
-    print(write("dataset_run", [], **numbers))
+    found["shuffled_steps_read_per_second"] = 20 * 32 * LARGE.steps / (time.perf_counter() - begin)
+    print(write("dataset_run", [], **found))
 
 
 def main() -> None:
@@ -127,12 +143,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     real = commands.add_parser("run")
     real.add_argument("folder", type=Path)
-    real.add_argument("--tasks", type=int, required=True)
-    real.add_argument("--workers", type=int, default=WORKERS)
+    real.add_argument("--tasks", type=int, default=500_000)
+    real.add_argument("--minutes", type=float, default=60.0, help="start no more shards after these")
+    real.add_argument(
+        "--workers", type=int, default=4, help="more than cores, so that some compute while others wait to be on disk"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.command == "run":
-        run(given.folder, given.tasks, given.workers)
+        sys.argv = [given.folder.name if x == str(given.folder) else x for x in sys.argv]  # as the result file has it
+        run(given.folder.absolute(), given.tasks, given.minutes, given.workers)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -195,8 +195,9 @@ def datasets() -> str:
         x = result("dataset_run")
         text += (
             f"\n\nMade for real: the large set's first {x['tasks']:,} tasks, {x['steps'] / 1e9:.2f} billion steps, "
-            f"{x['bytes'] / 1e9:.1f} GB in {x['seconds'] / 60:.1f} minutes ({x['steps_per_second'] / 1e6:.2f}M steps a second); "
-            f"every byte checked in {x['seconds_to_check_every_byte']:.0f} s."
+            f"{x['bytes'] / 1e9:.1f} GB; {x['tasks_made_in_this_run']:,} of them in the last run's {x['seconds'] / 60:.1f} "
+            f"minutes, {x['steps_per_second'] / 1e6:.2f}M steps a second. Every byte checked in "
+            f"{x['seconds_to_check_every_byte']:.0f} s."
         )
     return text
 
