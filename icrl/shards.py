@@ -434,7 +434,7 @@ class ShardReader:
     """
 
     def __init__(
-        self, folder: Path | str, *, kind: str | None = None, full: bool = False, open_files: int = 128
+        self, folder: Path | str, *, kind: str | None = None, full: bool = False, open_files: int = 2048
     ) -> None:
         self.folder, self.open_files = Path(folder), open_files
         self.dataset, shards = read_index(self.folder)
@@ -467,7 +467,14 @@ class ShardReader:
     def read(self, rows: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """These rows `[n]` of the named tensors (by default all that have rows), in the order asked for, as copies."""
         fields = self.dataset.fields
-        names = [n for n, f in fields.items() if f.shape[:1] == ("N",)] if names is None else names
+        by_row = [
+            n for n, f in fields.items() if f.shape[:1] == ("N",) and set(f.shape[1:]) <= self.dataset.sizes.keys()
+        ]
+        names = by_row if names is None else names
+        if others := set(names) - set(by_row):
+            raise ValueError(
+                f"names: wanted some of {', '.join(by_row)}, which have rows, got {', '.join(sorted(others))}"
+            )
         rows = torch.as_tensor(rows, dtype=torch.int64)
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(f"rows: wanted some of 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -88,8 +88,10 @@ def killed_before_the_index(folder, dataset, write=shards._write_index):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(folder, dataset)
 
-def slow(first, count):
-    time.sleep(0.03)
+def in_company(first, count):
+    end = time.time() + 60  # both processes have a shard in hand before either goes on
+    while len(list(Path(sys.argv[1]).glob("shard-*"))) < 2 and time.time() < end:
+        time.sleep(0.01)
     return here.make(first, count)
 
 how = sys.argv[3]
@@ -101,7 +103,8 @@ elif how == "indexing":
     shards._write_index = killed_before_the_index
 print("ready", flush=True)
 sys.stdin.readline()
-print(shards.write_shards(Path(sys.argv[1]), here.TOY, slow).made)
+make = in_company if how == "company" else here.make
+print(shards.write_shards(Path(sys.argv[1]), here.TOY, make).made)
 """
 
 
@@ -131,7 +134,7 @@ def test_killed_and_resumed_is_uninterrupted(how, kept, whole, tmp_path):
 
 def test_two_processes_share_the_work(whole, tmp_path):
     folder = tmp_path / "d"
-    processes = [child(folder, "slow") for _ in range(2)]
+    processes = [child(folder, "company") for _ in range(2)]
     for p in processes:
         p.stdin.write("go\n")
         p.stdin.flush()
@@ -308,6 +311,8 @@ def test_a_shard_and_bad_rows(whole):
     assert reader.shard(6)["m"].tolist() == [24, 24, 25, 25]
     with pytest.raises(ValueError, match="rows: wanted some of 0 to 25, got 3 to 26"):
         reader.read(torch.tensor([3, 26]))
+    with pytest.raises(ValueError, match="names: wanted some of x, which have rows, got m"):
+        reader.read(torch.tensor([3]), ["x", "m"])
 
 
 def test_every_epoch_is_a_permutation_shared_among_processes():
@@ -410,6 +415,11 @@ def test_training_from_disk_is_training_on_the_fly(records, tmp_path):
         learner.stream.close()
     for a, b in zip(from_disk.model.parameters(), on_the_fly.model.parameters(), strict=True):
         assert torch.equal(a, b)
+    given = {"training": {**json.loads(json.dumps(asdict(config))), "seed": 0}, "loop": {"updates": 1}}
+    (tmp_path / "c.json").write_text(json.dumps(given))
+    args = ["train", "omnirl", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
+    assert main([*args, "--records", str(records)]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["records"] == str(records)
     with pytest.raises(ValueError, match="has states 10, the configuration 11"):
         OmniRLLearner(replace(config, data=replace(SMALL, states=11), records=str(records)), loop)
 
