@@ -342,12 +342,15 @@ def worlds_draw(
 
 def worlds_shards(
     out: Positional[Path],
-    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
+    kind: Literal["anymdp", "garnet", "bandit", "pomdp"] = "anymdp",
     num_tasks: int = 10_000,
     num_states: tuple[int, int] = (16, 16),
     num_actions: int = 5,
     branching: int = 2,
     discounts: tuple[float, ...] = (),
+    num_observations: int = 64,
+    observation_tokens: int = 1,
+    action_tokens: int = 1,
     seed: int = 0,
     workers: int | None = None,
     shard_range: tuple[int, int] | None = None,
@@ -362,6 +365,9 @@ def worlds_shards(
         num_states: the fewest and the most of a task.
         branching: successors of each state and action (Garnet).
         discounts: also store optimal policies and values at each of these.
+        num_observations: how many ids each token has (pomdp).
+        observation_tokens: an agent sees at a step (pomdp).
+        action_tokens: an agent gives at a step (pomdp).
         workers: shards made at once, one thread each; one a core unless given.
         shard_range: only shards LOW to HIGH - 1, for machines that share a file system without locks.
         full: read finished shards against their checksums, instead of their headers and lengths alone.
@@ -371,7 +377,8 @@ def worlds_shards(
     from icrl.worlds.shards import TaskSet
 
     _new_file("json", json)
-    config = TaskSet(kind, num_states, num_actions, branching, discounts)
+    tokens = (num_observations, observation_tokens, action_tokens)
+    config = TaskSet(kind, num_states, num_actions, branching, discounts, *tokens)
     options = {"workers": workers or os.cpu_count() or 1, "full": full}
     options["shards"] = None if shard_range is None else range(*shard_range)
     _write_json(json, commands.shards(out, config, num_tasks, seed, **options))

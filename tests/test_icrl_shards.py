@@ -448,16 +448,19 @@ def test_commands(tmp_path, capsys):
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["anymdp", "garnet", "bandit"])
+@pytest.mark.parametrize("kind", ["anymdp", "garnet", "bandit", "pomdp"])
 def test_tasks_from_disk_are_those_sampled(kind, tmp_path):
-    config = TaskSet(kind, (8, 12), 3, discounts=(0.5, 0.994))
+    config = TaskSet(
+        kind, (8, 12), 3, discounts=(0.5, 0.994), num_observations=5, observation_tokens=2, action_tokens=2
+    )
     small = replace(config.dataset(11, 5), rows_per_shard=4)
     assert config.dataset(11, 5).rows_per_shard > 11
     write_shards(tmp_path, small, lambda first, count: shards_of_tasks._make(config, 5, first, count), workers=2)
     shards = TaskShards(tmp_path, full=True)
     read, wanted = TabularTasks.concatenate(list(shards)), config.sample(11, 5)
     assert (len(shards), len(read), read.packed) == (11, 11, True)
-    assert read.num_observations == wanted.num_observations
+    assert (read.num_observations, read.action_tokens) == (wanted.num_observations, wanted.action_tokens)
+    assert read.multi_token == (kind == "pomdp")
     for name, a in read.dense().tensors().items():
         assert torch.equal(a, getattr(wanted.dense(), name)), name
     solved = wanted.solve(config.discounts)

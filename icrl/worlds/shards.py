@@ -14,12 +14,14 @@ from torch import Tensor
 import icrl_kernels
 from icrl.shards import DataSet, Field, ShardReader, Written, write_shards
 from icrl.worlds import windows
+from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tables import TabularTasks
 from icrl_kernels.packed import PackedTransition
 
 TASKS = "tabular tasks"
 SHARD_BYTES = 64 << 20
+TOKENS = ("num_observations", "observation_tokens", "action_tokens")
 WINDOWS = {
     "probability": Field("float32", ("M",), "of the rows' windows, row after row of [N,S,A]"),
     "reward": Field("float32", ("M",), "mean reward of the same transitions"),
@@ -36,6 +38,7 @@ REST = {
     "num_states": Field("int16", ("N",), "of each task, at most S"),
     "num_actions": Field("int16", ("N",), "of each task, at most A"),
 }
+EMISSION = {"emission": Field("float32", ("N", "K", "S", "O"), "probability of token k being O in a state (pomdp)")}
 SOLVED = {
     "policy": Field("int8", ("N", "G", "S"), "optimal action at each discount"),
     "value": Field("float32", ("N", "G", "S"), "optimal value at each discount, rounded from float64"),
@@ -54,6 +57,10 @@ class TaskSet:
     branching: int = 2
     """Successors of each state and action (Garnet)."""
     discounts: tuple[float, ...] = ()
+    num_observations: int = 64
+    """Ids of each token; this and what follows of kind pomdp alone."""
+    observation_tokens: int = 1
+    action_tokens: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.num_states
@@ -61,20 +68,25 @@ class TaskSet:
             raise ValueError(f"num_states: wanted 1 <= LOW <= HIGH <= {2**15 - 1}, got {low}, {high}")
         if not 1 <= self.num_actions <= 2**7 - 1:
             raise ValueError(f"num_actions: wanted 1 to {2**7 - 1}, got {self.num_actions}")
-        if self.kind not in ("anymdp", "garnet", "bandit"):
-            raise ValueError(f"kind: wanted anymdp, garnet or bandit, got {self.kind!r}")
+        if self.kind not in ("anymdp", "garnet", "bandit", "pomdp"):
+            raise ValueError(f"kind: wanted anymdp, garnet, bandit or pomdp, got {self.kind!r}")
         if any(not 0 <= g <= 1 for g in self.discounts):
             raise ValueError(f"discounts: wanted numbers in [0, 1], got {self.discounts}")
 
     def sample(self, n: int, seed: int, first: int = 0) -> TabularTasks:
         """Tasks `first` to `first + n` of a seed, packed."""
-        ids, of = self.num_states[1], {"seed": seed, "first": first, "num_observations": self.num_states[1]}
+        ids = self.num_states[1]
+        of: dict[str, Any] = {"seed": seed, "first": first}
         if self.kind == "bandit":
-            tasks = sample_bandit(n, self.num_actions, **of)
+            tasks = sample_bandit(n, self.num_actions, num_observations=ids, **of)
         elif self.kind == "garnet":
-            tasks = sample_garnet(n, self.num_states, self.num_actions, self.branching, packed=True, **of)
+            options: dict[str, Any] = {"num_observations": ids, "packed": True, **of}
+            tasks = sample_garnet(n, self.num_states, self.num_actions, self.branching, **options)
+        elif self.kind == "pomdp":
+            tokens: dict[str, Any] = {name: getattr(self, name) for name in TOKENS}
+            tasks = sample_pomdp(n, self.num_states, self.num_actions, packed=True, **tokens, **of)
         else:
-            tasks = sample_anymdp(n, self.num_states, self.num_actions, packed=True, **of)
+            tasks = sample_anymdp(n, self.num_states, self.num_actions, num_observations=ids, packed=True, **of)
         return tasks.pad(ids, self.num_actions).pack()
 
     def dataset(self, rows: int, seed: int) -> DataSet:
@@ -83,6 +95,10 @@ class TaskSet:
         config = {"icrl_kernels": icrl_kernels.__version__, **dataclasses.asdict(self)}
         guess = states * self.num_actions * (states // 8 + 4) * 8  # bytes of an AnyMDP task's windows
         fields = {**WINDOWS, **REST, **(SOLVED if self.discounts else {})}
+        if self.kind == "pomdp":
+            fields |= EMISSION
+            sizes |= {"K": self.observation_tokens, "O": self.num_observations}
+            guess += 4 * self.observation_tokens * states * self.num_observations
         return DataSet(TASKS, fields, sizes, config, seed, rows, max(1, SHARD_BYTES // guess))
 
 
@@ -97,6 +113,8 @@ def _make(config: TaskSet, seed: int, first: int, count: int) -> dict[str, Tenso
     p, reward = windows.compact(tasks.transition, tasks.reward)
     found = {"probability": p.probability, "reward": reward, "first": p.first, "length": p.length}
     found |= {name: getattr(tasks, name) for name in REST}
+    if tasks.emission is not None:
+        found["emission"] = tasks.emission
     if config.discounts:
         solved = tasks.solve(config.discounts)
         error = solved.error_bound.float()
@@ -129,7 +147,10 @@ class TaskShards:
             name: found[name].long() if found[name].dtype in (torch.int16, torch.int32) else found[name]
             for name in REST
         }
-        ids = self.reader.dataset.config["num_states"][1]
+        config = self.reader.dataset.config
+        if "emission" in found:
+            rest |= {"emission": found["emission"], "action_tokens": config["action_tokens"]}
+        ids = config["num_observations"] if "emission" in found else config["num_states"][1]
         return TabularTasks(transition=transition, reward=found["reward"], **rest, num_observations=ids).validate()
 
     def __iter__(self) -> Iterator[TabularTasks]:
