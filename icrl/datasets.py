@@ -105,9 +105,9 @@ def _make(config: DPDConfig, seed: int, labels: bool, first: int, count: int) ->
 
 def _compact(config: DPDConfig, seed: int, index: int, labels: bool) -> dict[str, Tensor]:
     tasks, own = batch_tasks(config, seed, index)
-    run, tag, q = simulate(config, tasks, seed=own, labels=labels)
+    run, observation, tag, q = simulate(config, tasks, seed=own, labels=labels)
     state = run.state.long()
-    found = {"observation": tasks.state_mapping.to(torch.int16).gather(1, state), "reward": run.reward}
+    found = {"observation": observation.to(torch.int16), "reward": run.reward}
     found |= {"action": run.action, "done": run.done, "tag": tag}
     tensors = {name: found[name].to(getattr(torch, field.dtype)) for name, field in STEP.items()}
     behind = tasks.state_of()[:, None, :, None]  # the state behind each observation; -1 where there is none

@@ -161,6 +161,7 @@ class Simulated(NamedTuple):
     """What records in N tasks are made of."""
 
     run: Rollout
+    observation: Tensor  # [N,T] int64, what was seen before acting
     tag: Tensor  # [N,T] int64
     q: Tensor  # [N,G,S,A] float32, optimal values of each inner state at each discount; -inf past a task's own actions
 
@@ -168,8 +169,14 @@ class Simulated(NamedTuple):
 def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int, labels: bool = False) -> Simulated:
     """Act for `config.steps` steps in each task, with optimal values to label what was visited.
 
-    With `labels`, `run.labels` [N,T,G] are the optimal actions at each discount.
+    With `labels`, `run.labels` [N,T,G] are the optimal actions at each discount. ValueError for tasks of several tokens
+    a step: a record has one observation and one action.
     """
+    if tasks.observation_tokens > 1 or tasks.action_tokens > 1:
+        raise ValueError(
+            f"tasks: a record has one observation and one action a step, got {tasks.observation_tokens} and "
+            f"{tasks.action_tokens} tokens"
+        )
     N, _, A = tasks.noise_action.shape
     own_action = torch.arange(A) < tasks.num_actions[:, None]
     q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)
@@ -183,15 +190,16 @@ def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int, labels: bool 
         references=best if labels else None,
         behaviours=draw_behaviours(config, N, generator),
     )
-    return Simulated(run, _tags(config, run.behaviour, run.done, generator), q)
+    observation = tasks.emit(run.state, seed=hash_seed(seed, 3), step=torch.arange(config.steps))[..., 0]
+    return Simulated(run, observation, _tags(config, run.behaviour, run.done, generator), q)
 
 
 def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Records:
     """One record of `config.steps` steps in each task."""
-    run, tag, q = simulate(config, tasks, seed=seed)
+    run, observation, tag, q = simulate(config, tasks, seed=seed)
     state, record = run.state.long(), torch.arange(len(q))[:, None]
     return Records(
-        observation=tasks.state_mapping.gather(1, state),
+        observation=observation,
         action=run.action.long(),
         reward=run.reward,
         done=run.done.long(),

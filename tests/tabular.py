@@ -1,7 +1,7 @@
 """Small random tasks for tests, with what the tests need of icrl.worlds.TabularTasks."""
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ class Tasks:
     num_states: Tensor
     num_actions: Tensor
     state_mapping: Tensor
+    observation_tokens: ClassVar[int] = 1
+    action_tokens: ClassVar[int] = 1
+
+    def emit(self, states: Tensor, **_: object) -> Tensor:
+        """Ids, as fully observed tasks have them."""
+        return self.state_mapping.gather(1, states.long())[..., None]
 
     def raw(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state_mapping"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from icrl.checkpoint import checksum
+from icrl.distill import DPDConfig, make_records
 from icrl.evaluate import references
-from icrl.worlds import TabularTasks, quality, sample_anymdp, sample_bandit, sample_garnet
+from icrl.worlds import TabularEnv, TabularTasks, TabularVectorEnv, quality, sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds import windows as windows_module
+from icrl.worlds.draw import draw_task, to_rgb
 from icrl_kernels import rollout
 from icrl_kernels.packed import PackedTransition
 
@@ -94,6 +97,24 @@ def test_the_oracle_and_the_simulator_take_windows(dense, packed):
         one, two = (rollout(x.tables(), steps=200, seed=1) for x in (tasks, dense))
         for field in ("state", "action", "reward", "done"):
             assert torch.equal(getattr(one, field), getattr(two, field)), field
+
+
+def test_environments_records_and_pictures_of_windows(dense, packed):
+    some = slice(0, 5)
+    one, two = (TabularEnv(x[3]) for x in (packed, dense))
+    several, others = (TabularVectorEnv(x[some]) for x in (packed, dense))
+    for a, b in ((one, two), (several, others)):
+        assert (np.asarray(a.reset(seed=1)[0]) == b.reset(seed=1)[0]).all()
+        for _ in range(60):
+            action = 0 if a is one else np.zeros(5, dtype=int)
+            got, want = a.step(action), b.step(action)
+            assert all((np.asarray(x) == y).all() for x, y in zip(got[:4], want[:4], strict=True))
+            if a is one and (got[2] or got[3]):
+                a.reset(), b.reset()
+    config = DPDConfig(batch=5, steps=40)
+    for x, y in zip(*(make_records(config, t[some], seed=0) for t in (packed, dense)), strict=True):
+        assert torch.equal(x, y)
+    assert (to_rgb(draw_task(packed, 2)) == to_rgb(draw_task(dense, 2))).all()
 
 
 def test_references_of_an_evaluation(packed, dense):

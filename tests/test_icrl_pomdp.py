@@ -9,6 +9,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
+from icrl.distill import DPDConfig, make_records
 from icrl.worlds import (
     TabularEnv,
     TabularTasks,
@@ -194,6 +195,21 @@ def test_full_observation_is_a_token_too():
     seen = tasks.emit(states, seed=0, step=0)[..., 0]
     assert torch.equal(seen[:, :2], tasks.observe(states[:, :2]))
     assert (seen[:, 2] == -1).all()
+
+
+def test_records_for_distillation_hold_what_is_seen(tasks):
+    config = DPDConfig(steps=50)
+    if tasks.multi_token:
+        with pytest.raises(ValueError, match=r"^tasks: a record has one observation and one action"):
+            make_records(config, tasks, seed=0)
+        return
+    records = make_records(config, tasks, seed=0)
+    plain = make_records(config, dataclasses.replace(tasks, emission=None, num_observations=20), seed=0)
+    assert torch.equal(records.action, plain.action)
+    state = (tasks.state_mapping[:, None] == plain.observation[..., None]).int().argmax(-1)
+    seen = tasks.emission[torch.arange(10)[:, None], 0, state].gather(2, records.observation[..., None])
+    assert (seen > 0).all()
+    assert not torch.equal(records.observation, make_records(config, tasks, seed=1).observation)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -392,7 +408,7 @@ def test_the_vector_environment_is_the_batched_path_bit_for_bit(tasks, mode):
 
 def test_the_environment_passes_the_checker(tasks):
     env = TabularEnv(tasks[0], render_mode="ansi")
-    check_env(env)
+    check_env(env, skip_render_check=True)
     k, d = tasks.observation_tokens, tasks.action_tokens
     assert env.observation_space == (
         gymnasium.spaces.Discrete(11) if k == 1 else gymnasium.spaces.MultiDiscrete([11] * k)
