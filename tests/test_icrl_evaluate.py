@@ -61,7 +61,10 @@ def test_interquartile_mean_ignores_the_tails():
     assert half > 0
 
 
-def test_learners_learn(tasks):
+def test_learners_learn():
+    tasks = sample_anymdp(
+        32, 16, seed=5
+    )  # Q-learning's mean is .5, its spread over tasks .35: the bound is 3 errors off
     reference = evaluate.references(tasks)
     scores = {
         name: evaluate.mean_ci(
