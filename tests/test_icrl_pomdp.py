@@ -62,6 +62,9 @@ def test_a_task_is_a_function_of_seed_and_index(tasks):
     plain = sample_anymdp(10, (12, 20), 3, seed=1, num_observations=20)
     seen = dataclasses.replace(tasks, emission=None, action_tokens=1, num_observations=20)
     assert same(seen, plain)  # the dynamics are AnyMDP's
+    windows = sample_pomdp(10, (12, 20), 3, seed=1, packed=True, **settings)
+    assert windows.packed
+    assert same(windows, tasks)
     assert len(sample_pomdp(0, 12, 3, seed=0).validate()) == 0
 
 
