@@ -106,7 +106,6 @@ def _make(config: DPDConfig, seed: int, labels: bool, first: int, count: int) ->
 def _compact(config: DPDConfig, seed: int, index: int, labels: bool) -> dict[str, Tensor]:
     tasks, own = batch_tasks(config, seed, index)
     run, observation, tag, q = simulate(config, tasks, seed=own, labels=labels)
-    state = run.state.long()
     found = {"observation": observation.to(torch.int16), "reward": run.reward}
     found |= {"action": run.action, "done": run.done, "tag": tag}
     tensors = {name: found[name].to(getattr(torch, field.dtype)) for name, field in STEP.items()}
