@@ -103,7 +103,7 @@ def cuda_rows() -> list[dict]:
     return rows
 
 
-def memory_rows(tasks: int = 24) -> list[dict]:
+def memory_rows(tasks: int = 12) -> list[dict]:
     """The share of sampled AnyMDP tasks that is solved in the shared memory of a block, so many blocks a processor."""
     solver = importlib.import_module("icrl_kernels.value_iteration")
     discounts = torch.tensor([0.5, 0.93, 0.994], dtype=torch.float64)
@@ -111,7 +111,7 @@ def memory_rows(tasks: int = 24) -> list[dict]:
     for states in (16, 32, 64, 128):
         batch = sample_anymdp(tasks, states, 5, seed=1)
         table, reward = pack_transition(batch.transition, batch.reward)
-        for blocks in (32, 20, 16, 8, 7, 6, 5, 4, 3, 2):
+        for blocks in {16: (32,), 32: (20, 16, 14), 64: (8, 7, 6), 128: (4, 3, 2)}[states]:
             room = (PROCESSOR // blocks - RESERVED) // 16 * 16 - OWN
             unfit = []
             solver._compiled(
