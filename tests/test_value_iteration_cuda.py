@@ -81,6 +81,8 @@ def test_any_team_gives_the_same_bits(threads, order):
     for s in (1, 6):
         tables = banded(1, s, dtype=torch.float64)
         assert same(team(*tables, GAMMAS, threads=threads, order=order)[0], team(*tables, GAMMAS)[0])
+    sweeps = {"method": "value_iteration", "tol": 1e-3}
+    assert same(team(t, r, 0.5, threads=threads, order=order, **sweeps)[0], team(t, r, 0.5, **sweeps)[0])
 
 
 def test_memory_that_some_tasks_fit():
@@ -165,6 +167,16 @@ def test_undiscounted():
         team(stay, -cost, 1.0)
     with pytest.raises(ValueError, match="method"):
         team(stay, cost, 1.0, method="value_iteration")
+
+
+@pytest.mark.parametrize(("threads", "order"), TEAMS)
+def test_any_team_finds_the_states_that_cannot_end(threads, order):
+    t, r = banded(1, 18, dtype=torch.float64)
+    both, gain = torch.zeros(2, 1, 36, 5, 36, dtype=torch.float64)
+    both[:, :18, :, :18], gain[:, :18, :, :18] = t, -r.abs()
+    both[:, 18:, :, 18:] = torch.eye(18, dtype=torch.float64)[None, :, None].roll(1, 1)  # round and round
+    with pytest.raises(ValueError, match=r"discount.*none does from state 18"):
+        team(both, gain, 1.0, threads=threads, order=order)
 
 
 def test_rewards_of_all_sizes_and_ties():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_value_iteration import banded, garnet, gym_tables, long_double_q, normalised
 
-from icrl_kernels import PackedTransition, pack_transition, value_iteration
+from icrl_kernels import _C, PackedTransition, _registry, pack_transition, value_iteration
 
 pytest.importorskip("triton")
 from icrl_kernels import _value_iteration_reference as specification
@@ -164,6 +164,10 @@ def test_refusals():
         getattr(windows, name)[1, 2, 3] = value
         with pytest.raises(ValueError, match=r"transition.*windows.*\[1, 2, 3\]"):
             solve(windows, gain, 0.9)
+
+
+def test_the_choice_on_a_gpu():
+    assert _registry.resolve("value_iteration", "cuda")[0] == ("cuda" if _C.with_cuda else "triton")
 
 
 @pytest.mark.gpu
