@@ -12,6 +12,7 @@ void bind_gla(pybind11::module_& m);
 void bind_gsa(pybind11::module_& m);
 void bind_model_based(pybind11::module_& m);
 void bind_rollout(pybind11::module_& m);
+void bind_rollout_cuda(pybind11::module_& m);
 void bind_rollout_tables(pybind11::module_& m);
 void bind_rwkv7(pybind11::module_& m);
 void bind_tokens(pybind11::module_& m);
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   icrl::bind_value_iteration_team(m);
 #ifdef ICRL_WITH_CUDA
   m.attr("with_cuda") = true;
+  icrl::bind_rollout_cuda(m);
   icrl::bind_value_iteration_cuda(m);
 #else
   m.attr("with_cuda") = false;

@@ -43,7 +43,7 @@ def model_based_q(
         done: [R,T] int64: 0 no; 1 the step led to a terminal state; 2 truncated.
         next_state: [R,T] int64, where each step led, before any reset. Without it that is the next step's state, and where
             a truncated step led is not on record: its reward counts all the same.
-        backend: "cpu", "plain" (the GPU's code on the CPU; the same bits) or "reference".
+        backend: "cpu", "cuda", "plain" (the GPU's code on the CPU; the same bits) or "reference".
 
     Raises:
         ValueError: shapes, dtypes or devices differ from the above, an index or the discount is out of range, or a reward
@@ -106,6 +106,20 @@ def _plain(*args: Any) -> Tensor:
     return _compiled(True, *args[:5], sizes=args[5:7], settings=args[7:])
 
 
+def _cuda(*args: Any) -> Tensor:
+    if not _C.with_cuda:
+        raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1, or use 'reference'")
+    inputs = [None if t is None else t.contiguous() for t in args[:5]]
+    state, sizes = args[0], args[5:7]
+    q = torch.empty(*state.shape, sizes[1], device=state.device)
+    scratch = torch.zeros(state.shape[0] * _C.model_based_q_cuda_scratch(*sizes), device=state.device)
+    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, q)]
+    index = state.get_device()
+    stream = torch.cuda.current_stream(index).cuda_stream
+    _C.model_based_q_cuda(*pointers, *state.shape, *sizes, *args[7:], scratch.data_ptr(), index, stream)
+    return q
+
+
 def _reference(
     state: Tensor,
     action: Tensor,
@@ -156,7 +170,12 @@ def _reference(
 define(
     "model_based_q(Tensor state, Tensor action, Tensor reward, Tensor done, Tensor? next_state, int num_states, "
     "int num_actions, float bonus, float discount, int sweeps, str backend) -> Tensor",
-    {"cpu": (("cpu",), _cpu), "plain": (("cpu",), _plain), "reference": (("cpu",), _reference)},
+    {
+        "cpu": (("cpu",), _cpu),
+        "plain": (("cpu",), _plain),
+        "cuda": (("cuda",), _cuda),
+        "reference": (("cpu",), _reference),
+    },
     lambda state, action, reward, done, next_state, num_states, num_actions, *rest: reward.new_empty(
         *state.shape, num_actions
     ),

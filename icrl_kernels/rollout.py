@@ -21,7 +21,7 @@ from icrl_kernels import _C, _checks
 from icrl_kernels._registry import define
 from icrl_kernels.behaviours import BUILTIN, Behaviours, check_behaviours, constant_behaviours
 from icrl_kernels.rollout_reference import OUT_DTYPES, thresholds
-from icrl_kernels.rollout_tables import RolloutTables, on_cpu
+from icrl_kernels.rollout_tables import RolloutTables
 
 
 class RolloutState(NamedTuple):
@@ -75,34 +75,35 @@ def rollout_start(
         ValueError: a shape, dtype or device is not as above, or task_index is out of range.
     """
     N, S, A = tables.offset.shape
-    task = torch.arange(N) if task_index is None else task_index
+    device = tables.offset.device
+    task = torch.arange(N, device=device) if task_index is None else task_index
     _checks.shape("task_index", task, ["R"])
     R = task.shape[0]
     if not isinstance(seed, Tensor):
         if not isinstance(seed, Integral):
             raise ValueError(f"seed: wanted an int or a tensor, got {seed!r}")
-        seed = torch.full((R,), _as_int64(int(seed)), dtype=torch.int64)
-    record = torch.arange(R) if record is None else record
+        seed = torch.full((R,), _as_int64(int(seed)), dtype=torch.int64, device=device)
+    record = torch.arange(R, device=device) if record is None else record
     for name, tensor in (("task_index", task), ("record", record), ("seed", seed)):
         _checks.shape(name, tensor, ["R"], R=R)
         _checks.dtype(name, tensor, [torch.int64])
-    on_cpu(task_index=task, record=record, seed=seed)
+    _checks.same_device(tables=tables.offset, task_index=task, record=record, seed=seed)
     uses_q = uses_model = False
     if behaviours is not None:
         weights = behaviours.initial + behaviours.later
         uses_q, uses_model = bool((weights[:, -2] > 0).any()), bool((weights[:, -1] > 0).any())
 
     def learner(used: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape if used else 0, dtype=dtype)
+        return torch.zeros(shape if used else 0, dtype=dtype, device=device)
 
     state = RolloutState(
         seed=seed.clone(),
         record=record.clone(),
         task=task.clone(),
-        step=torch.zeros(R, dtype=torch.int64),
-        state=torch.full((R,), -1),
-        elapsed=torch.zeros(R, dtype=torch.int64),
-        behaviour=torch.full((R,), -1),
+        step=torch.zeros_like(task),
+        state=torch.full_like(task, -1),
+        elapsed=torch.zeros_like(task),
+        behaviour=torch.full_like(task, -1),
         visits=learner(uses_q or uses_model, R, S, A, dtype=torch.int32),
         q=learner(uses_q, R, S, A),
         reward_sum=learner(uses_model, R, S, A),
@@ -111,7 +112,7 @@ def rollout_start(
         value=learner(uses_model, R, S),
         reward_square=learner(uses_q or uses_model, R, dtype=torch.float64),
     )
-    nothing = torch.empty(R, 0, dtype=torch.int64)
+    nothing = torch.empty(R, 0, dtype=torch.int64, device=device)
     torch.ops.icrl.rollout(*tables, None, None, [], nothing, list(state), 0, "auto")
     return state
 
@@ -152,16 +153,16 @@ def rollout(
     if task_index is not None:
         _checks.shape("task_index", task_index, ["R"])
     P = 0 if policies is None else policies.shape[1]
-    task = (
-        state.task if state is not None else torch.arange(tables.offset.shape[0]) if task_index is None else task_index
-    )
-    R = task.shape[0]
+    given = task_index if state is None else state.task
+    R = tables.offset.shape[0] if given is None else given.shape[0]
     if behaviours is None:
         behaviours = constant_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0})
+        behaviours = Behaviours(*(t.to(tables.offset.device) for t in behaviours))
+    _checks.same_device(tables=tables.offset, **behaviours._asdict())
     check_behaviours(behaviours, R, P)
     if state is None:
         assert seed is not None
-        final = rollout_start(tables, seed=seed, task_index=task, behaviours=behaviours)
+        final = rollout_start(tables, seed=seed, task_index=task_index, behaviours=behaviours)
     else:
         _check_state(state, tables, R)
         final = RolloutState(*(t.clone() for t in state))
@@ -343,6 +344,45 @@ def _plain(*args: Any) -> tuple[Tensor, ...]:
     return out
 
 
+def _cuda(*args: Any) -> tuple[Tensor, ...]:
+    if not _C.with_cuda:
+        raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1")
+    _check_values(RolloutTables(*args[:11]), args[11], args[13], args[14], RolloutState(*args[15]))
+    out, arguments = _prepare(args)
+    like, (_, S, A) = args[2], args[2].shape
+    R = args[15][0].shape[0]
+    scratch = torch.empty(R * _C.rollout_cuda_scratch(S, A) if args[13] else 0, device=like.device)
+    index = like.get_device()
+    _C.rollout_cuda(*arguments, scratch.data_ptr(), index, torch.cuda.current_stream(index).cuda_stream)
+    return out
+
+
+def _check_values(
+    tables: RolloutTables,
+    policies: Tensor | None,
+    behaviours: list[Tensor],
+    actions: Tensor | None,
+    state: RolloutState,
+) -> None:
+    """What the CPU's code checks record by record, before a kernel that cannot refuse."""
+    N = tables.offset.shape[0]
+    if bool(((state.task < 0) | (state.task >= N)).any()):
+        raise ValueError(f"task_index: wanted 0 to {N - 1}, as there are {N} tasks")
+    begun = state.state.clamp_min(0)
+    wrong = (state.state < -1) | (begun >= tables.num_states[state.task])
+    wrong |= (state.state >= 0) & tables.terminal[state.task, begun.clamp_max(tables.offset.shape[1] - 1)]
+    most = (0 if policies is None else policies.shape[1]) + 3 if behaviours else 2**62
+    wrong |= (state.behaviour < -1) | (state.behaviour > most)
+    if bool(wrong.any()):
+        r = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"state: record {r} is in state {int(state.state[r])} with behaviour {int(state.behaviour[r])}: wanted a state "
+            f"of task {int(state.task[r])} that is not terminal, or -1, and a behaviour from -1 to {most}"
+        )
+    if actions is not None and bool(((actions < 0) | (actions >= tables.num_actions[state.task][:, None])).any()):
+        raise ValueError("action: wanted actions of the record's task")
+
+
 def _fake(cumulative: Tensor, *args: Any) -> tuple[Tensor, ...]:
     references, state, steps = args[11], args[-3], args[-2]
     return _empty(cumulative, state[0].shape[0], steps, 0 if references is None else references.shape[2])
@@ -353,6 +393,6 @@ define(
     "Tensor start, Tensor terminal, Tensor max_steps, Tensor num_states, Tensor num_actions, Tensor? policies, "
     "Tensor? references, Tensor[] behaviours, Tensor? actions, Tensor(a!)[] state, int steps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": (("cpu",), _cpu), "plain": (("cpu",), _plain)},
+    {"cpu": (("cpu",), _cpu), "plain": (("cpu",), _plain), "cuda": (("cuda",), _cuda)},
     _fake,
 )

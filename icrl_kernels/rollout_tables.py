@@ -31,6 +31,10 @@ class RolloutTables(NamedTuple):
     num_states: Tensor  # [N] int64
     num_actions: Tensor  # [N] int64
 
+    def to(self, device: torch.device | str) -> RolloutTables:
+        """The same tables on another device: a simulation runs where they are."""
+        return RolloutTables(*(t.to(device) for t in self))
+
 
 def rollout_tables(
     transition: Tensor | PackedTransition,
@@ -86,7 +90,7 @@ def rollout_tables(
     for name, (tensor, wanted, dtype) in named.items():
         _checks.shape(name, tensor, wanted)
         _checks.dtype(name, tensor, [dtype])
-    on_cpu(**{name: tensor for name, (tensor, _, _) in named.items()})
+    _on_cpu(**{name: tensor for name, (tensor, _, _) in named.items()})
     for name, size, most in (
         ("max_steps", max_steps, None),
         ("num_states", num_states, S),
@@ -144,10 +148,12 @@ def rollout_tables(
     return RolloutTables(cumulative, own_reward, offset, window, *rest)
 
 
-def on_cpu(**tensors: Tensor) -> None:
+def _on_cpu(**tensors: Tensor) -> None:
     device = _checks.same_device(**tensors)
     if device.type != "cpu":
-        raise ValueError(f"rollout runs on the CPU; a kernel for {device.type!r} is not written yet")
+        raise ValueError(
+            f"tables are made on the CPU and then moved (RolloutTables.to), got tensors on {device.type!r}"
+        )
 
 
 def _place(row: int, S: int, A: int) -> str:
