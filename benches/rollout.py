@@ -17,7 +17,15 @@ from icrl.worlds import TabularTasks, sample_anymdp
 from icrl_kernels import constant_behaviours, rollout, rollout_start, rollout_step
 
 TASKS, SIZES, REPEATS = 32, (16, 64, 128), 7
-STEPS = {"optimal": 20_000, "uniform": 20_000, "q_learning": 5_000, "model_based": 1_000, "DPD": 2_000}
+STEPS = {
+    "optimal": 20_000,
+    "optimal, as actions": 20_000,
+    "uniform": 20_000,
+    "q_learning": 5_000,
+    "model_based": 1_000,
+    "DPD": 2_000,
+    "DPD, labelled": 2_000,
+}
 
 
 def rate(seconds: list[float], steps: int) -> dict[str, float]:
@@ -37,11 +45,15 @@ def size_rows(num_states: int) -> list[dict[str, Any]]:
         "model_based": constant_behaviours(TASKS, 4, {"model_based": 1.0}),
         "DPD": draw_behaviours(published, TASKS, torch.Generator().manual_seed(0)),
     }
+    behaviours |= {"optimal, as actions": behaviours["optimal"], "DPD, labelled": behaviours["DPD"]}
+    actions = q.argmax(3)
     threads = torch.get_num_threads()
 
     def run(name: str, n: int) -> Any:
         torch.set_num_threads(n)
-        out = rollout(tables, steps=STEPS[name], seed=0, policies=policies, behaviours=behaviours[name])
+        table = policies if name in ("optimal", "DPD") else actions
+        labels = actions if name == "DPD, labelled" else None
+        out = rollout(tables, steps=STEPS[name], seed=0, policies=table, references=labels, behaviours=behaviours[name])
         torch.set_num_threads(threads)
         return out
 
