@@ -1,12 +1,12 @@
 // Policy iteration of many small tasks, one in each lane of the vectors. Included after value_iteration.inl, once for each
 // instruction set, inside its namespace.
 //
-// Only policy evaluation is done across lanes: I - discount P is factored by block LU in tiles of 4 x 4 (times lanes) within
-// the union of the lanes' envelopes. Backups and improvement are each lane's own, on its own windows. A lane whose policy
-// is optimal goes on to its next discount or takes the next task at once, so that all lanes stay busy though tasks differ
-// in the steps they need. Outside its own envelope a lane adds exact zeros, and no lane's arithmetic looks at another's, so
-// the bits of a task's answer do not depend on its company. Tasks that are not plain (faults, discount * row sum near 1,
-// values that are not finite) are left to the solver for one task.
+// Only policy evaluation is done across lanes: I - discount P is factored by block LU in tiles of 4 x 4 (times lanes)
+// within the union of the lanes' envelopes. Backups and improvement are each lane's own, on its own windows. A lane
+// whose policy is optimal goes on to its next discount or takes the next task at once, so that all lanes stay busy
+// though tasks differ in the steps they need. Outside its own envelope a lane adds exact zeros, and no lane's
+// arithmetic looks at another's, so the bits of a task's answer do not depend on its company. Tasks that are not plain
+// (faults, discount * row sum near 1, values that are not finite) are left to the solver for one task.
 
 namespace {
 
