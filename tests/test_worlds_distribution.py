@@ -95,7 +95,7 @@ def our_transitions(ns: int, n: int, seed: int) -> Numbers:
     keys, sizes = keys_of(seed, torch.arange(n)), torch.full((n,), ns)
     streams = [Stream(keys, 16 + what) for what in range(10)]
     start, terminal, _ = anymdp_torch._ends(streams, sizes, ns)
-    t = anymdp_torch._transition(streams, sizes, terminal, 5)
+    t = anymdp_torch._transition(streams, sizes, terminal, 5, anymdp_torch._rows)
     return of_transitions(start[:, :3].numpy(), terminal.numpy(), t.numpy())
 
 

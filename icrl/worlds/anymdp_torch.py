@@ -7,6 +7,7 @@ fate of a candidate that lies on the border of a filter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ SCALARS, START, ENDS, WINDOWS, WEIGHTS, CENTERS, POSITION, COSTS, ITEMS, SETTLE 
 SELF_LOOP = 0.5  # what a state's own weight is multiplied by
 RETRIES = 8  # rounds of a rejection that are drawn at once
 F64 = torch.float64
+Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Found(NamedTuple):
@@ -121,7 +123,10 @@ def _candidates(
 ) -> Found:
     streams = [Stream(keys, attempt * 16 + what) for what in range(10)]
     start, terminal, goal = _ends(streams, sizes, states)
-    transition = _transition(streams, sizes, terminal, actions)
+    rows = _rows
+    if keys.device.type == "cuda":
+        from icrl_kernels._triton.anymdp import transition_rows as rows  # in one pass
+    transition = _transition(streams, sizes, terminal, actions, rows)
     rewards = _rewards(streams, sizes, terminal, goal, actions)
     arriving, leaving = rewards.arriving(), rewards.leaving()
     expected = leaving * transition.sum(-1)
@@ -203,7 +208,7 @@ def _clipped_normal(u: Tensor) -> Tensor:
     return torch.special.ndtri(u).clamp_(0.1, 1.0)
 
 
-def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions: int) -> Tensor:
+def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions: int, rows: Rows) -> Tensor:
     """[B,S,A,S] float64, of float32's precision."""
     batch, states = terminal.shape
     at = torch.arange(states, device=sizes.device)
@@ -224,14 +229,21 @@ def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions:
     e = torch.maximum(to_min + (windows.uniform((3 * at + 1).expand(batch, -1)) * (to_max - to_min)).long(), ahead)
     sigma = _exponential(windows.uniform((3 * at + 2).expand(batch, -1))).clamp(0.2, 1.6)
 
-    weight = _clipped_normal(streams[WEIGHTS].uniform(at[:, None] * sizes[:, None, None] + at))
-    weight *= (at >= f[..., None]) & (at < e[..., None]) & live[..., None]
-    loop = torch.where(at == ns - 1, 0.0, SELF_LOOP).to(F64)
-    torch.diagonal(weight, dim1=1, dim2=2).mul_(loop)
-    total_weight = weight.sum(-1)
-
     n = at[:, None] * actions + torch.arange(actions, device=sizes.device)
     center = (f - 1)[..., None] + (e - (f - 1))[..., None] * streams[CENTERS].uniform(n.expand(batch, -1, -1))
+    return rows(streams[WEIGHTS].key, sizes, f.where(live, 0), e.where(live, 0), sigma, center, SELF_LOOP)
+
+
+def _rows(
+    key: Tensor, sizes: Tensor, first: Tensor, end: Tensor, sigma: Tensor, center: Tensor, self_loop: float
+) -> Tensor:
+    """`icrl_kernels._triton.anymdp.transition_rows`, which says what the arguments are."""
+    at = torch.arange(center.shape[1], device=sizes.device)
+    live = first < end
+    uniform = Stream.of(key).uniform(at[:, None] * sizes[:, None, None] + at)
+    weight = _clipped_normal(uniform).mul_((at >= first[..., None]) & (at < end[..., None]))
+    torch.diagonal(weight, dim1=1, dim2=2).mul_(torch.where(at == sizes[:, None] - 1, 0.0, self_loop))
+    total_weight = weight.sum(-1)
     # [B,S,A,S], the largest tensor: the fewer passes over it the better
     bell = (center / sigma[..., None])[..., None] - (at / sigma[..., None])[:, :, None]
     torch.addcmul(bell.new_zeros(()), bell, bell, value=-1, out=bell).exp_()

@@ -49,10 +49,15 @@ class Stream:
         number = torch.as_tensor(stream, device=keys.device)
         self.key = mix(keys ^ mix((number + 1) * GOLDEN))
 
+    @classmethod
+    def of(cls, key: Tensor) -> Stream:
+        """The stream that has this key."""
+        stream = object.__new__(cls)
+        stream.key = key
+        return stream
+
     def __getitem__(self, index: Tensor) -> Stream:
-        part = object.__new__(Stream)
-        part.key = self.key[index]
-        return part
+        return Stream.of(self.key[index])
 
     def uniform(self, n: Tensor) -> Tensor:
         """[N, ...] float64 in [0, 1) at places n [N, ...] int64: `uniforms` of the same keys and stream, at column n."""
