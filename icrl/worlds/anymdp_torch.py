@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -255,7 +254,7 @@ def _rows(
     bell *= torch.where(weight == 0, 0, weight / (total_weight[..., None] * total))[:, :, None]
     scale = (1 / bell.sum(-1, keepdim=True)).masked_fill_(~live[..., None, None], 0)
     rounded = torch.mul(bell, scale, out=torch.empty_like(bell, dtype=torch.float32))
-    return bell.copy_(F.threshold_(rounded, 2.0**-126, 0.0))  # no denormals
+    return bell.copy_(torch.threshold_(rounded, 2.0**-126, 0.0))  # no denormals
 
 
 def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tensor, actions: int) -> Rewards:
