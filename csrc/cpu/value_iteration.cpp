@@ -38,8 +38,9 @@ PlanResult plan(double discount, Method method, double tol, int64_t* policy, dou
 
 namespace {
 
-// Larger tasks are faster one by one (measured), or would need too much memory side by side.
-constexpr int64_t kMostLaneStates = 128, kMostLaneEntries = 1 << 18;
+// Measured: banded tasks of 96 states take 14 % less time side by side, dense ones 12 % more; of 128, 0 % and 17 %.
+// Many actions would need too much memory.
+constexpr int64_t kMostLaneStates = 96, kMostLaneEntries = 1 << 18;
 
 // A thread's scratch, kept for its life: tasks are many and small.
 struct Scratch {
