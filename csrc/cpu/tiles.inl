@@ -19,14 +19,16 @@ inline void store(double* p, const v8& x) { *reinterpret_cast<v8u*>(p) = x; }
 inline v8 splat(double x) { return v8{x, x, x, x, x, x, x, x}; }
 
 // An initialiser {} would become a string instruction, which is slow to start.
-inline void clear(v8 (&a)[8]) {
+template <class V>
+inline void clear(V (&a)[8]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) a[r] = v8{};
+  for (int r = 0; r < 8; ++r) a[r] = V{};
 }
 
 // Lane r of the result is the sum of a[r].
-inline v8 row_sums(const v8 (&a)[8]) {
-  v8 t[4], u[2];
+template <class V>
+inline V row_sums(const V (&a)[8]) {
+  V t[4], u[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
     t[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +

@@ -4,11 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cpu/rollout_binding.h"
 #include "cpu/rollout_core.h"
+#include "cuda/device.h"
 
 namespace icrl {
 namespace {
@@ -24,19 +22,6 @@ __global__ void __launch_bounds__(kThreads) history_kernel(ModelHistory h, float
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (r < h.R) history<PlainOps>(h, r, scratch + r * each);
 }
-
-void check(cudaError_t e, const char* what) {
-  if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
-}
-
-struct Guard {
-  int before = 0;
-  explicit Guard(int device) {
-    check(cudaGetDevice(&before), "current device");
-    check(cudaSetDevice(device), "choosing the device");
-  }
-  ~Guard() { cudaSetDevice(before); }
-};
 
 unsigned blocks(int64_t records) { return static_cast<unsigned>((records + kThreads - 1) / kThreads); }
 

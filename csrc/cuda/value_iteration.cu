@@ -7,10 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "cuda/device.h"
 #include "cuda/value_iteration_core.h"
 
 namespace icrl {
@@ -85,10 +84,6 @@ __global__ void __launch_bounds__(Threads, blocks_wanted(Threads))
   }
 }
 
-void check(cudaError_t e, const char* what) {
-  if (e != cudaSuccess) throw std::runtime_error(std::string("value_iteration: ") + what + ": " + cudaGetErrorString(e));
-}
-
 template <class T>
 using Kernel = void (*)(CoreBatch, Round, char*, int64_t, char*, int64_t);
 
@@ -109,7 +104,9 @@ struct Launch {
 struct Device {
   int processors = 0, most = 0, all = 0, reserved = 0;
   explicit Device(int device) {
-    const auto get = [&](int& x, cudaDeviceAttr what) { check(cudaDeviceGetAttribute(&x, what, device), "device"); };
+    const auto get = [&](int& x, cudaDeviceAttr what) {
+      check(cudaDeviceGetAttribute(&x, what, device), "value_iteration: device");
+    };
     get(processors, cudaDevAttrMultiProcessorCount);
     get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     get(all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -140,10 +137,11 @@ std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, cons
       int resident = 0;
       // the most that there is: what another thread asks for in between does not matter then
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.share(1))),
-            "shared memory of the kernel");
+            "value_iteration: shared memory of the kernel");
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-            "shared memory of the processors");
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads_for(true, bytes), bytes), "occupancy");
+            "value_iteration: shared memory of the processors");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads_for(true, bytes), bytes),
+            "value_iteration: occupancy");
       out.push_back({true, std::min<int64_t>(n, std::max(1, resident) * device.processors), bytes});
       if (bytes >= at_most) return out;
     }
@@ -169,15 +167,6 @@ Workspace layout(const std::vector<Launch>& rounds, int64_t n, int64_t ns, int64
   return w;
 }
 
-struct Guard {
-  int before = 0;
-  explicit Guard(int device) {
-    check(cudaGetDevice(&before), "current device");
-    check(cudaSetDevice(device), "choosing the device");
-  }
-  ~Guard() { cudaSetDevice(before); }
-};
-
 std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, bool is_double, int device) {
   const Device d(device);
   return is_double ? plan<double>(n, ns, na, values, d) : plan<float>(n, ns, na, values, d);
@@ -193,7 +182,7 @@ int64_t workspace(int64_t n, int64_t ns, int64_t na, int64_t values, bool is_dou
 template <class T>
 void launch(const CoreBatch& b, const std::vector<Launch>& rounds, char* space, cudaStream_t stream) {
   const Workspace w = layout(rounds, b.n, b.ns, b.na);
-  check(cudaMemsetAsync(space, 0, w.lists, stream), "workspace");
+  check(cudaMemsetAsync(space, 0, w.lists, stream), "value_iteration: workspace");
   auto* counters = reinterpret_cast<unsigned long long*>(space + w.counters);
   auto* lists = reinterpret_cast<int64_t*>(space + w.lists);
   Round round{nullptr, nullptr, counters, counters + 1, lists};
@@ -201,7 +190,7 @@ void launch(const CoreBatch& b, const std::vector<Launch>& rounds, char* space, 
     kernel_for<T>(x.resident, x.bytes)<<<static_cast<unsigned>(x.blocks), threads_for(x.resident, x.bytes),
                                          x.resident ? x.bytes : 0, stream>>>(
         b, round, space + w.fast, x.bytes, space + w.slow, core_slow_bytes(b.ns, b.na));
-    check(cudaGetLastError(), "launch");
+    check(cudaGetLastError(), "value_iteration: launch");
     round = {round.left, reinterpret_cast<const int64_t*>(round.unfit), round.taken + 2, round.unfit + 2, round.left + b.n};
   }
 }
