@@ -88,3 +88,15 @@ def test_refusals():
         model_based_q(s, a, r.requires_grad_(), d, 6, 3)
     with pytest.raises(ValueError, match="backend"):
         model_based_q(s, a, r.detach(), d, 6, 3, backend="cuda")
+
+
+def test_memory_that_is_not_to_be_had():
+    """An exception of a thread of the pool reaches the caller. 2**49 bytes of counts: more than addresses reach."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        zeros = torch.zeros(4, 1, dtype=torch.int64)
+        with pytest.raises(MemoryError):
+            model_based_q(zeros, zeros, torch.zeros(4, 1), zeros, 32767, 2**17)
+    finally:
+        torch.set_num_threads(before)
