@@ -53,6 +53,7 @@ class PackedTransition(NamedTuple):
     def unpack(self, values: Tensor | None = None) -> Tensor:
         """[N,S,A,S]: the table of `probability`, or of other `values` [M] in the same windows; zero elsewhere."""
         values = self.probability if values is None else values
+        _checks.shape("values", values, ["M"], M=len(self.probability))
         s = self.offset.shape[1]
         j = torch.arange(s, device=values.device)
         at = j - self.first[..., None].long()

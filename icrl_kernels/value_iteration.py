@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from icrl_kernels.packed import PackedTransition
 
 # The number is csrc/cpu/policy_iteration.h's Method.
 METHODS = {"auto": 0, "policy_iteration": 0, "value_iteration": 1, "modified_policy_iteration": 2}
+CERTIFIED_AT_ONCE = (
+    2**24
+)  # entries of the tables in float64, of which the proof without contraction makes several copies
 
 
 class ValueIteration(NamedTuple):
@@ -86,6 +90,9 @@ def value_iteration(
             raise ValueError(
                 f"{name}: value_iteration is not differentiable, but {name} requires a gradient: detach it"
             )
+    for name, x in (("discount", discount), ("tol", tol)):
+        if not isinstance(x, (Real, Tensor)):
+            raise ValueError(f"{name}: wanted a number, got {x!r}")
     single = not isinstance(discount, Tensor)
     if not isinstance(discount, Tensor):
         discount = torch.full((1,), float(discount), dtype=torch.float64, device=transition.device)
@@ -175,8 +182,8 @@ def _certify_the_rest(
     """Improve the bounds that are NaN because there is no contraction, or large because there hardly is."""
     q, bound = out[0], out[3]
     for g in range(q.shape[1]):
-        i = (bound[:, g].isnan() | (discount[:, g] == 1)).nonzero().squeeze(1)
-        if len(i):
+        rest = (bound[:, g].isnan() | (discount[:, g] == 1)).nonzero().squeeze(1)
+        for i in rest.split(max(1, CERTIFIED_AT_ONCE // (q[0, 0].numel() * q.shape[2]))) if len(rest) else ():
             ends, sizes = (None if x is None else x[i] for x in (terminal, num_states))
             some = specification.dense(*specification.select(i, transition, reward, windows), sizes)
             t, r, size = specification.tables(*some, discount[i], ends, sizes)

@@ -167,6 +167,9 @@ def test_refuses_bad_arguments():
     for name, p, given in cases:
         with pytest.raises(ValueError, match=f"^{name}"):
             value_iteration(p, given, 0.9)
+    for values in (reward[:-1], torch.cat([reward, reward]), r):
+        with pytest.raises(ValueError, match=r"^values: wanted shape"):
+            packed.unpack(values)
     for name, arguments in (("transition", (t.half(),)), ("reward", (t, r[..., :2])), ("reward", (t, r.double()))):
         with pytest.raises(ValueError, match=f"^{name}"):
             pack_transition(*arguments)

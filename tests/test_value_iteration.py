@@ -178,6 +178,16 @@ def test_undiscounted_random():
     assert (out.error_bound < 1e-8).all()
 
 
+def test_undiscounted_some_at_a_time(monkeypatch):
+    t, r = banded(5, 9, dtype=torch.float64)
+    whole = value_iteration(t, -r.abs(), 1.0)
+    monkeypatch.setattr(vi, "CERTIFIED_AT_ONCE", 1000)
+    parts = value_iteration(t, -r.abs(), 1.0)
+    assert torch.equal(parts.q, whole.q)
+    # the proof's sums may be taken in another order in a smaller batch
+    torch.testing.assert_close(parts.error_bound, whole.error_bound, rtol=0.5, atol=0)
+
+
 def test_ragged_is_each_alone():
     t, r = banded(4, 24, dtype=torch.float64, ends=0)
     sizes = torch.tensor([24, 1, 9, 16])
@@ -327,6 +337,9 @@ def test_refuses_bad_arguments():
         ("num_states", {"num_states": torch.tensor([6, 7])}),
         ("num_states", {"num_states": torch.tensor([6, 6], dtype=torch.int32)}),
         ("tol", {"tol": 0.0}),
+        ("tol", {"tol": None}),
+        ("discount", {"discount": [0.9, 0.5]}),
+        ("discount", {"discount": "0.9x"}),
         ("method", {"method": "magic"}),
         ("backend", {"backend": "magic"}),
         ("transition", {"transition": t.clone().requires_grad_()}),
