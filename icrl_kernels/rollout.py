@@ -23,6 +23,8 @@ from icrl_kernels.behaviours import BUILTIN, Behaviours, check_behaviours, const
 from icrl_kernels.rollout_reference import OUT_DTYPES, thresholds
 from icrl_kernels.rollout_tables import RolloutTables
 
+MOST_POLICIES = 255 - len(BUILTIN)  # Rollout.behaviour is uint8, and 255 is taken
+
 
 class RolloutState(NamedTuple):
     """Where R records stand; passing it on continues them. A learner's tensors are empty where no record has it."""
@@ -133,7 +135,7 @@ def rollout(
 
     Args:
         seed, task_index: as in `rollout_start`, for new records; leave out with `state`.
-        policies: P behaviours: [N,P,S,A] float32 action probabilities, or [N,P,S] integers, the actions of deterministic
+        policies: P ≤ 251 behaviours: [N,P,S,A] float32 action probabilities, or [N,P,S] integers, the actions of deterministic
             policies (the same steps as with probabilities 1 and 0, for less time and memory).
         behaviours: who acts; by default the first policy, or uniform actions where there are no policies.
         references: [N,G,S] integers, actions of G policies, which label every step.
@@ -150,6 +152,8 @@ def rollout(
         raise ValueError("task_index: the state already says which task each record has")
     if policies is not None:
         policies = _policies(policies, tables)
+        if policies.shape[1] > MOST_POLICIES:
+            raise ValueError(f"policies: wanted at most {MOST_POLICIES} behaviours, got {policies.shape[1]}")
     if task_index is not None:
         _checks.shape("task_index", task_index, ["R"])
     P = 0 if policies is None else policies.shape[1]
@@ -190,11 +194,13 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     R = state.task.shape[0]
     _checks.shape("action", action, ["R"], R=R)
     _checks.dtype("action", action, [torch.int64])
+    _checks.same_device(tables=tables.offset, state=state.seed, action=action)
     action = action.contiguous()
     if action.device.type != "cpu" or _checks.compiling() or type(action) is not Tensor:
         arguments = (None, None, [], action.unsqueeze(1), list(state), 1, "auto")
         out = torch.ops.icrl.rollout(*tables, *arguments)
         return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
+    _check_tables(tables)
     # past the dispatcher, which takes longer than a step of a few hundred records
     reward, done = torch.empty(R), torch.empty(R, dtype=torch.uint8)
     next_state = torch.empty(R, dtype=torch.int16)
@@ -278,6 +284,16 @@ def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
     _checks.same_device(offset=tables.offset, **state._asdict())
 
 
+def _check_tables(tables: RolloutTables) -> None:
+    device = tables.offset.device
+    for i, t in enumerate(tables):
+        if t.device != device or not t.is_contiguous():
+            raise ValueError(
+                f"tables.{tables._fields[i]}: wanted a contiguous tensor on {device}, as offset is, "
+                f"got one on {t.device} with strides {t.stride()}"
+            )
+
+
 def _check_records(state: RolloutState, device: str) -> None:
     records = state.seed.shape
     for t in state[:7]:
@@ -302,6 +318,7 @@ def _prepare(args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[Any]]:
     state = RolloutState(*state)
     N, S, A = tables.offset.shape
     R, P, G = state.seed.shape[0], 0 if policies is None else policies.shape[1], 0
+    _check_tables(tables)
     _check_records(state, tables.offset.device.type)
     if actions is not None:
         _checks.shape("action", actions, ["R", "T"], R=R)
@@ -379,6 +396,8 @@ def _check_values(
             f"state: record {r} is in state {int(state.state[r])} with behaviour {int(state.behaviour[r])}: wanted a state "
             f"of task {int(state.task[r])} that is not terminal, or -1, and a behaviour from -1 to {most}"
         )
+    if state.span.numel() and bool(((state.span < 0) | (state.span > tables.offset.shape[1])).any()):
+        raise ValueError(f"state.span: wanted next states within {tables.offset.shape[1]} states")
     if actions is not None and bool(((actions < 0) | (actions >= tables.num_actions[state.task][:, None])).any()):
         raise ValueError("action: wanted actions of the record's task")
 

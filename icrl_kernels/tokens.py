@@ -22,6 +22,7 @@ def draw_tokens(emission: Tensor, task: Tensor, state: Tensor, key: Tensor) -> T
     _checks.shape("emission", emission, ["N", "K", "S", "O"])
     n, k, s, o = emission.shape
     _checks.dtype("emission", emission, [torch.float32])
+    _checks.shape("state", state, ["M"])
     m = len(state)
     for name, tensor in (("task", task), ("state", state), ("key", key)):
         _checks.shape(name, tensor, ["M"], M=m)

@@ -458,6 +458,9 @@ def test_refuses_bad_calls():
         ),
         "settings: wanted": lambda: constant_behaviours(2, 0, {"uniform": 1}, epsilom=1.0),
         "weights: wanted": lambda: constant_behaviours(2, 0, {"unifrom": 1}),
+        "policies: wanted at most 251": lambda: rollout(
+            tables, steps=1, seed=0, policies=torch.zeros(2, 252, 8, dtype=torch.int64)
+        ),
         r"state.state\[0\] is 7": lambda: rollout_step(
             tables, state._replace(state=torch.tensor([7, 0])), torch.tensor([0, 0])
         ),
@@ -470,6 +473,40 @@ def test_refuses_other_devices():
     tasks = {name: t.to("meta") for name, t in random_tasks(2, 8, 4).raw().items()}
     with pytest.raises(ValueError, match="made on the CPU"):
         rollout_tables(**tasks)
+    tables = rollout_tables(**random_tasks(2, 8, 4).raw())
+    state, action = rollout_start(tables, seed=0), torch.zeros(2, dtype=torch.int64)
+    for arguments in (
+        (tables, state, action.to("meta")),
+        (tables.to("meta"), state, action),
+        (tables._replace(reward=tables.reward.to("meta")), state, action),
+    ):
+        with pytest.raises(ValueError, match=" on meta"):
+            rollout_step(*arguments)
+    with pytest.raises(ValueError, match=r"tables.terminal: wanted a contiguous"):
+        rollout(tables._replace(terminal=tables.terminal.t().contiguous().t()), steps=1, seed=0)
+
+
+def test_the_highest_behaviour_is_recorded():
+    tables = rollout_tables(**random_tasks(2, 6, 3).raw())
+    policies = torch.zeros(2, 251, 6, dtype=torch.int64)
+    for name, index in ((250, 250), ("model_based", 254)):
+        b = constant_behaviours(2, 251, {name: 1})
+        assert (rollout(tables, steps=3, seed=0, policies=policies, behaviours=b).behaviour == index).all()
+
+
+def test_states_that_no_simulation_left():
+    tables = rollout_tables(**random_tasks(2, 8, 4).raw())
+    b = constant_behaviours(2, 0, {"model_based": 1})
+    state = rollout_start(tables, seed=0, behaviours=b)
+    for span in (-1, 9):
+        bad = state._replace(span=torch.full_like(state.span, span))
+        for backend in ("cpu", "plain"):
+            with pytest.raises(ValueError, match=r"state\.span"):
+                rollout(tables, steps=1, state=bad, behaviours=b, backend=backend)
+    late = rollout_start(tables, seed=0)._replace(elapsed=torch.full((2,), 2**40 + 5))
+    fast, plain = (rollout(tables, steps=50, state=late, backend=backend) for backend in ("cpu", "plain"))
+    assert_same(fast[:7], plain[:7])
+    assert fast.done[:, 0].all()
 
 
 def op_arguments():

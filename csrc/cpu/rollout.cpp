@@ -28,6 +28,11 @@ namespace {
 
 std::string text(int64_t x) { return std::to_string(x); }
 
+bool uses_model(const RolloutCall& c, int64_t r) {
+  const int64_t at = r * (c.P + 4) + c.P + 3;
+  return c.behaviours.initial[at] > 0 || c.behaviours.later[at] > 0;
+}
+
 void check(const RolloutCall& c) {
   const RolloutTables& tb = c.tables;
   for (int64_t r = 0; r < c.R; ++r) {
@@ -39,6 +44,11 @@ void check(const RolloutCall& c) {
                                   " that is not terminal, or -1");
     if (who < -1 || (c.behaviours.initial && who >= c.P + 4))
       throw std::invalid_argument("state.behaviour[" + text(r) + "] is " + text(who) + ": wanted -1 to " + text(c.P + 3));
+    if (c.behaviours.initial && uses_model(c, r))
+      for (int64_t i = r * tb.S * 2; i < (r + 1) * tb.S * 2; ++i)
+        if (c.state.span[i] < 0 || c.state.span[i] > tb.S)
+          throw std::invalid_argument("state.span of record " + text(r) + " holds " + text(c.state.span[i]) +
+                                      ": wanted next states within " + text(tb.S) + " states");
     for (int64_t t = 0; c.actions && t < c.T; ++t)
       if (const int64_t a = c.actions[r * c.T + t]; a < 0 || a >= tb.num_actions[n])
         throw std::invalid_argument("action of record " + text(r) + " is " + text(a) + ", but its task has " +

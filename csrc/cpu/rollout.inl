@@ -120,7 +120,7 @@ struct Lane {
     const Record<FastOps>& r = record;
     s = r.s;
     const int64_t left = r.horizon - r.elapsed - 1;  // elapsed counts from before the block
-    last = left < kBlock ? static_cast<int>(left) : kBlock;
+    last = static_cast<int>(left < 0 ? 0 : left < kBlock ? left : kBlock);
     const int64_t who = r.who;
     source = r.c->actions ? kOutside : who == r.P ? kUniform : who > r.P ? kRandom : r.choices ? kChoices : kTable;
     if (source == kChoices) choices = r.choices + who * r.S;
