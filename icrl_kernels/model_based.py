@@ -34,9 +34,10 @@ def model_based_q(
         Q(s,a) = r̄ + discount·Σ p̂(s') V(s') + bonus·σ/√n,   V(s) = max_a Q(s,a),
         Q(s,a) = U = (max r̄ + σ)/(1 - discount)  where n = 0,
 
-    V by `sweeps` sweeps a step, warm, each from eight states to the next eight. p̂ counts the steps whose next state is on
-    record, or none because they terminated; where there are none yet, U takes the sum's place. argmax_a Q is the action of the "model-based" learner of decoupled
-    policy distillation (tag 4; OmniRL, arXiv 2502.02869), here a label for whatever trajectory.
+    V by `sweeps` sweeps a step, warm, each from eight states to the next eight. p̂ counts the steps whose next state is
+    on record, or none because they terminated; where there are none yet, U takes the sum's place. argmax_a Q is the
+    action of the "model-based" learner of decoupled policy distillation (tag 4; OmniRL, arXiv 2502.02869), here a label
+    for whatever trajectory.
 
     Args:
         state: [R,T] int64 in [0, num_states). action: [R,T] int64. reward: [R,T] float32.
