@@ -71,7 +71,7 @@ def value_iteration(
         sup|q − Q*| ≤ error_bound and sup|v − V*| ≤ error_bound hold for the tables as given, rounding included. With
         κ = γ·(largest row sum) < 1 the bound is (‖q − 𝒯q‖∞ + rounding)/(1 − κ) (Puterman 1994, section 6.3). With κ ≥ 1
         or γ = 1 it comes from the expected time to the end under the near-optimal actions (after Bertsekas & Tsitsiklis
-        1991), and is inf where that proves nothing.
+        1991), and is inf where that proves nothing; its last bits, alone, may then depend on the rest of the batch.
 
     With γ = 1, Q* is the best over policies that reach an end from every state; it is refused if there is none, or if a
     policy that never ends earns without bound. Not differentiable: inputs that require a gradient are refused.
