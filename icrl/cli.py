@@ -33,6 +33,10 @@ def _new_file(name: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> N
         raise ValueError(f"{name}: wanted a file ending in {' or '.join(suffixes)}, got {path}")
 
 
+def _workers(given: int | None) -> int:
+    return given if given is not None else os.cpu_count() or 1
+
+
 def demo(
     checkpoint: Path | None = None,
     tasks: int = 64,
@@ -147,9 +151,9 @@ def train_omnirl(
 def distill(
     out: Positional[Path],
     tasks: int = 1000,
-    steps: int = 12_000,
+    steps: int | None = None,
     states: tuple[int, int] | None = None,
-    batch: int = 32,
+    batch: int | None = None,
     published: bool = False,
     config: Path | None = None,
     labels: bool = False,
@@ -164,10 +168,11 @@ def distill(
     Args:
         out: the data set's folder.
         tasks: how many records, each in a task of its own. More than the folder has makes it grow.
-        steps: of each record.
+        steps: of each record; over the configuration, 12000 without one.
         states: the fewest and the most states of a task; over the configuration.
-        batch: how many tasks are made together. A training run of this batch size reads what it would have made.
-        published: the public record generator's mixture: AnyMDP tasks alone, twelve behaviours.
+        batch: how many tasks are made together; over the configuration. A training run of this batch size reads what it
+            would have made.
+        published: the public record generator's mixture, over the configuration: AnyMDP tasks alone, twelve behaviours.
         config: a JSON file of DPDConfig's fields, over the defaults.
         labels: also store the optimal actions, 4 bytes a step; training looks them up in the table of values.
         seed: of tasks and actions.
@@ -181,17 +186,15 @@ def distill(
     from icrl.train import configured
 
     _new_file("json", json)
-    given: dict[str, Any] = {} if config is None else read_json("config", config)
+    given: dict[str, Any] = {"steps": 12_000} if config is None else read_json("config", config)
+    given |= {name: n for name, n in (("steps", steps), ("batch", batch)) if n is not None}
     if published:
         given |= {"tasks": {"anymdp": 1.0}, "behaviours": PUBLISHED_BEHAVIOURS}
     if states is not None:
         given |= {"least_states": states[0], "states": states[1]}
-    data = configured(DPDConfig, {**given, "batch": batch, "steps": steps}, "config")
+    data = configured(DPDConfig, given, "config")
     chosen = None if shard_range is None else range(*shard_range)
-    numbers = run(
-        out, data, tasks, seed, labels=labels, workers=workers or os.cpu_count() or 1, shards=chosen, full=full
-    )
-    _write_json(json, numbers)
+    _write_json(json, run(out, data, tasks, seed, labels=labels, workers=_workers(workers), shards=chosen, full=full))
 
 
 def dataset(folder: Positional[Path], full: bool = False, json: Path | None = None) -> None:
@@ -379,7 +382,7 @@ def worlds_shards(
     _new_file("json", json)
     tokens = (num_observations, observation_tokens, action_tokens)
     config = TaskSet(kind, num_states, num_actions, branching, discounts, *tokens)
-    options = {"workers": workers or os.cpu_count() or 1, "full": full}
+    options = {"workers": _workers(workers), "full": full}
     options["shards"] = None if shard_range is None else range(*shard_range)
     _write_json(json, commands.shards(out, config, num_tasks, seed, **options))
 

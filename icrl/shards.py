@@ -366,8 +366,9 @@ def write_shards(
     if workers < 1 or threads < 1:
         raise ValueError(f"workers, threads: wanted at least 1, got {workers}, {threads}")
     shards = range(dataset.num_shards) if shards is None else shards
-    if len(shards) and not 0 <= min(shards) <= max(shards) < dataset.num_shards:
-        raise ValueError(f"shards: wanted some of 0 to {dataset.num_shards - 1}, got {min(shards)} to {max(shards)}")
+    if not shards or not 0 <= min(shards) <= max(shards) < dataset.num_shards:
+        got = f"{min(shards)} to {max(shards)}" if shards else f"none ({shards.start} to {shards.stop}, exclusive)"
+        raise ValueError(f"shards: wanted some of 0 to {dataset.num_shards - 1}, got {got}")
     dataset = _enter(folder, dataset)
     states = {shard: _state(folder, dataset, shard, full) for shard in shards}
     found = [shard for shard, state in states.items() if state is True]
@@ -414,6 +415,8 @@ def write_shards(
             raise
     with _locked(folder):
         whole = _write_index(folder, dataset)
+        if failed and not any(folder.glob("shard-*")):
+            (folder / INDEX).unlink()  # nothing could be made of it: the folder is free for a better configuration
     if failed:
         raise failed[0]
     return Written(len(made), len(found), dataset.num_shards - len(whole), remade, sum(s.bytes for s in whole))

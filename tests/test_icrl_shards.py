@@ -254,6 +254,18 @@ def test_a_failing_maker_stops_all_and_leaves_no_part(tmp_path):
     assert write_shards(tmp_path, TOY, make).left == 0
 
 
+def test_what_cannot_be_made_leaves_the_folder_to_others(tmp_path, copy):
+    def failing(first, count):
+        raise ValueError("scale: wanted less")
+
+    with pytest.raises(ValueError, match="scale: wanted less"):
+        write_shards(tmp_path / "out", replace(TOY, config={"scale": 9.0}), failing)
+    assert write_shards(tmp_path / "out", TOY, make).left == 0
+    with pytest.raises(ValueError, match="scale: wanted less"):  # what others have finished keeps its index
+        write_shards(copy, replace(TOY, rows=40), failing)
+    assert read_index(copy)[0].rows == 40
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -424,6 +436,16 @@ def test_training_from_disk_is_training_on_the_fly(records, tmp_path):
         OmniRLLearner(replace(config, data=replace(SMALL, states=11), records=str(records)), loop)
 
 
+def test_a_configuration_keeps_its_steps_and_batch(tmp_path):
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"steps": 24, "batch": 3, "states": 8}))
+    args = ["distill", "--tasks", "3", "--config", str(config), "--workers", "1"]
+    for name, options, wanted in (("a", [], (24, 3)), ("b", ["--steps", "20", "--batch", "2"], (20, 2))):
+        assert main([*args, str(tmp_path / name), *options]) == 0
+        made_by = read_index(tmp_path / name)[0].config
+        assert (made_by["steps"], made_by["batch"]) == wanted
+
+
 def test_commands(tmp_path, capsys):
     out, config = tmp_path / "d", tmp_path / "c.json"
     config.write_text(json.dumps({"actions": 3, "discounts": [0.0, 0.9], "references": [0.5, 0.5],
@@ -488,3 +510,11 @@ def test_task_commands(tmp_path, capsys):
     assert "config.discounts: there [0.5, 0.9], asked for []" in capsys.readouterr().err
     assert main(["worlds", "shards", str(tmp_path / "u"), "--num-states", "9", "8"]) == 2
     assert "num_states: wanted 1 <= LOW <= HIGH" in capsys.readouterr().err
+    fresh = ["worlds", "shards", str(tmp_path / "u"), "--num-tasks", "6"]
+    for options, message in (
+        (["--workers", "0"], "workers"),
+        (["--shard-range", "3", "1"], "shards: wanted some of 0 to 0"),
+    ):
+        assert main([*fresh, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "u").exists()
