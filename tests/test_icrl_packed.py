@@ -139,7 +139,8 @@ def test_slices_hold_their_own_entries_only(dense, packed, index):
                 isinstance(index, list) and entries(part) == entries(dense[[1, 5]].pack())  # a repeat is shared
             )
             assert entries(part) < whole
-    assert entries(packed[[3] * 100]) == entries(packed[3])
+    assert entries(packed[[3] * 100]) == entries(packed[3]) == entries(packed[np.int64(3)])
+    assert len(packed[[]]) == 0
     with pytest.raises(IndexError):
         packed[19]
 

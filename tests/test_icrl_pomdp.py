@@ -426,6 +426,13 @@ def test_the_environment_passes_the_checker(tasks):
         env.reset(options={"task": sample_anymdp(1, 12, 3, seed=0)})
 
 
+def test_fractions_are_no_actions():
+    env = TabularEnv(sample_pomdp(1, 8, 3, seed=0, action_tokens=2))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action: wanted 2 of 0 to 2"):
+        env.step([0.5, 1.0])
+
+
 def test_vector_environment_spaces_and_refusals(tasks):
     env = TabularVectorEnv(tasks)
     k, d = tasks.observation_tokens, tasks.action_tokens

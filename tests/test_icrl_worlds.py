@@ -180,6 +180,9 @@ def test_index_concatenate_pad(tasks):
     mixed = TabularTasks.concatenate([tasks[:2], bandits]).validate()
     assert mixed.transition.shape == (5, 32, 7, 32)
     assert mixed.num_actions.tolist() == [5, 5, 7, 7, 7]
+    for three in (np.int64(3), torch.tensor(3)):
+        assert same(tasks[three], tasks[3])
+    assert len(tasks[[]]) == 0
     with pytest.raises(IndexError):
         tasks[64]
     with pytest.raises(ValueError, match="states, actions"):
@@ -235,6 +238,8 @@ def test_validate_names_the_field(tasks, field, change):
         (lambda: sample_anymdp(2, 7, seed=0), "num_states"),
         (lambda: sample_anymdp(2, (40, 20), seed=0), "num_states"),
         (lambda: sample_anymdp(2, torch.tensor([16, 3]), seed=0), "num_states"),
+        (lambda: sample_anymdp(2, (8, 16.5), seed=0), "num_states: wanted integers"),
+        (lambda: sample_garnet(2, torch.tensor([8.7, 9.9]), seed=0), "num_states: wanted integers"),
         (lambda: sample_anymdp(2, 16, 1, seed=0), "num_actions"),
         (lambda: sample_anymdp(-1, 16, seed=0), "n, first"),
         (lambda: sample_anymdp(2, 16, seed=0, num_observations=8), "num_observations"),
@@ -327,8 +332,9 @@ def test_env_changes_task_and_refuses_bad_ones(tasks):
         env.reset(options={"task": sample_anymdp(1, 64, 5, seed=0)})
     env = TabularEnv(tasks[0])
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="action"):
-        env.step(5)
+    for action in (5, 1.7):
+        with pytest.raises(ValueError, match="action"):
+            env.step(action)
     with pytest.raises(ValueError, match="render_mode"):
         TabularEnv(tasks[0], render_mode="human")
 
@@ -427,6 +433,8 @@ def test_vector_env_refusals(tasks):
         env.step(np.full(64, 5))
     with pytest.raises(ValueError, match="actions"):
         env.step(np.zeros(3, dtype=int))
+    with pytest.raises(ValueError, match="actions: wanted integers"):
+        env.step(np.full(64, 0.7))
     with pytest.raises(ValueError, match="autoreset_mode"):
         TabularVectorEnv(tasks, AutoresetMode.DISABLED)
 

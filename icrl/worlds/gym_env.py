@@ -104,7 +104,7 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         if self._state is None:
             raise RuntimeError("step: the episode has ended or not begun, call reset first")
         if self._tokens == 1:
-            if not 0 <= action < self._reward.shape[1]:
+            if not 0 <= action < self._reward.shape[1] or action != int(action):
                 raise ValueError(f"action: wanted 0 to {self._reward.shape[1] - 1}, got {action}")
             state, reward, mean = self._act(self._state, int(action))
             terminated = self._terminal.item(state)
@@ -128,7 +128,7 @@ class TabularEnv(gymnasium.Env[Any, Any]):
     def _act_in_turn(self, state: int, actions: Any) -> tuple[int, float, float, bool]:
         """The same after several actions, summed; and whether one of them ended the episode."""
         taken, na = np.atleast_1d(actions).tolist(), self._reward.shape[1]
-        if len(taken) != self._tokens or not all(0 <= a < na for a in taken):
+        if len(taken) != self._tokens or not all(0 <= a < na and a == int(a) for a in taken):
             raise ValueError(f"action: wanted {self._tokens} of 0 to {na - 1}, got {actions}")
         total, total_mean = 0.0, 0.0
         for a in taken:
@@ -230,7 +230,10 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("step: call reset first")
-        actions = torch.as_tensor(actions).long()
+        actions = torch.as_tensor(actions)
+        if actions.is_floating_point():
+            raise ValueError(f"actions: wanted integers, got {actions.dtype}")
+        actions = actions.long()
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions: wanted shape {list(self.action_space.shape or ())}, got {list(actions.shape)}")
         actions = actions.view(self.num_envs, -1)

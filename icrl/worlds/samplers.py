@@ -227,6 +227,9 @@ def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> T
 
 
 def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device: torch.device) -> Tensor:
+    given = torch.as_tensor(num_states)
+    if given.is_floating_point():
+        raise ValueError(f"num_states: wanted integers, got {num_states}")
     if isinstance(num_states, tuple):
         low, high = num_states
         if low > high:
@@ -234,8 +237,8 @@ def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device:
         sizes = low + integers(_keys(n, seed, first, stream=0, device=device), 1, 1, high - low + 1)[:, 0]
         smallest = low
     else:
-        sizes = torch.as_tensor(num_states, dtype=torch.int64, device=device).expand(n).contiguous()
-        smallest = int(torch.as_tensor(num_states).min())
+        sizes = given.to(device, torch.int64).expand(n).contiguous()
+        smallest = int(given.min())
     if smallest < least:
         raise ValueError(f"num_states: wanted at least {least}, got {smallest}")
     return sizes

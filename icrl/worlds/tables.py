@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -147,12 +148,16 @@ class TabularTasks:
 
         Of a packed batch that leaves tasks behind, the entries are copied: nothing of the others is kept alive.
         """
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"task {index} of {len(self)}")
-            index = slice(index % len(self), index % len(self) + 1)
-        elif not isinstance(index, (slice, Tensor)):
-            index = torch.as_tensor(index, device=self.device)
+        if not isinstance(index, slice):
+            chosen = torch.as_tensor(index, device=self.device)
+            chosen = chosen.long() if not chosen.numel() else chosen  # torch takes an empty list for floats
+            if chosen.dim() == 0:
+                i = operator.index(chosen.tolist())
+                if not -len(self) <= i < len(self):
+                    raise IndexError(f"task {i} of {len(self)}")
+                index = slice(i % len(self), i % len(self) + 1)
+            else:
+                index = chosen
         rest = self._replaced(self._rows(lambda _, t: t[index]))
         if not isinstance(self.transition, PackedTransition):
             return rest
