@@ -152,7 +152,7 @@ class TabularTasks:
             chosen = torch.as_tensor(index, device=self.device)
             chosen = chosen.long() if not chosen.numel() else chosen  # torch takes an empty list for floats
             if chosen.dim() == 0:
-                i = operator.index(chosen.tolist())
+                i = operator.index(chosen)
                 if not -len(self) <= i < len(self):
                     raise IndexError(f"task {i} of {len(self)}")
                 index = slice(i % len(self), i % len(self) + 1)
