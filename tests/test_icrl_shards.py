@@ -25,6 +25,7 @@ from icrl.train import LoopConfig, train
 from icrl.worlds import TabularTasks
 from icrl.worlds import shards as shards_of_tasks
 from icrl.worlds.shards import TaskSet, TaskShards
+from icrl_kernels import _C
 
 TOY = DataSet(
     "toy",
@@ -110,7 +111,8 @@ print(shards.write_shards(Path(sys.argv[1]), here.TOY, make).made)
 
 def child(folder, how):
     args = [sys.executable, "-c", CHILD, str(folder), str(Path(__file__).parent), how]
-    process = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    where = Path(_C.__file__).parents[1]  # of the package under test, which may be an installed one
+    process = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=where)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

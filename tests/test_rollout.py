@@ -190,7 +190,11 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path):
     for isa in ("generic", "avx2", "avx512")[: 2 + (_C.isa() == "avx512")]:
         path = str(tmp_path / isa)
         env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-        done = subprocess.run([sys.executable, "-c", code, path], env=env, capture_output=True, text=True)
+        where = os.path.dirname(
+            os.path.dirname(_C.__file__)
+        )  # of the package under test, which may be an installed one
+        command = [sys.executable, "-c", code, path]
+        done = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(path))
     for other in found[1:]:
