@@ -77,6 +77,14 @@ void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices,
   // waking a thread costs ~100 steps; records in step with one another hide each other's waits
   const int64_t together = std::max<int64_t>(1, std::min<int64_t>(8, R / (2 * std::max(1, threads))));
   const int64_t block = std::max<int64_t>(together, 1024 / std::max<int64_t>(T, 1));
+  if (c.actions && T < 8) {  // numbers of 32 steps at once would be drawn in vain
+    const int64_t plain_floats = Record<PlainOps>::scratch_floats(c);
+    parallel_for((R + block - 1) / block, threads, [&](int64_t i) {
+      float* scratch = thread_scratch(plain_floats);
+      for (int64_t r = i * block; r < std::min(R, (i + 1) * block); ++r) simulate_plain(c, r, scratch);
+    });
+    return;
+  }
   const int64_t floats = ICRL_DISPATCH(rollout_scratch, c);
   parallel_for((R + block - 1) / block, threads, [&](int64_t i) {
     ICRL_DISPATCH(rollout_records, c, i * block, std::min(R, (i + 1) * block), thread_scratch(floats));
