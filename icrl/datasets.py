@@ -23,6 +23,7 @@ import icrl_kernels
 from icrl.distill import DPDConfig, Records, batch_tasks, simulate
 from icrl.shards import (
     INDEX,
+    SHARD_BYTES,
     DataSet,
     Field,
     ShardReader,
@@ -36,7 +37,6 @@ from icrl.shards import (
 from icrl.stream import Stream
 
 RECORDS = "dpd records"
-SHARD_BYTES = 64 << 20
 STEP = {
     "observation": Field("int16", ("N", "T"), "what the agent sees before it acts"),
     "action": Field("int8", ("N", "T"), "the behaviour's"),

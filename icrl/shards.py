@@ -32,6 +32,7 @@ from icrl_kernels import set_threads_here
 
 FORMAT, VERSION = "icrl.shards", 1
 INDEX, LOCK = "index.json", ".lock"
+SHARD_BYTES = 64 << 20  # about as many as a shard should have
 Maker = Callable[[int, int], dict[str, Tensor]]
 
 

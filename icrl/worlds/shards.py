@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import icrl_kernels
-from icrl.shards import DataSet, Field, ShardReader, Written, write_shards
+from icrl.shards import SHARD_BYTES, DataSet, Field, ShardReader, Written, write_shards
 from icrl.worlds import windows
 from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
@@ -20,7 +20,6 @@ from icrl.worlds.tables import TabularTasks
 from icrl_kernels.packed import PackedTransition
 
 TASKS = "tabular tasks"
-SHARD_BYTES = 64 << 20
 TOKENS = ("num_observations", "observation_tokens", "action_tokens")
 WINDOWS = {
     "probability": Field("float32", ("M",), "of the rows' windows, row after row of [N,S,A]"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from icrl.checkpoint import checksum
 from icrl.worlds import counter, exchange, windows
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
-from icrl_kernels.packed import PackedTransition
+from icrl_kernels.packed import PackedTransition, pack_transition
 from icrl_kernels.tokens import draw_tokens
 
 FORMAT, VERSION = "icrl.TabularTasks", "2"  # version 1 had dense tables only and is still read
@@ -169,7 +169,7 @@ class TabularTasks:
         """The same tasks as windows; rewards of transitions that cannot happen are dropped. Self if packed."""
         if isinstance(self.transition, PackedTransition):
             return self
-        transition, reward = windows.pack(self.transition, self.reward)
+        transition, reward = pack_transition(self.transition, self.reward)
         return replace(self, transition=transition, reward=reward)
 
     def dense(self) -> TabularTasks:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from icrl_kernels.packed import PackedTransition, pack_transition
+from icrl_kernels.packed import PackedTransition
 
 ENTRIES = 1 << 22  # of a table or a list of entries at a time: temporaries of tens of megabytes
 
@@ -90,19 +90,6 @@ def concatenate(parts: Sequence[PackedTransition]) -> PackedTransition:
     offset = torch.cat([p.offset + k for p, k in zip(parts, before, strict=False)])
     rest = (torch.cat([p[i] for p in parts]) for i in (2, 3))
     return PackedTransition(torch.cat([p.probability for p in parts]), offset, *rest)
-
-
-def pack(transition: Tensor, reward: Tensor) -> tuple[PackedTransition, Tensor]:
-    """Windows of dense tables [N,S,A,S], and the rewards within them [M]."""
-    n, s, a, _ = transition.shape
-    parts, rewards = [], []
-    for tasks in dense_blocks(n, s, a) if n else [slice(0, 0)]:
-        p = pack_transition(transition[tasks])
-        j = torch.arange(s, device=transition.device)
-        first = p.first[..., None]
-        rewards.append(reward[tasks][(j >= first) & (j < first + p.length[..., None])])
-        parts.append(p)
-    return concatenate(parts), torch.cat(rewards)
 
 
 def unpack(p: PackedTransition, reward: Tensor) -> tuple[Tensor, Tensor]:
