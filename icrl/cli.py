@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
-GROUPS = ("train", "worlds")
+GROUPS = ("train", "eval", "worlds")
 Positional = tyro.conf.Positional
 
 
@@ -212,6 +212,104 @@ def dataset(folder: Positional[Path], full: bool = False, json: Path | None = No
     _write_json(json, numbers)
     if numbers["wrong"]:
         raise ValueError(f"{folder}: {len(numbers['wrong'])} of {numbers['shards']} shards are not whole")
+def train_world_model(
+    out: Path = Path("runs/world_model"), config: Path | None = None, seed: int | None = None, json: Path | None = None
+) -> None:
+    """Train S-ICQL's world model alone. Kill it whenever you like: the same command continues from its last checkpoint.
+
+    Args:
+        out: the run's folder.
+        config: a JSON file of OfflineRun's fields, over the defaults.
+        seed: over the configuration.
+        json: write the errors here.
+    """
+    from icrl.sicql.suite import train_world_model as train
+
+    _new_file("json", json)
+    run = _offline_run(config, None, None, seed, None)
+    path = train(run, out)
+    print(f"world model: {path}")
+    _write_json(json, {"model": str(path)})
+
+
+def train_offline(
+    out: Path = Path("runs/sicql"),
+    method: str | None = None,
+    environment: str | None = None,
+    config: Path | None = None,
+    world_model: Path | None = None,
+    seed: int | None = None,
+    updates: int | None = None,
+    evaluate: int = 40,
+) -> None:
+    """Train S-ICQL or one of its rivals from offline data, and evaluate it few-shot in unseen tasks.
+
+    Kill it whenever you like: the same command continues from its last checkpoint.
+
+    Args:
+        out: the run's folder; the evaluation goes to few_shot.json there.
+        method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
+        environment: darkroom or stitching.
+        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
+        world_model: one that is trained already; otherwise S-ICQL trains its own first.
+        seed: over the configuration.
+        updates: over the configuration.
+        evaluate: episodes in each test task, after training.
+    """
+    from icrl.sicql.suite import evaluate_method, train_method
+
+    if evaluate < 1:
+        raise ValueError(f"evaluate: wanted at least 1 episode, got {evaluate}")
+    run = _offline_run(config, method, environment, seed, updates)
+    path = train_method(run, out, world_model)
+    numbers = evaluate_method(path, run.make_data(), evaluate, run.loop.seed)
+    print(
+        f"model: {path}\nreturn {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes, optimal {numbers['best']:.2f}"
+    )
+    _write_json(out / "few_shot.json", numbers)
+
+
+def _offline_run(
+    config: Path | None, method: str | None, environment: str | None, seed: int | None, updates: int | None
+) -> Any:
+    from icrl.sicql.suite import OfflineRun
+    from icrl.train import configured
+
+    run = configured(OfflineRun, {} if config is None else read_json("config", config), "config")
+    run = replace(run, **{k: v for k, v in {"method": method, "environment": environment}.items() if v is not None})
+    loop = {k: v for k, v in {"seed": seed, "updates": updates}.items() if v is not None}
+    return replace(run, loop=replace(run.loop, **loop))
+
+
+def evaluate_sicql(
+    out: Path = Path("runs/suite"),
+    environment: str = "darkroom",
+    methods: tuple[str, ...] = ("sicql", "ic_iql", "dicp", "ad", "idt", "dit", "dpt"),
+    seeds: int = 3,
+    episodes: int = 40,
+    jobs: int = 2,
+    config: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """S-ICQL's table: train every method with every seed, evaluate few-shot in unseen tasks, print, draw.
+
+    What `out` holds already is not made again, so the same command continues one that was killed.
+
+    Args:
+        out: the suite's folder.
+        environment: darkroom or stitching.
+        methods: of icrl train offline.
+        seeds: of each method, 0, 1, ...; of weights, batches and evaluation.
+        episodes: in a row in each test task, the one before being the prompt.
+        jobs: processes at a time.
+        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
+        json: also write the numbers here.
+    """
+    from icrl.sicql.suite import suite
+
+    _new_file("json", json)
+    given = {} if config is None else read_json("config", config)
+    _write_json(json, suite(out, environment, list(methods), seeds, episodes, jobs, given))
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:
@@ -416,9 +514,12 @@ COMMANDS = {
     "demo": demo,
     "context": context,
     "train omnirl": train_omnirl,
+    "train offline": train_offline,
+    "train world-model": train_world_model,
     "eval": evaluate,
     "distill": distill,
     "dataset": dataset,
+    "eval sicql": evaluate_sicql,
     "worlds sample": worlds_sample,
     "worlds filter": worlds_filter,
     "worlds inspect": worlds_inspect,

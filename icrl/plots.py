@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -75,4 +76,25 @@ def training_picture(metrics: Path, path: Path) -> None:
         ax.grid(alpha=0.2)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str) -> None:
+    """Returns over the episodes of a few-shot evaluation, one line a method, shaded by its standard error over seeds."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.2))
+    for name, n in sorted(methods.items(), key=lambda kv: -kv[1]["last"]):
+        episodes = range(1, len(n["curve"]) + 1)
+        (line,) = ax.plot(episodes, n["curve"], label=name, lw=2.2 if name == "S-ICQL" else 1.3)
+        if n["curve_sem"]:
+            low = [m - e for m, e in zip(n["curve"], n["curve_sem"], strict=True)]
+            high = [m + e for m, e in zip(n["curve"], n["curve_sem"], strict=True)]
+            ax.fill_between(episodes, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    best = next(iter(methods.values()))["best"]
+    ax.axhline(best, color="#3a7d44", ls="--", lw=1.2, label="optimal")
+    ax.set(title=title, xlabel="episodes in the task", ylabel="return", ylim=(0, None if best < 0 else 1.05 * best))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.2)
+    ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -1,0 +1,56 @@
+"""Few-shot evaluation of in-context learners: a run of episodes in each unseen task, no weight changed."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from icrl.methods import Method
+
+
+def few_shot(
+    method: Method,
+    environments: gymnasium.vector.VectorEnv,
+    episodes: int = 40,
+    seed: int = 0,
+    progress: str | None = None,
+) -> Tensor:
+    """The return of each episode, [N,episodes], in N tasks at once.
+
+    Args:
+        method: in whatever state of training. environments: one a task, of the same fixed horizon; what comes after an
+            early end does not count. episodes: in a row, the agent's context going on. seed: of environments and actions.
+    """
+    N, horizon = environments.num_envs, method.config.horizon
+    agent = method.eval().agent(N)
+    low = getattr(environments.single_action_space, "low", None)
+    returns = torch.zeros(N, episodes)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for e in tqdm(range(episodes), desc=progress, unit="episode", disable=progress is None, leave=False):
+            observation, _ = environments.reset(seed=seed * 1_000_003 + e)
+            state = torch.as_tensor(observation, dtype=torch.float32)
+            agent.begin()
+            alive = torch.ones(N)
+            for _ in range(horizon):
+                action = agent.act(state)
+                raw = action.numpy()
+                if low is not None:
+                    raw = np.clip(raw, low, environments.single_action_space.high)  # pyright: ignore
+                observation, reward, terminated, truncated, info = environments.step(raw)
+                ended = np.logical_or(terminated, truncated)
+                if ended.any() and "final_obs" in info:
+                    last = info["final_obs"]
+                    shown = np.stack([last[i] if ended[i] else observation[i] for i in range(N)])
+                else:
+                    shown = observation
+                gain = torch.as_tensor(reward, dtype=torch.float32)
+                agent.observe(state, action, gain, torch.as_tensor(shown, dtype=torch.float32))
+                returns[:, e] += gain * alive
+                alive *= 1 - torch.as_tensor(terminated, dtype=torch.float32)
+                state = torch.as_tensor(observation, dtype=torch.float32)
+    method.train()
+    return returns

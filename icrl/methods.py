@@ -1,0 +1,269 @@
+"""What in-context learners from offline data have in common: spaces, prompts, acting. S-ICQL and its rivals build on it.
+
+A `Method` is trained on `Trajectories` by `icrl.offline_training.OfflineLearner` and judged by `icrl.few_shot`: it has a
+loss, and makes agents that start with no experience of their tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icrl.offline import Trajectories
+from icrl.sicql.trunk import Trunk, TrunkConfig
+
+
+class Spaces(NamedTuple):
+    """Of an environment: what a method's networks are made for."""
+
+    environment: str
+    state_size: int
+    num_actions: int  # 0: actions are vectors
+    action_size: int  # channels of an action's features
+
+    @classmethod
+    def of(cls, data: Trajectories) -> Spaces:
+        return cls(data.environment, data.state_size, data.num_actions, data.action_size)
+
+    def features(self, actions: Tensor) -> Tensor:
+        return F.one_hot(actions, self.num_actions).float() if self.num_actions else actions
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Of every method."""
+
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    horizon: int = 100
+    """Steps of an episode: what a prompt, or each episode of a history, holds."""
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+
+
+class Agent(Protocol):
+    """Acts in B tasks at once, from no experience on."""
+
+    def begin(self) -> None:
+        """An episode begins, in every task."""
+        ...
+
+    def act(self, state: Tensor) -> Tensor:
+        """States [B,S] -> actions, [B] int64 or [B,A] float32."""
+        ...
+
+    def observe(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
+        """What the last action brought: rewards [B], states as in `act`."""
+        ...
+
+
+class Method(nn.Module):
+    """An in-context learner. `mean` and `std` [S] of the data's states are kept with the weights."""
+
+    name: str
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Any, spaces: Spaces) -> None:
+        super().__init__()
+        self.config, self.spaces = config, spaces
+        self.register_buffer("mean", torch.zeros(spaces.state_size))
+        self.register_buffer("std", torch.ones(spaces.state_size))
+
+    def prepare(self, data: Trajectories) -> None:
+        """Once before training on this data. Raises ValueError where it does not suit."""
+        data.check_length("horizon", self.config.horizon)
+        mean, std = data.moments()
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
+        """Of one batch drawn from the data, and what to log."""
+        raise NotImplementedError
+
+    def before_update(self) -> None:
+        """Before each batch: moving averages and the like."""
+
+    def agent(self, batch: int) -> Agent:
+        raise NotImplementedError
+
+    def normal(self, states: Tensor) -> Tensor:
+        return (states - self.mean) / self.std
+
+    def transitions(self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor) -> Tensor:
+        """[..., 2S+A+1] features of raw transitions."""
+        a = self.spaces.features(actions)
+        return torch.cat([self.normal(states), a, rewards[..., None], self.normal(next_states)], -1)
+
+    def imitation(self, output: Tensor, actions: Tensor) -> Tensor:
+        """How far a policy's output is from actions [...]: cross-entropy where discrete, squared error where not."""
+        if self.spaces.num_actions:
+            return F.cross_entropy(output.movedim(-1, 1), actions, reduction="none")
+        return (output - actions).square().mean(-1)
+
+    def choose(self, output: Tensor) -> Tensor:
+        """The action of a policy's output: sampled where discrete, the mean where not."""
+        if self.spaces.num_actions:
+            return torch.distributions.Categorical(logits=output).sample()
+        return output
+
+
+def head(width: int, outputs: int) -> nn.Sequential:
+    """A readout with two hidden layers; its last layer starts small."""
+    net = nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+    )
+    nn.init.normal_(net[-1].weight, std=0.02)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(net[-1].bias)  # pyright: ignore[reportArgumentType]
+    return net
+
+
+class Episode:
+    """The steps of the current episode, in every task."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def add(self, *step: Tensor) -> None:
+        self.steps.append(step)  # pyright: ignore[reportArgumentType]
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """states [B,h,S], actions [B,h,...], rewards [B,h], next_states [B,h,S]."""
+        s, a, r, n = (torch.stack(x, 1) for x in zip(*self.steps, strict=True))
+        return s, a, r, n
+
+
+# --- methods with a prompt --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptConfig(MethodConfig):
+    """Of a method whose prompt is one episode of the task: any one in training, the one before in a test."""
+
+    layout: str = "query_first"
+    """"query_first", as published: [query, prompt] in full for each query, its loss after each prompt token; or
+    "branch": the prompt once, and queries that branch from it after some of its lengths, each of its own transition."""
+    queries: int = 8
+    """Lengths, and transitions, that branch from one prompt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layout not in ("query_first", "branch"):
+            raise ValueError(f"layout: wanted 'query_first' or 'branch', got {self.layout!r}")
+        if self.layout == "query_first" and self.trunk.mixer != "softmax":
+            raise ValueError(
+                f"layout: wanted 'branch' for the mixer {self.trunk.mixer!r}: its state forgets a first token"
+            )
+        if self.queries < 1:
+            raise ValueError(f"queries: wanted at least 1, got {self.queries}")
+
+    @property
+    def prompt_steps(self) -> range:
+        """The steps of an episode that are the prompt's tokens."""
+        return range(self.horizon)
+
+
+class Batch(NamedTuple):
+    prompt: Tensor  # [B,h] the prompt's tokens, as steps of the data
+    steps: Tensor  # [B,m] steps asked about; m = 1 where all lengths share a transition
+    lengths: list[int]
+
+
+class PromptTrunk(nn.Module):
+    """The trunk, with embeddings of prompt tokens and of queries, in either layout."""
+
+    def __init__(self, config: PromptConfig, spaces: Spaces, prompt_size: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.trunk.width
+        self.trunk = Trunk(config.trunk, len(config.prompt_steps))
+        self.embed_prompt = nn.Linear(prompt_size, width)
+        self.embed_state = nn.Linear(spaces.state_size, width)
+
+    def remember(self, prompt: Tensor, lengths: Sequence[int]) -> Any:
+        """Prompt tokens [B,h,P], to be read after each of `lengths` of them."""
+        x = self.embed_prompt(prompt)
+        if self.config.layout == "branch":
+            return self.trunk.remember(x, list(lengths))
+        return x, torch.tensor(lengths)
+
+    def read(self, queries: Tensor, memory: Any) -> Tensor:
+        """Queries [B,m or 1,J,D] -> features [B,m,J,D] after each of the m lengths."""
+        if self.config.layout == "branch":
+            return self.trunk.read(queries, memory)
+        x, lengths = memory
+        full = [self.trunk(torch.cat([q, x], 1), first=0)[0] for q in queries[:, 0, :, None].unbind(1)]
+        return torch.stack(full, 2)[:, lengths]
+
+
+class PromptMethod(Method):
+    """A method that reads one episode as its prompt; `prompt_size` channels a step, raw transitions unless overridden."""
+
+    config: PromptConfig
+    trunk: PromptTrunk
+
+    def draw(self, data: Trajectories) -> Batch:
+        """A batch: tasks, an episode of each as the prompt, and transitions of the same tasks."""
+        c = self.config
+        tasks = data.draw_tasks(c.batch)
+        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(c.prompt_steps)
+        h = len(c.prompt_steps)
+        if c.layout == "query_first":
+            return Batch(prompt, data.draw_steps(tasks, 1), list(range(h + 1)))
+        lengths = sorted([*torch.randint(h + 1, (c.queries - 1,)).tolist(), h])
+        return Batch(prompt, data.draw_steps(tasks, c.queries), lengths)
+
+    def at_lengths(self, x: Tensor, batch: Batch) -> Tensor:
+        """What belongs to the steps of a batch, [B,1 or m,...], at each of its m lengths."""
+        return x.expand(-1, len(batch.lengths), *x.shape[2:])
+
+    def prompt_tokens(self, data: Trajectories, index: Tensor) -> Tensor:
+        """[...,P] of the data's steps `index` [...]."""
+        return self.transitions(data.states[index], data.actions[index], data.rewards[index], data.next_states[index])
+
+    def prompt_of(self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor) -> Tensor:
+        """[B,h,P] of whole episodes."""
+        return self.transitions(states, actions, rewards, next_states)
+
+    def policy(self, features: Tensor) -> Tensor:
+        """Logits or actions from a state query's features."""
+        raise NotImplementedError
+
+    def agent(self, batch: int) -> PromptAgent:
+        return PromptAgent(self, batch)
+
+
+class PromptAgent:
+    """Acts with the episode before as its prompt; in the first one, with none."""
+
+    def __init__(self, method: PromptMethod, batch: int) -> None:
+        self.method, self.batch = method, batch
+        self.episode = Episode()
+        self.memory: Any = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        m = self.method
+        if self.episode.steps:
+            prompt = m.prompt_of(*self.episode.stacked())
+        else:
+            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features)
+        self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
+        self.episode = Episode()
+
+    @torch.no_grad()
+    def act(self, state: Tensor) -> Tensor:
+        m = self.method
+        features = m.trunk.read(m.trunk.embed_state(m.normal(state))[:, None, None], self.memory)
+        return m.choose(m.policy(features[:, 0, 0]))
+
+    def observe(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
+        self.episode.add(state, action, reward, next_state)

@@ -1,0 +1,218 @@
+"""Offline data of many tasks: trajectories on end, as every in-context learner here samples them.
+
+Episodes lie one after another, a task's in the order in which they were gathered, so that a learning history is a run of
+consecutive episodes. States are vectors; actions are numbers of one of `num_actions`, or vectors where that is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icrl import checkpoint
+
+
+@dataclass(eq=False)
+class Trajectories:
+    """E episodes of N tasks, T steps in all.
+
+    Attributes:
+        environment: its name; a world model serves the environment it was trained in.
+        num_actions: of a discrete action space; 0 where actions are vectors.
+        states, next_states: [T,S] float32. rewards: [T] float32. terminated: [T] bool: next_states has no value of its own.
+        actions: [T] int64, or [T,A] float32.
+        ends: [E] int64, ascending: episode e is steps ends[e-1] to ends[e]-1.
+        tasks: [E] int64, not descending: whose episode it is; every task 0..N-1 has one.
+        optimal: [T] int64, an optimal action in `states`, where it is known; else None.
+    """
+
+    environment: str
+    num_actions: int
+    states: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_states: Tensor
+    terminated: Tensor
+    ends: Tensor
+    tasks: Tensor
+    optimal: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field, and index episodes and tasks. Raises ValueError naming the field."""
+        T = self.states.shape[0]
+        shapes = {
+            "states": (self.states, (T, self.states.shape[-1]), torch.float32),
+            "next_states": (self.next_states, self.states.shape, torch.float32),
+            "rewards": (self.rewards, (T,), torch.float32),
+            "terminated": (self.terminated, (T,), torch.bool),
+            "actions": (self.actions, (T,) if self.num_actions else (T, *self.actions.shape[1:2]), None),
+            "ends": (self.ends, (len(self.ends),), torch.int64),
+            "tasks": (self.tasks, (len(self.ends),), torch.int64),
+        }
+        if self.optimal is not None:
+            shapes["optimal"] = (self.optimal, (T,), torch.int64)
+        for name, (tensor, shape, dtype) in shapes.items():
+            wanted = dtype or (torch.int64 if self.num_actions else torch.float32)
+            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != wanted:
+                raise ValueError(
+                    f"{name}: wanted {list(shape)} of {wanted}, got {list(tensor.shape)} of {tensor.dtype}"
+                )
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name}: wanted finite numbers, first not so at step {_first(~tensor.isfinite())}")
+        lengths = self.ends.diff(prepend=self.ends.new_zeros(1))
+        if not len(self.ends) or int(lengths.min()) < 1 or int(self.ends[-1]) != T:
+            raise ValueError(
+                "ends: wanted episodes of at least one step that end with the data, got "
+                + (
+                    f"an empty episode {_first(lengths < 1)}"
+                    if bool((lengths < 1).any())
+                    else f"{len(self.ends)} of them"
+                )
+            )
+        if int(self.tasks[0]) or not bool(((self.tasks.diff() == 0) | (self.tasks.diff() == 1)).all()):
+            raise ValueError("tasks: wanted each task's episodes together, tasks in the order 0, 1, 2, ...")
+        for name in ("actions", "optimal"):
+            a = getattr(self, name)
+            if self.num_actions and a is not None and T and not 0 <= int(a.min()) <= int(a.max()) < self.num_actions:
+                raise ValueError(f"{name}: wanted 0 to {self.num_actions - 1}, got {int(a.min())} to {int(a.max())}")
+        self.lengths = lengths
+        self.begins = self.ends - lengths
+        self.num_tasks = int(self.tasks[-1]) + 1
+        count = torch.bincount(self.tasks, minlength=self.num_tasks)
+        self.episodes = torch.stack(
+            [count.cumsum(0) - count, count.cumsum(0)], 1
+        )  # [N,2], a task's first and past last
+        self.steps = torch.stack([self.begins[self.episodes[:, 0]], self.ends[self.episodes[:, 1] - 1]], 1)
+
+    def __repr__(self) -> str:
+        return f"Trajectories({self.environment}: {self.num_tasks} tasks, {len(self.ends)} episodes, {len(self.states)} steps)"
+
+    @property
+    def state_size(self) -> int:
+        return self.states.shape[1]
+
+    @property
+    def action_size(self) -> int:
+        """Channels of `action_features`."""
+        return self.num_actions or self.actions.shape[1]
+
+    def action_features(self, actions: Tensor) -> Tensor:
+        """Actions as a network takes them: one-hot where discrete, as they are where not; float32."""
+        return F.one_hot(actions, self.num_actions).float() if self.num_actions else actions
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the states, [S] each; a deviation of 0 counts as 1."""
+        std = self.states.std(0, correction=0)
+        return self.states.mean(0), torch.where(std > 1e-6, std, 1.0)
+
+    def returns_to_go(self, discount: float) -> Tensor:
+        """[T] the discounted rewards from each step to its episode's end."""
+        longest, E = int(self.lengths.max()), len(self.ends)
+        places = torch.arange(longest) < self.lengths[:, None]
+        grid = torch.zeros(E, longest, dtype=torch.float64)
+        grid[places] = self.rewards.double()
+        for t in range(longest - 2, -1, -1):
+            grid[:, t] += discount * grid[:, t + 1]
+        return grid[places].float()
+
+    # --- samples; torch's global generator draws them, so that a run resumes exactly ------------------------------------
+
+    def draw_tasks(self, batch: int) -> Tensor:
+        return torch.randint(self.num_tasks, (batch,))
+
+    def draw_episodes(self, tasks: Tensor, run: int = 1) -> Tensor:
+        """[B] the first of `run` consecutive episodes of each task, uniformly."""
+        first, past = self.episodes[tasks].unbind(-1)
+        if bool((past - first < run).any()):
+            raise ValueError(f"episodes: wanted {run} in a row, a task has {int((past - first).min())}")
+        return first + _integers(past - first - run + 1)
+
+    def draw_steps(self, tasks: Tensor, each: int) -> Tensor:
+        """[B,each] steps of each task, uniformly."""
+        first, past = self.steps[tasks].unbind(-1)
+        return first[:, None] + _integers((past - first)[:, None].expand(-1, each))
+
+    def check_length(self, name: str, length: int) -> None:
+        """ValueError where an episode has fewer than `length` steps."""
+        if length > int(self.lengths.min()):
+            raise ValueError(
+                f"{name}: wanted at most the shortest episode's {int(self.lengths.min())} steps, got {length}"
+            )
+
+    def windows(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The `size` steps of the same episode that end with each of `steps` [...]: their indices [...,size], and whether
+        there are such steps: an episode's first windows begin before it."""
+        begin = self.begins[torch.searchsorted(self.ends, steps, right=True)]
+        index = steps[..., None] + torch.arange(1 - size, 1)
+        return index.clamp_min(0), index >= begin[..., None]
+
+    def reorder(self, episodes: Tensor, tasks: Tensor) -> Trajectories:
+        """The episodes [E'] of these numbers, as tasks [E']."""
+        steps = torch.cat(
+            [
+                torch.arange(b, e)
+                for b, e in zip(self.begins[episodes].tolist(), self.ends[episodes].tolist(), strict=True)
+            ]
+        )
+        part = {
+            name: None if (t := getattr(self, name)) is None else t[steps]
+            for name in ("states", "actions", "rewards", "next_states", "terminated", "optimal")
+        }
+        return replace(self, **part, ends=self.lengths[episodes].cumsum(0), tasks=tasks)
+
+    # --- files and joining ----------------------------------------------------------------------------------------------
+
+    def save(self, path: Path | str) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        facts = {"data": "trajectories", "environment": self.environment, "num_actions": self.num_actions}
+        checkpoint.save(path, tensors, facts)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Trajectories:
+        """What `save` wrote; ValueError for anything else."""
+        tensors, facts = checkpoint.load(path)
+        if facts.get("data") != "trajectories":
+            raise ValueError(f"data: {path} holds no trajectories")
+        return cls(facts["environment"], facts["num_actions"], **tensors)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Trajectories]) -> Trajectories:
+        """All tasks of all parts, one part's after another's. Raises ValueError for none, or for spaces that differ."""
+        if not parts:
+            raise ValueError("parts: wanted at least one, got none")
+        first = parts[0]
+        for p in parts:
+            for name in ("environment", "num_actions", "state_size", "action_size"):
+                if getattr(p, name) != getattr(first, name):
+                    raise ValueError(
+                        f"{name}: tasks of one data set must share it, got {getattr(first, name)!r} and {getattr(p, name)!r}"
+                    )
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(p, name) for p in parts])
+            for name in ("states", "actions", "rewards", "next_states", "terminated")
+        }
+        if all(p.optimal is not None for p in parts):
+            joined["optimal"] = torch.cat([p.optimal for p in parts if p.optimal is not None])
+        steps, tasks = 0, 0
+        ends, whose = [], []
+        for p in parts:
+            ends.append(p.ends + steps)
+            whose.append(p.tasks + tasks)
+            steps, tasks = steps + len(p.states), tasks + p.num_tasks
+        return replace(first, **{"optimal": None, **joined}, ends=torch.cat(ends), tasks=torch.cat(whose))
+
+
+def _integers(below: Tensor) -> Tensor:
+    """Uniform in [0, below)."""
+    return (torch.rand(below.shape, dtype=torch.float64) * below).long().clamp_max_(below - 1)
+
+
+def _first(bad: Tensor) -> int:
+    return int(bad.nonzero()[0, 0])
