@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from icrl import checkpoint
@@ -22,7 +21,7 @@ from icrl.methods import Method, MethodConfig, Spaces
 from icrl.offline import Trajectories
 from icrl.sicql.model import SICQL, SICQLConfig
 from icrl.sicql.world_model import WorldModel
-from icrl.train import LoopConfig, configured
+from icrl.train import configured
 
 METHODS: dict[str, tuple[type[Method], type[MethodConfig]]] = {
     "sicql": (SICQL, SICQLConfig),

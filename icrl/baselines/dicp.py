@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from icrl.baselines.history import HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.methods import Spaces, head
@@ -102,4 +103,4 @@ class DICP(HistoryMethod):
 
 def spread(state: TrunkState, times: int) -> TrunkState:
     """Each sequence's state `times` times over."""
-    return TrunkState(torch.utils._pytree.tree_map(lambda t: t.repeat_interleave(times, 0), state.layers), state.length)
+    return TrunkState(tree_map(lambda t: t.repeat_interleave(times, 0), state.layers), state.length)

@@ -122,8 +122,9 @@ class HistoryAgent:
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
-        features, self.memory = m.trunk(m.normal(state)[:, None], self.last[:, None], self.memory)
-        return m.decide(features[:, 0], self.memory, state)
+        features, memory = m.trunk(m.normal(state)[:, None], self.last[:, None], self.memory)
+        self.memory = memory
+        return m.decide(features[:, 0], memory, state)
 
     def observe(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
         self.episode.add(state, action, reward, next_state)

@@ -7,7 +7,7 @@ goes on. The losses are S-ICQL's (`icrl.sicql.model.iql_losses`), at every step 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from icrl.baselines.history import HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.methods import Spaces, head
 from icrl.offline import Trajectories
-from icrl.sicql.model import iql_losses
+from icrl.sicql.model import IQL, iql_losses
 
 
 @dataclass(frozen=True)
 class ICIQLConfig(HistoryConfig):
-    expectile: float = 0.7
-    discount: float = 0.99
-    inverse_temperature: float = 1000.0
-    max_weight: float = 1000.0
-    target_rate: float = 0.005
+    iql: IQL = field(default_factory=IQL)
 
 
 class ICIQL(HistoryMethod):
@@ -42,7 +38,7 @@ class ICIQL(HistoryMethod):
 
     def before_update(self) -> None:
         for target, online in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
-            target.data.lerp_(online.data, self.config.target_rate)
+            target.data.lerp_(online.data, self.config.iql.target_rate)
 
     def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
         c, h = self.config, self.draw(data)
@@ -59,10 +55,7 @@ class ICIQL(HistoryMethod):
             v[:, 1:][:, goes_on],
             h.reward[:, :-1][:, goes_on],
             data.terminated[h.steps][:, :-1][:, goes_on],
-            expectile=c.expectile,
-            discount=c.discount,
-            inverse_temperature=c.inverse_temperature,
-            max_weight=c.max_weight,
+            c.iql,
         )
         total = losses.policy + losses.q + losses.v
         metrics = {f"{name}_loss": float(x.detach()) for name, x in losses._asdict().items()}

@@ -15,7 +15,7 @@ without both it is DPT trained on the data's own actions.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,9 @@ from icrl.sicql.world_model import WorldModel
 
 
 @dataclass(frozen=True)
-class SICQLConfig(PromptConfig):
+class IQL:
+    """Settings of the losses, shared with IC-IQL."""
+
     expectile: float = 0.7
     """ω."""
     discount: float = 0.99
@@ -36,6 +38,22 @@ class SICQLConfig(PromptConfig):
     max_weight: float = 1000.0
     target_rate: float = 0.005
     """Of the moving averages."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.expectile < 1:
+            raise ValueError(f"expectile: wanted a number in (0, 1), got {self.expectile}")
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
+        if not 0 < self.target_rate <= 1:
+            raise ValueError(f"target_rate: wanted a number in (0, 1], got {self.target_rate}")
+        for name in ("inverse_temperature", "max_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SICQLConfig(PromptConfig):
+    iql: IQL = field(default_factory=IQL)
     world_model: bool = True
     stride: int = 1
     """Steps between two windows of a prompt, at most the window's k: 1 as published; with k each step is in one window."""
@@ -43,19 +61,10 @@ class SICQLConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.expectile < 1:
-            raise ValueError(f"expectile: wanted a number in (0, 1), got {self.expectile}")
-        if not 0 <= self.discount < 1:
-            raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
-        if not 0 < self.target_rate <= 1:
-            raise ValueError(f"target_rate: wanted a number in (0, 1], got {self.target_rate}")
         if not 1 <= self.stride <= (self.horizon if self.world_model else 1):
             raise ValueError(
                 f"stride: wanted 1 to horizon={self.horizon}, and 1 without a world model, got {self.stride}"
             )
-        for name in ("inverse_temperature", "max_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
 
     @property
     def prompt_steps(self) -> range:
@@ -76,23 +85,19 @@ def iql_losses(
     next_v: Tensor,
     reward: Tensor,
     terminated: Tensor,
-    *,
-    expectile: float,
-    discount: float,
-    inverse_temperature: float,
-    max_weight: float,
+    c: IQL,
 ) -> Losses:
     """The three losses above, averaged over all elements.
 
     Args:
         imitation: [...] −log π(a|s) or the squared error. v: [...]. q, target_q: [...,2]. next_v: [...], reward: [...].
-        terminated: [...] bool.
+        terminated: [...] bool. c: the settings.
     """
     advantage = target_q.detach().amin(-1) - v
-    v_loss = (expectile - (advantage < 0).float()).abs() * advantage.square()
-    target = reward + discount * next_v.detach() * ~terminated
+    v_loss = (c.expectile - (advantage < 0).float()).abs() * advantage.square()
+    target = reward + c.discount * next_v.detach() * ~terminated
     q_loss = (q - target[..., None]).square().mean(-1)
-    weight = (inverse_temperature * advantage.detach()).exp().clamp(max=max_weight)
+    weight = (c.inverse_temperature * advantage.detach()).exp().clamp(max=c.max_weight)
     return Losses((weight * imitation).mean(), q_loss.mean(), v_loss.mean())
 
 
@@ -141,7 +146,7 @@ class SICQL(PromptMethod):
     def before_update(self) -> None:
         if self.config.q_learning:
             for target, online in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
-                target.data.lerp_(online.data, self.config.target_rate)
+                target.data.lerp_(online.data, self.config.iql.target_rate)
 
     def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
         c = self.config
@@ -168,10 +173,7 @@ class SICQL(PromptMethod):
             next_v,
             data.rewards[steps],
             data.terminated[steps],
-            expectile=c.expectile,
-            discount=c.discount,
-            inverse_temperature=c.inverse_temperature,
-            max_weight=c.max_weight,
+            c.iql,
         )
         total = losses.policy + losses.q + losses.v
         metrics = {f"{name}_loss": float(x.detach()) for name, x in losses._asdict().items()}

@@ -54,7 +54,7 @@ PUBLISHED = {"dpt": 22.12, "ad": 42.72, "idt": 40.70, "dicp": 59.76, "dit": 30.9
 TRUNK = {"width": 64, "layers": 3, "heads": 2}
 PROMPT = {"trunk": TRUNK, "layout": "branch", "queries": 16, "batch": 64}
 HISTORY = {"trunk": TRUNK, "episodes": 4, "batch": 16}
-IQL = {"discount": 0.95, "inverse_temperature": 3.0, "max_weight": 100.0}
+IQL = {"iql": {"discount": 0.95, "inverse_temperature": 3.0, "max_weight": 100.0}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sicql": {**PROMPT, **IQL, "stride": 4},
     "dpt": PROMPT,

@@ -203,10 +203,11 @@ class Trunk(nn.Module):
         x = self._placed(x, 1)
         memory = []
         for i, block in enumerate(self.blocks):
-            y, m = block.mixer.remember(block.mix_norm(x), lengths)  # pyright: ignore[reportCallIssue]
+            assert isinstance(block, Block)
+            y, m = block.mixer.remember(block.mix_norm(x), lengths)
             memory.append(m)
             if i + 1 < len(self.blocks):  # nobody reads what the last block makes of the prompt
-                x = block.mlp(x + y)  # pyright: ignore[reportCallIssue]
+                x = block.mlp(x + y)
         return memory
 
     def read(self, x: Tensor, memory: list[Any]) -> Tensor:
@@ -214,5 +215,6 @@ class Trunk(nn.Module):
         if self.positions is not None:
             x = x + self.positions[0]
         for block, m in zip(self.blocks, memory, strict=True):
-            x = block.read(x, m)  # pyright: ignore[reportCallIssue]
+            assert isinstance(block, Block)
+            x = block.read(x, m)
         return self.norm(x)

@@ -1,0 +1,180 @@
+"""Offline data: trajectories and their refusals, DarkRoom as environment and as tables, the stitching study's promise."""
+
+from dataclasses import replace
+
+import gymnasium.utils.env_checker
+import numpy as np
+import pytest
+import torch
+
+from icrl.offline import Trajectories
+from icrl.worlds.darkroom import MOVES, DarkRoom, DarkRoomData, darkroom_tasks
+from icrl.worlds.stitching import StitchingData
+
+
+def small(**changes):
+    """Two tasks with episodes of 3, 2 and 4 steps."""
+    n = 9
+    fields = {
+        "environment": "toy",
+        "num_actions": 2,
+        "states": torch.arange(n).float()[:, None],
+        "actions": torch.arange(n) % 2,
+        "rewards": torch.arange(n).float(),
+        "next_states": torch.arange(1, n + 1).float()[:, None],
+        "terminated": torch.zeros(n, dtype=torch.bool),
+        "ends": torch.tensor([3, 5, 9]),
+        "tasks": torch.tensor([0, 0, 1]),
+    }
+    return Trajectories(**{**fields, **changes})
+
+
+def test_index_windows_and_returns():
+    data = small()
+    assert data.num_tasks == 2
+    assert data.lengths.tolist() == [3, 2, 4]
+    assert data.steps.tolist() == [[0, 5], [5, 9]]
+    index, seen = data.windows(torch.tensor([2, 3, 8]), 3)
+    assert seen.tolist() == [[True, True, True], [False, False, True], [True, True, True]]
+    assert index[seen].tolist() == [0, 1, 2, 3, 6, 7, 8]
+    expected = [0 + 0.5 * (1 + 0.5 * 2), 1 + 0.5 * 2, 2, 3 + 0.5 * 4, 4, 5 + 0.5 * (6 + 0.5 * (7 + 0.5 * 8))]
+    assert data.returns_to_go(0.5)[:6].tolist() == pytest.approx(expected)
+
+
+def test_samples_stay_in_their_task():
+    data = small()
+    torch.manual_seed(0)
+    tasks = data.draw_tasks(2000)
+    steps = data.draw_steps(tasks, 3)
+    assert ((steps < 5) == (tasks == 0)[:, None]).all()
+    assert sorted(set(steps.flatten().tolist())) == list(range(9))
+    episodes = data.draw_episodes(tasks)
+    assert torch.equal(data.tasks[episodes], tasks)
+    assert set(episodes.tolist()) == {0, 1, 2}
+    with pytest.raises(ValueError, match="wanted 2 in a row"):
+        data.draw_episodes(tasks, 2)
+
+
+def test_files_and_joining(tmp_path):
+    data = small()
+    data.save(tmp_path / "d")
+    again = Trajectories.load(tmp_path / "d")
+    assert torch.equal(again.rewards, data.rewards)
+    assert again.environment == "toy"
+    both = Trajectories.concatenate([data, again])
+    assert both.num_tasks == 4
+    assert both.steps.tolist() == [[0, 5], [5, 9], [9, 14], [14, 18]]
+    swapped = data.reorder(torch.tensor([2, 0]), torch.tensor([0, 1]))
+    assert swapped.rewards.tolist() == [5, 6, 7, 8, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": torch.full((9,), float("nan"))}, "rewards: wanted finite"),
+        ({"states": torch.zeros(9, 1, dtype=torch.float64)}, "states: wanted"),
+        ({"actions": torch.full((9,), 2)}, "actions: wanted 0 to 1"),
+        ({"actions": torch.zeros(9, 2)}, "actions: wanted"),
+        ({"ends": torch.tensor([3, 3, 9])}, "an empty episode 1"),
+        ({"ends": torch.tensor([3, 5, 8])}, "ends"),
+        ({"ends": torch.tensor([], dtype=torch.int64), "tasks": torch.tensor([], dtype=torch.int64)}, "ends"),
+        ({"tasks": torch.tensor([0, 1, 0])}, "tasks"),
+        ({"tasks": torch.tensor([0, 2, 2])}, "tasks"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_refuses_spaces_that_differ_and_episodes_that_are_short():
+    other = small(states=torch.zeros(9, 2), next_states=torch.zeros(9, 2))
+    with pytest.raises(ValueError, match="state_size: tasks of one data set must share it"):
+        Trajectories.concatenate([small(), other])
+    with pytest.raises(ValueError, match="num_actions"):
+        Trajectories.concatenate([small(), small(num_actions=3)])
+    with pytest.raises(ValueError, match="horizon: wanted at most the shortest episode's 2 steps, got 3"):
+        small().check_length("horizon", 3)
+
+
+def test_darkroom_is_a_gymnasium_environment_and_its_table_the_same():
+    gymnasium.utils.env_checker.check_env(DarkRoom(), skip_render_check=True)
+    env = DarkRoom(goal=(2, 1), size=4, horizon=200)
+    table = darkroom_tasks(torch.tensor([[2, 1]]), 4, 200).validate()
+    rng = np.random.default_rng(0)
+    at, _ = env.reset()
+    for t in range(200):
+        s, a = int(at[0] * 4 + at[1]), rng.integers(len(MOVES))
+        at, reward, terminated, truncated, _ = env.step(a)
+        s2 = int(at[0] * 4 + at[1])
+        assert table.transition[0, s, a, s2] == 1
+        assert table.reward[0, s, a, s2] == reward == float(tuple(at) == (2, 1))
+        assert not terminated
+        assert truncated == (t == 199)
+    with pytest.raises(ValueError, match="action"):
+        env.step(7)
+
+
+def test_darkroom_data():
+    source = DarkRoomData(size=5, horizon=20, train_goals=20, episodes=20, history=10)
+    train, test = source.goals()
+    assert len({tuple(g) for g in [*train.tolist(), *test.tolist()]}) == 25
+    data = source.train_data()
+    steps = data.next_states - data.states
+    assert data.num_tasks == 20
+    assert steps.abs().sum(1).max() == 1
+    assert torch.equal(data.rewards, (data.next_states == train.repeat_interleave(400, 0)).all(1).float())
+    returns = data.rewards.view(20, 2, 10, 20).sum(-1).mean((0, 1))
+    best = source.best_returns("train").mean()
+    assert returns[0] < 0.35 * best  # nearly uniform actions at first, nearly optimal ones at last
+    assert returns[-1] > 0.9 * best
+    assert data.optimal is not None
+    follow = source.environments("train")
+    follow.reset()
+    far = DarkRoomData(split="far").goals()
+    assert far[0].sum(1).max() <= far[1].sum(1).min()
+
+
+def test_the_optimal_policy_earns_the_best_return():
+    source = DarkRoomData(size=5, horizon=20, train_goals=20, episodes=10, history=10, quality="expert")
+    tasks = darkroom_tasks(source.goals()[0], 5, 20)
+    best = tasks.solve(0.99).q.argmax(-1)
+    envs = source.environments("train")
+    at, _ = envs.reset()
+    total = np.zeros(20)
+    for _ in range(20):
+        index = torch.as_tensor(at[:, 0] * 5 + at[:, 1]).long()
+        at, reward, *_ = envs.step(best[torch.arange(20), index].numpy())
+        total += reward
+    assert total.tolist() == source.best_returns("train").tolist()
+
+
+def test_no_stitching_trajectory_leads_from_the_start_to_a_goal():
+    source = StitchingData(size=6, horizon=24, train_goals=9, episodes=8)
+    data = source.train_data()
+    assert (source.goals()[0][:, 0] >= 3).all()
+    first = data.states[data.begins]
+    leave = (first == 0).all(1)
+    assert leave.view(9, 2, 4)[:, 0].all()
+    reward = torch.stack([data.rewards[b:e].sum() for b, e in zip(data.begins, data.ends, strict=True)])
+    assert reward[leave].max() == 0
+    assert data.next_states[leave.repeat_interleave(24)][:, 0].max() == 2
+    assert (first[~leave][:, 0] == 2).all()
+    assert (reward[~leave] > 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "name"),
+    [
+        (DarkRoomData, {"quality": "best"}, "quality"),
+        (DarkRoomData, {"train_goals": 100}, "train_goals"),
+        (DarkRoomData, {"episodes": 30}, "episodes"),
+        (DarkRoomData, {"split": "near"}, "split"),
+        (StitchingData, {"size": 5}, "size"),
+        (StitchingData, {"noise": 1.0}, "noise"),
+    ],
+)
+def test_configurations_refuse(kind, changes, name):
+    with pytest.raises(ValueError, match=name):
+        replace(kind(), **changes)
