@@ -1,8 +1,8 @@
 """DarkRoom: find a goal that is not seen in a square room, and stay there. As a Gymnasium environment and as tables.
 
 The state is the position (x, y), the actions are left, right, up, down and stay; a step that ends at the goal pays 1; an
-episode has `horizon` steps. Tasks differ in their goal alone. The default is the room of the decision-pretrained
-transformer (arXiv 2306.14892): 10 × 10, 100 steps, episodes start at (0, 0), 80 goals to train with and 20 to test.
+episode has `horizon` steps and starts anywhere, or at (0, 0). Tasks differ in their goal alone. The default is the size of
+the decision-pretrained transformer's room (arXiv 2306.14892): 10 × 10, 100 steps, 80 goals to train with and 20 to test.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from icrl.worlds.tables import TabularTasks
 from icrl_kernels import Rollout, constant_behaviours, rollout
 
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
+STARTS = ("random", "corner")
 QUALITIES = ("mixed", "medium", "expert", "q_learning")
 
 
 class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
-    """One DarkRoom. `horizon` steps, then truncated; nothing is random."""
+    """One DarkRoom. `horizon` steps, then truncated; nothing is random but the start, and that only if `start` says so."""
 
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's declaration)
 
-    def __init__(self, goal: tuple[int, int] = (5, 5), size: int = 10, horizon: int = 100) -> None:
+    def __init__(
+        self, goal: tuple[int, int] = (5, 5), size: int = 10, horizon: int = 100, start: str = "random"
+    ) -> None:
+        if start not in STARTS:
+            raise ValueError(f"start: wanted one of {', '.join(STARTS)}, got {start!r}")
         if not (0 <= goal[0] < size and 0 <= goal[1] < size) or horizon < 1:
             raise ValueError(f"goal, size, horizon: wanted a goal in the room, got {goal}, {size}, {horizon}")
-        self.goal, self.size, self.horizon = goal, size, horizon
+        self.goal, self.size, self.horizon, self.start = goal, size, horizon, start
         self.observation_space = spaces.Box(0, size - 1, (2,), np.float32)
         self.action_space = spaces.Discrete(len(MOVES))
         self._at, self._elapsed = (0, 0), 0
@@ -43,7 +48,10 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self._at, self._elapsed = (0, 0), 0
-        return np.zeros(2, np.float32), {}
+        if self.start == "random":
+            x, y = self.np_random.integers(self.size, size=2)
+            self._at = int(x), int(y)
+        return np.array(self._at, np.float32), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if not self.action_space.contains(action):
@@ -55,7 +63,7 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
         return np.array(self._at, np.float32), float(self._at == self.goal), False, self._elapsed >= self.horizon, {}
 
 
-def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100) -> TabularTasks:
+def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100, start: str = "random") -> TabularTasks:
     """The rooms with these goals [N,2] as tables; state x·size + y."""
     N, S, A = len(goals), size * size, len(MOVES)
     at = torch.stack([torch.arange(S) // size, torch.arange(S) % size], 1)
@@ -63,14 +71,15 @@ def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100) -> Tabular
     index = following[..., 0] * size + following[..., 1]
     transition = torch.zeros(S, A, S).scatter_(2, index[..., None], 1.0)
     goal = torch.nn.functional.one_hot(goals[:, 0] * size + goals[:, 1], S).float()
-    start = torch.zeros(N, S)
-    start[:, 0] = 1.0
+    first = torch.full((N, S), 1.0 / S)
+    if start == "corner":
+        first = torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.int64), S).float()
     return TabularTasks(
         transition.expand(N, S, A, S).contiguous(),
         goal[:, None, None, :].expand(N, S, A, S).contiguous(),
         torch.zeros(N, S),
         torch.zeros(N, S, A),
-        start,
+        first,
         torch.zeros(N, S, dtype=torch.bool),
         torch.full((N,), horizon),
         torch.arange(S).expand(N, S).contiguous(),
@@ -86,6 +95,8 @@ class DarkRoomData:
 
     size: int = 10
     horizon: int = 100
+    start: str = "random"
+    """Where episodes start: "random", anywhere; "corner", at (0, 0)."""
     train_goals: int = 80
     """Of size²; the others are the test tasks."""
     split: str = "random"
@@ -104,6 +115,8 @@ class DarkRoomData:
                 f"size, horizon, train_goals: wanted at least 2, at least 1, and 1 to size²-1, got {self.size}, "
                 f"{self.horizon}, {self.train_goals}"
             )
+        if self.start not in STARTS:
+            raise ValueError(f"start: wanted one of {', '.join(STARTS)}, got {self.start!r}")
         if self.split not in ("random", "far"):
             raise ValueError(f"split: wanted 'random' or 'far', got {self.split!r}")
         if self.quality not in QUALITIES:
@@ -120,7 +133,7 @@ class DarkRoomData:
         return cells[: self.train_goals], cells[self.train_goals :]
 
     def train_data(self) -> Trajectories:
-        tasks = darkroom_tasks(self.goals()[0], self.size, self.horizon)
+        tasks = darkroom_tasks(self.goals()[0], self.size, self.horizon, self.start)
         q = tasks.solve(0.99).q
         N, S, A = q.shape
         steps, each = self.history * self.horizon, self.episodes // self.history
@@ -140,17 +153,21 @@ class DarkRoomData:
 
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         """One environment a goal of the "train" or "test" tasks."""
-        return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon)
+        return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon, self.start)
 
     def best_returns(self, which: str = "test") -> Tensor:
-        """[N] the optimal return of each task's episode."""
-        goals = self.goals()[0 if which == "train" else 1]
-        distance = goals.sum(1)
-        return (self.horizon - (distance - 1).clamp_min(0)).clamp_min(0).float()
+        """[N] what an optimal policy earns in an episode of each task, the start's distribution averaged over."""
+        return best_returns(self.goals()[0 if which == "train" else 1], self.size, self.horizon, self.start)
 
 
-def darkroom_environments(goals: Tensor, size: int, horizon: int) -> gymnasium.vector.VectorEnv:
-    makers = [lambda g=tuple(g): DarkRoom(g, size, horizon) for g in goals.tolist()]
+def best_returns(goals: Tensor, size: int, horizon: int, start: str) -> Tensor:
+    cells = torch.cartesian_prod(torch.arange(size), torch.arange(size)) if start == "random" else torch.zeros(1, 2)
+    steps = (cells[None] - goals[:, None]).abs().sum(-1)
+    return (horizon - (steps - 1).clamp_min(0)).clamp_min(0).float().mean(1)
+
+
+def darkroom_environments(goals: Tensor, size: int, horizon: int, start: str) -> gymnasium.vector.VectorEnv:
+    makers = [lambda g=tuple(g): DarkRoom(g, size, horizon, start) for g in goals.tolist()]
     return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icrl.evaluate import greedy
 from icrl.offline import Trajectories
-from icrl.worlds.darkroom import MOVES, darkroom_environments, darkroom_tasks, trajectories
+from icrl.worlds.darkroom import MOVES, best_returns, darkroom_environments, darkroom_tasks, trajectories
 from icrl_kernels import Behaviours, constant_behaviours, rollout
 
 
@@ -57,7 +57,7 @@ class StitchingData:
     def train_data(self) -> Trajectories:
         goals = self.goals()[0]
         N, half, S, A = len(goals), self.size // 2, self.size**2, len(MOVES)
-        tasks = darkroom_tasks(goals, self.size, self.horizon)
+        tasks = darkroom_tasks(goals, self.size, self.horizon, "corner")
         q = tasks.solve(0.99).q
         best = q.argmax(-1)
 
@@ -91,12 +91,11 @@ class StitchingData:
         return Trajectories.concatenate(parts).reorder(order.flatten(), torch.arange(N).repeat_interleave(2 * n))
 
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
-        return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon)
+        return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon, "corner")
 
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] the optimal return of each task's episode from (0, 0)."""
-        distance = self.goals()[0 if which == "train" else 1].sum(1)
-        return (self.horizon - (distance - 1)).clamp_min(0).float()
+        return best_returns(self.goals()[0 if which == "train" else 1], self.size, self.horizon, "corner")
 
 
 def each_episode(records: int, policies: int) -> Behaviours:
