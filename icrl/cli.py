@@ -249,7 +249,7 @@ def train_offline(
     Args:
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
-        environment: darkroom or stitching.
+        environment: darkroom, stitching or point-robot.
         config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
@@ -297,7 +297,7 @@ def evaluate_sicql(
 
     Args:
         out: the suite's folder.
-        environment: darkroom or stitching.
+        environment: darkroom, stitching or point-robot.
         methods: of icrl train offline.
         seeds: of each method, 0, 1, ...; of weights, batches and evaluation.
         episodes: in a row in each test task, the one before being the prompt.

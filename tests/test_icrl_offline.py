@@ -9,6 +9,7 @@ import torch
 
 from icrl.offline import Trajectories
 from icrl.worlds.darkroom import MOVES, DarkRoom, DarkRoomData, darkroom_tasks
+from icrl.worlds.point_robot import PointRobot, PointRobotData
 from icrl.worlds.stitching import StitchingData
 
 
@@ -185,3 +186,28 @@ def test_no_stitching_trajectory_leads_from_the_start_to_a_goal():
 def test_configurations_refuse(kind, changes, name):
     with pytest.raises(ValueError, match=name):
         replace(kind(), **changes)
+
+
+@pytest.mark.parametrize("split", ["random", "far"])
+def test_point_robot_data_is_what_its_environment_does(split):
+    gymnasium.utils.env_checker.check_env(PointRobot(), skip_render_check=True)
+    source = PointRobotData(horizon=15, tasks=20, episodes=4, history=4, split=split)
+    train, test = source.angles()
+    assert len(train) == 18
+    if split == "far":
+        assert test.min() > train.max()
+    data = source.train_data()
+    assert data.num_tasks == 18
+    for task in (0, 7):
+        env = PointRobot(float(train[task]), 15)
+        for e in range(4 * task, 4 * task + 4):
+            at, _ = env.reset()
+            for t in range(15 * e, 15 * e + 15):
+                assert at == pytest.approx(data.states[t].numpy(), abs=1e-6)
+                at, reward, terminated, truncated, _ = env.step(data.actions[t].numpy())
+                assert reward == pytest.approx(float(data.rewards[t]), abs=1e-6)  # float32 of numbers near 1
+                assert not terminated
+            assert truncated
+    returns = data.rewards.view(18, 4, 15).sum(-1)
+    assert (returns.mean(0).diff() > 0).all()  # a history improves
+    assert returns[:, -1].tolist() == pytest.approx(source.best_returns("train").tolist(), abs=1e-4)

@@ -78,7 +78,7 @@ def test_refusals_are_one_line(args, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TITLES)
-@pytest.mark.parametrize("environment", ["darkroom", "stitching"])
+@pytest.mark.parametrize("environment", ["darkroom", "stitching", "point-robot"])
 def test_every_preset_is_a_configuration(name, environment):
     run = OfflineRun(method=name, environment=environment)
     assert run.make_config().horizon == run.make_data().horizon

@@ -26,10 +26,11 @@ from icrl.sicql.model import SICQLConfig
 from icrl.sicql.world_model import WorldModel, WorldModelConfig, WorldModelLearner
 from icrl.train import LoopConfig, configured, train
 from icrl.worlds.darkroom import DarkRoomData
+from icrl.worlds.point_robot import PointRobotData
 from icrl.worlds.stitching import StitchingData
 
-Data = DarkRoomData | StitchingData
-DATA: dict[str, type[Any]] = {"darkroom": DarkRoomData, "stitching": StitchingData}
+Data = DarkRoomData | StitchingData | PointRobotData
+DATA: dict[str, type[Any]] = {"darkroom": DarkRoomData, "stitching": StitchingData, "point-robot": PointRobotData}
 TITLES = {
     "dpt": "DPT",
     "ad": "AD",
@@ -124,7 +125,7 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
     def judge(m: Method) -> dict[str, float]:
         returns = few_shot(m, environments, run.judged_episodes, seed=2**20)
         half = returns[:, run.judged_episodes // 2 :]
-        return {"return": float(half.mean()), "score": float(half.mean()) / best}
+        return {"return": float(half.mean()), **({"score": float(half.mean()) / best} if best > 0 else {})}
 
     facts = {"environment": run.environment, "data": asdict(source)}
     return train(OfflineLearner(method, data, facts, judge), run.loop, out)
@@ -240,9 +241,10 @@ def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
     print(f"  {'':10}{'all episodes':>18}{'last quarter':>18}{'of optimal':>12}{'reach goal':>12}{'published':>12}")
     for method, n in sorted(numbers.items(), key=lambda kv: kv[1]["last"]):
         published = f"{PUBLISHED[method]:.2f}" if environment == "darkroom" and method in PUBLISHED else ""
+        shares = f"{n['last'] / n['best']:12.2f}{n['reached']:12.2f}" if n["best"] > 0 else " " * 24
         print(
             f"  {TITLES[method]:10}{n['all']:11.2f} ±{n['all_sem']:5.2f}{n['last']:11.2f} ±{n['last_sem']:5.2f}"
-            f"{n['last'] / n['best']:12.2f}{n['reached']:12.2f}{published:>12}"
+            f"{shares}{published:>12}"
         )
 
 
