@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_icrl_offline import small
 
+from icrl.few_shot import few_shot
 from icrl.methods import Spaces
 from icrl.offline import Trajectories
 from icrl.offline_training import OfflineLearner, load_method, save_method
@@ -158,11 +159,11 @@ def test_both_layouts_draw_the_same_expectation_of_values(room):
     assert batch.lengths[-1] == 12
     assert batch.steps.shape == (4, 3)
     for b in batch.prompt, batch.steps:
-        task = torch.searchsorted(room.steps[:, 1], b, right=True)
+        task = torch.searchsorted(room.steps[:, 1].contiguous(), b, right=True)
         assert (task == task[:, :1]).all()
     assert torch.equal(
-        torch.searchsorted(room.steps[:, 1], batch.prompt, right=True)[:, 0],
-        torch.searchsorted(room.steps[:, 1], batch.steps, right=True)[:, 0],
+        torch.searchsorted(room.steps[:, 1].contiguous(), batch.prompt, right=True)[:, 0],
+        torch.searchsorted(room.steps[:, 1].contiguous(), batch.steps, right=True)[:, 0],
     )
 
 
@@ -307,3 +308,30 @@ def test_refuses(room):
         WorldModelConfig(encoder="lstm")
     with pytest.raises(ValueError, match="data: wanted"):
         OfflineLearner(make(room), small(), {}, lambda m: {})
+
+
+def test_a_killed_run_resumes_bit_for_bit(room, tmp_path):
+    loop = LoopConfig(updates=6, warmup=2, checkpoint_every=2, evaluate_every=2)
+
+    def run(out, kill_at=None):
+        method = make(room)
+        learner = OfflineLearner(
+            method, room, {}, lambda m: {"return": float(few_shot(m, ROOM.environments(), 2).mean())}
+        )
+        losses = learner.losses
+
+        def until(update):
+            if update == kill_at:
+                raise KeyboardInterrupt
+            return losses(update)
+
+        learner.losses = until
+        return load_method(train(learner, loop, out)).state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill_at=5)
+    torch.manual_seed(99)
+    resumed = run(tmp_path / "killed")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
