@@ -153,6 +153,9 @@ class PromptConfig(MethodConfig):
     "branch": the prompt once, and queries that branch from it after some of its lengths, each of its own transition."""
     queries: int = 8
     """Lengths, and transitions, that branch from one prompt."""
+    balanced: bool = False
+    """Draw the transitions asked about by state, each that the task has seen as likely as another: then a state tells
+    nothing of its task. (Good data is mostly where its task's goal is; who learns that will not look elsewhere.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,9 +220,9 @@ class PromptMethod(Method):
         prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(c.prompt_steps)
         h = len(c.prompt_steps)
         if c.layout == "query_first":
-            return Batch(prompt, data.draw_steps(tasks, 1), list(range(h + 1)))
+            return Batch(prompt, data.draw_steps(tasks, 1, c.balanced), list(range(h + 1)))
         lengths = sorted([*torch.randint(h + 1, (c.queries - 1,)).tolist(), h])
-        return Batch(prompt, data.draw_steps(tasks, c.queries), lengths)
+        return Batch(prompt, data.draw_steps(tasks, c.queries, c.balanced), lengths)
 
     def at_lengths(self, x: Tensor, batch: Batch) -> Tensor:
         """What belongs to the steps of a batch, [B,1 or m,...], at each of its m lengths."""

@@ -82,6 +82,7 @@ class Trajectories:
             if self.num_actions and a is not None and T and not 0 <= int(a.min()) <= int(a.max()) < self.num_actions:
                 raise ValueError(f"{name}: wanted 0 to {self.num_actions - 1}, got {int(a.min())} to {int(a.max())}")
         self.lengths = lengths
+        self._rarity: Tensor | None = None  # [T+1] cumulative 1 / how often its task was in a step's state
         self.begins = self.ends - lengths
         self.num_tasks = int(self.tasks[-1]) + 1
         count = torch.bincount(self.tasks, minlength=self.num_tasks)
@@ -133,10 +134,20 @@ class Trajectories:
             raise ValueError(f"episodes: wanted {run} in a row, a task has {int((past - first).min())}")
         return first + _integers(past - first - run + 1)
 
-    def draw_steps(self, tasks: Tensor, each: int) -> Tensor:
-        """[B,each] steps of each task, uniformly."""
+    def draw_steps(self, tasks: Tensor, each: int, balanced: bool = False) -> Tensor:
+        """[B,each] steps of each task: uniformly, or `balanced`: a state that the task has seen, then a step in it."""
         first, past = self.steps[tasks].unbind(-1)
-        return first[:, None] + _integers((past - first)[:, None].expand(-1, each))
+        if not balanced:
+            return first[:, None] + _integers((past - first)[:, None].expand(-1, each))
+        if self._rarity is None:
+            _, state = torch.unique(self.states, dim=0, return_inverse=True)
+            task = torch.repeat_interleave(torch.arange(self.num_tasks), self.steps[:, 1] - self.steps[:, 0])
+            pair = task * (int(state.max()) + 1) + state
+            _, pair, count = torch.unique(pair, return_inverse=True, return_counts=True)
+            self._rarity = F.pad(count[pair].double().reciprocal().cumsum(0), (1, 0))
+        low, high = self._rarity[first][:, None], self._rarity[past][:, None]
+        at = low + (high - low) * torch.rand(len(tasks), each, dtype=torch.float64)
+        return torch.searchsorted(self._rarity[1:], at, right=True).clamp(first[:, None], past[:, None] - 1)
 
     def check_length(self, name: str, length: int) -> None:
         """ValueError where an episode has fewer than `length` steps."""

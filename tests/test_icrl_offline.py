@@ -56,6 +56,18 @@ def test_samples_stay_in_their_task():
         data.draw_episodes(tasks, 2)
 
 
+def test_balanced_samples_take_each_state_of_a_task_alike():
+    states = torch.tensor([0, 0, 0, 1, 0, 2, 2, 2, 0]).float()[:, None]  # the tasks' steps: 0-4 and 5-8
+    data = small(states=states)
+    torch.manual_seed(0)
+    tasks = torch.tensor([0, 1]).repeat(6000)
+    steps = data.draw_steps(tasks, 2, balanced=True)
+    assert ((steps < 5) == (tasks == 0)[:, None]).all()
+    share = torch.bincount(steps.flatten(), minlength=9) / 12000
+    expected = torch.tensor([1 / 8, 1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    assert (share - expected).abs().max() < 0.02  # four standard errors of 12000 draws
+
+
 def test_files_and_joining(tmp_path):
     data = small()
     data.save(tmp_path / "d")

@@ -53,7 +53,7 @@ PUBLISHED = {"dpt": 22.12, "ad": 42.72, "idt": 40.70, "dicp": 59.76, "dit": 30.9
 
 # What suites train: one trunk for all, sized for two CPU cores; the methods' own defaults are the published ones.
 TRUNK = {"width": 64, "layers": 3, "heads": 2}
-PROMPT = {"trunk": TRUNK, "layout": "branch", "queries": 16, "batch": 64}
+PROMPT = {"trunk": TRUNK, "layout": "branch", "queries": 16, "batch": 64, "balanced": True}
 HISTORY = {"trunk": TRUNK, "episodes": 4, "batch": 16}
 IQL = {"iql": {"discount": 0.95, "inverse_temperature": 3.0, "max_weight": 100.0}}
 SETTINGS: dict[str, dict[str, Any]] = {
