@@ -212,6 +212,8 @@ def dataset(folder: Positional[Path], full: bool = False, json: Path | None = No
     _write_json(json, numbers)
     if numbers["wrong"]:
         raise ValueError(f"{folder}: {len(numbers['wrong'])} of {numbers['shards']} shards are not whole")
+
+
 def train_world_model(
     out: Path = Path("runs/world_model"), config: Path | None = None, seed: int | None = None, json: Path | None = None
 ) -> None:
@@ -267,6 +269,25 @@ def train_offline(
         f"model: {path}\nreturn {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes, optimal {numbers['best']:.2f}"
     )
     _write_json(out / "few_shot.json", numbers)
+
+
+def collect(
+    out: Positional[Path], environment: str = "darkroom", config: Path | None = None, json: Path | None = None
+) -> None:
+    """Gather offline trajectories into a folder of shards, for `"records"` in the configuration of training runs.
+
+    Args:
+        out: the data set's folder.
+        environment: darkroom, stitching or point-robot.
+        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), whose "data" counts.
+        json: also write what was printed here.
+    """
+    from icrl.sicql.suite import collect_data
+
+    _new_file("json", json)
+    numbers = collect_data(_offline_run(config, None, environment, None, None), out)
+    print(f"{out}: {numbers['shards']} shards, {numbers['bytes'] / 1e6:.1f} MB")
+    _write_json(json, numbers)
 
 
 def _offline_run(
@@ -514,12 +535,13 @@ COMMANDS = {
     "demo": demo,
     "context": context,
     "train omnirl": train_omnirl,
+    "collect": collect,
     "train offline": train_offline,
     "train world-model": train_world_model,
     "eval": evaluate,
+    "eval sicql": evaluate_sicql,
     "distill": distill,
     "dataset": dataset,
-    "eval sicql": evaluate_sicql,
     "worlds sample": worlds_sample,
     "worlds filter": worlds_filter,
     "worlds inspect": worlds_inspect,

@@ -7,15 +7,12 @@ consecutive episodes. States are vectors; actions are numbers of one of `num_act
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from icrl import checkpoint
 
 
 @dataclass(eq=False)
@@ -177,21 +174,12 @@ class Trajectories:
         }
         return replace(self, **part, ends=self.lengths[episodes].cumsum(0), tasks=tasks)
 
-    # --- files and joining ----------------------------------------------------------------------------------------------
+    def tasks_slice(self, first: int, count: int) -> Trajectories:
+        """Tasks first to first+count-1, numbered from 0."""
+        episodes = torch.arange(int(self.episodes[first, 0]), int(self.episodes[first + count - 1, 1]))
+        return self.reorder(episodes, self.tasks[episodes] - first)
 
-    def save(self, path: Path | str) -> None:
-        """Write one safetensors file, whole or not at all."""
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        facts = {"data": "trajectories", "environment": self.environment, "num_actions": self.num_actions}
-        checkpoint.save(path, tensors, facts)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Trajectories:
-        """What `save` wrote; ValueError for anything else."""
-        tensors, facts = checkpoint.load(path)
-        if facts.get("data") != "trajectories":
-            raise ValueError(f"data: {path} holds no trajectories")
-        return cls(facts["environment"], facts["num_actions"], **tensors)
+    # --- joining ---------------------------------------------------------------------------------------------------------
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectories]) -> Trajectories:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from icrl.offline import Trajectories
+from icrl.offline_data import read_trajectories, write_trajectories
 from icrl.worlds.darkroom import MOVES, DarkRoom, DarkRoomData, darkroom_tasks
 from icrl.worlds.point_robot import PointRobot, PointRobotData
 from icrl.worlds.stitching import StitchingData
@@ -68,13 +69,28 @@ def test_balanced_samples_take_each_state_of_a_task_alike():
     assert (share - expected).abs().max() < 0.02  # four standard errors of 12000 draws
 
 
-def test_files_and_joining(tmp_path):
+def test_shards_give_back_what_was_written(tmp_path):
+    data = Trajectories.concatenate([small(), small(rewards=-torch.arange(9.0)), small()])
+    written = write_trajectories(tmp_path, data, {"made": "by hand"}, seed=0, rows_per_shard=4)
+    assert (written.made, written.left) == (2, 0)
+    again = read_trajectories(tmp_path)
+    for name in ("states", "actions", "rewards", "next_states", "terminated", "ends", "tasks"):
+        assert torch.equal(getattr(again, name), getattr(data, name)), name
+    assert (again.environment, again.num_actions, again.optimal) == ("toy", 2, None)
+    assert write_trajectories(tmp_path, data, {"made": "by hand"}, seed=0, rows_per_shard=4).found == 2
+    with pytest.raises(ValueError, match="holds another data set"):
+        write_trajectories(tmp_path, data, {"made": "otherwise"}, seed=0, rows_per_shard=4)
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="shard-00001"):
+        read_trajectories(tmp_path)
+    room = DarkRoomData(size=3, horizon=6, train_goals=5, episodes=4, history=2).train_data()
+    write_trajectories(tmp_path / "room", room, {}, seed=0)
+    assert torch.equal(read_trajectories(tmp_path / "room").optimal, room.optimal)
+
+
+def test_joining():
     data = small()
-    data.save(tmp_path / "d")
-    again = Trajectories.load(tmp_path / "d")
-    assert torch.equal(again.rewards, data.rewards)
-    assert again.environment == "toy"
-    both = Trajectories.concatenate([data, again])
+    both = Trajectories.concatenate([data, small()])
     assert both.num_tasks == 4
     assert both.steps.tolist() == [[0, 5], [5, 9], [9, 14], [14, 18]]
     swapped = data.reorder(torch.tensor([2, 0]), torch.tensor([0, 1]))

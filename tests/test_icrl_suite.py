@@ -1,6 +1,7 @@
 """S-ICQL's commands end to end on a tiny room: training, the suite, its table and picture, and refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from icrl.cli import main
 from icrl.sicql.suite import TITLES, OfflineRun, collect, mean_sem
 from icrl.sicql.world_model import WorldModel, WorldModelConfig
+from icrl.train import configured
 
 TINY = {
     "data": {"size": 4, "horizon": 12, "train_goals": 12, "episodes": 8, "history": 8},
@@ -48,6 +50,16 @@ def test_train_offline_trains_its_own_world_model(config, tmp_path, capsys):
     assert (tmp_path / "run-world_model" / "model.safetensors").exists()
     assert len(json.loads((tmp_path / "run" / "few_shot.json").read_text())["returns"]) == 2
     assert "return" in capsys.readouterr().out
+
+
+def test_training_reads_collected_data(config, tmp_path, capsys):
+    assert main(["collect", str(tmp_path / "data"), "--config", str(config)]) == 0
+    assert "shards" in capsys.readouterr().out
+    run = configured(OfflineRun, {**TINY, "records": str(tmp_path / "data")}, "config")
+    assert torch.equal(run.train_data().actions, replace(run, records="").train_data().actions)
+    other = replace(run, data={**TINY["data"], "seed": 1})
+    with pytest.raises(ValueError, match="has seed 0, the configuration 1"):
+        other.train_data()
 
 
 def test_a_world_model_of_another_environment_is_refused(config, tmp_path, capsys):

@@ -20,8 +20,11 @@ import torch
 
 from icrl.few_shot import few_shot
 from icrl.methods import Method, MethodConfig, Spaces
+from icrl.offline import Trajectories
+from icrl.offline_data import read_trajectories, write_trajectories
 from icrl.offline_training import METHODS, OfflineLearner, load_method, make_method
 from icrl.plots import few_shot_picture
+from icrl.shards import read_index
 from icrl.sicql.model import SICQLConfig
 from icrl.sicql.world_model import WorldModel, WorldModelConfig, WorldModelLearner
 from icrl.train import LoopConfig, configured, train
@@ -78,6 +81,8 @@ class OfflineRun:
     method: str = "sicql"
     environment: str = "darkroom"
     data: dict[str, Any] = field(default_factory=dict)
+    records: str = ""
+    """A folder written by `icrl collect` with the same environment and data, to read instead of gathering anew."""
     settings: dict[str, Any] = field(default_factory=dict)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
     world_loop: LoopConfig = WORLD_LOOP
@@ -95,6 +100,17 @@ class OfflineRun:
     def make_data(self) -> Data:
         return configured(DATA[self.environment], self.data, "data")
 
+    def train_data(self) -> Trajectories:
+        """Gathered, or read from `records`. Raises ValueError where those were gathered otherwise."""
+        source = self.make_data()
+        if not self.records:
+            return source.train_data()
+        made = read_index(Path(self.records))[0].config
+        for name, value in {"source": self.environment, **asdict(source)}.items():
+            if made.get(name) != value:
+                raise ValueError(f"records: {self.records} has {name} {made.get(name)!r}, the configuration {value!r}")
+        return read_trajectories(Path(self.records))
+
     def make_config(self) -> MethodConfig:
         """The suite's settings of the method, its ablation, then this run's own settings."""
         name = self.method.split()[0]
@@ -111,7 +127,7 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
         the method's file.
     """
     source, config = run.make_data(), run.make_config()
-    data = source.train_data()
+    data = run.train_data()
     made = None
     if isinstance(config, SICQLConfig) and config.world_model:
         if world_model is None:
@@ -131,10 +147,17 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
     return train(OfflineLearner(method, data, facts, judge), run.loop, out)
 
 
+def collect_data(run: OfflineRun, out: Path) -> dict[str, Any]:
+    """Gather the run's training data into shards in `out`; what was written."""
+    source = run.make_data()
+    written = write_trajectories(out, source.train_data(), {"source": run.environment, **asdict(source)}, source.seed)
+    return {"shards": written.made + written.found, "made": written.made, "bytes": written.bytes}
+
+
 def train_world_model(run: OfflineRun, out: Path) -> Path:
     """Train the world model alone, into `out`; its file."""
     loop = replace(run.world_loop, seed=run.loop.seed)
-    learner = WorldModelLearner(run.world_model, run.make_data().train_data(), run.world_batch, loop)
+    learner = WorldModelLearner(run.world_model, run.train_data(), run.world_batch, loop)
     return train(learner, loop, out)
 
 

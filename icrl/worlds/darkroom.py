@@ -16,7 +16,6 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from icrl.evaluate import greedy
 from icrl.offline import Trajectories
 from icrl.worlds.tables import TabularTasks
 from icrl_kernels import Rollout, constant_behaviours, rollout
@@ -134,8 +133,8 @@ class DarkRoomData:
 
     def train_data(self) -> Trajectories:
         tasks = darkroom_tasks(self.goals()[0], self.size, self.horizon, self.start)
-        q = tasks.solve(0.99).q
-        N, S, A = q.shape
+        best = tasks.solve(0.99).q.argmax(-1)
+        N = len(best)
         steps, each = self.history * self.horizon, self.episodes // self.history
         who: dict[int | str, float] = {"q_learning": 1.0} if self.quality == "q_learning" else {0: 1.0}
         noise = {"mixed": (1.0, 1.0 / steps), "medium": (0.5, 0.0), "expert": (0.05, 0.0), "q_learning": (0.1, 0.0)}
@@ -146,10 +145,10 @@ class DarkRoomData:
             steps=steps,
             seed=self.seed,
             task_index=torch.arange(N).repeat_interleave(each),
-            policies=greedy(q, tasks.num_actions)[:, None],
+            policies=best[:, None],
             behaviours=behaviours,
         )
-        return trajectories("DarkRoom", out, self.size, self.horizon, q.argmax(-1).repeat_interleave(each, 0), each)
+        return trajectories("DarkRoom", out, self.size, self.horizon, best.repeat_interleave(each, 0), each)
 
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         """One environment a goal of the "train" or "test" tasks."""

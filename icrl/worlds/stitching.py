@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import gymnasium
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from icrl.evaluate import greedy
 from icrl.offline import Trajectories
 from icrl.worlds.darkroom import MOVES, best_returns, darkroom_environments, darkroom_tasks, trajectories
 from icrl_kernels import Behaviours, constant_behaviours, rollout
@@ -58,18 +58,17 @@ class StitchingData:
         goals = self.goals()[0]
         N, half, S, A = len(goals), self.size // 2, self.size**2, len(MOVES)
         tasks = darkroom_tasks(goals, self.size, self.horizon, "corner")
-        q = tasks.solve(0.99).q
-        best = q.argmax(-1)
+        best = tasks.solve(0.99).q.argmax(-1)
 
         generator = torch.Generator().manual_seed(self.seed + 1)
         cells = torch.randint(half * self.size, (N * self.targets,), generator=generator)
         places = torch.stack([cells // self.size, cells % self.size], 1)
         to_target = darkroom_tasks(places, self.size, self.horizon)
-        leave = greedy(to_target.solve(0.99).q, to_target.num_actions).view(N, self.targets, S, A)
+        leave = F.one_hot(to_target.solve(0.99).q.argmax(-1), A).float().view(N, self.targets, S, A)
         allowed = torch.ones(S, A)
         allowed[(half - 1) * self.size : half * self.size, MOVES.index((1, 0))] = 0.0  # not into the right half
         uniform = allowed / allowed.sum(1, keepdim=True)
-        arrive = greedy(q, tasks.num_actions)[:, None]
+        arrive = F.one_hot(best, A).float()[:, None]
         border = torch.zeros(N, S)
         border[:, (half - 1) * self.size : half * self.size] = 1.0 / self.size
         parts = []
