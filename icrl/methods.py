@@ -153,9 +153,9 @@ class PromptConfig(MethodConfig):
     "branch": the prompt once, and queries that branch from it after some of its lengths, each of its own transition."""
     queries: int = 8
     """Lengths, and transitions, that branch from one prompt."""
-    balanced: bool = False
-    """Draw the transitions asked about by state, each that the task has seen as likely as another: then a state tells
-    nothing of its task. (Good data is mostly where its task's goal is; who learns that will not look elsewhere.)"""
+    balanced: float = 0.0
+    """Share of the transitions asked about that are drawn by state, each that the task has seen as likely as another. Good
+    data is mostly where its task's goal is; who learns that from states alone will not look elsewhere."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +167,8 @@ class PromptConfig(MethodConfig):
             )
         if self.queries < 1:
             raise ValueError(f"queries: wanted at least 1, got {self.queries}")
+        if not 0 <= self.balanced <= 1:
+            raise ValueError(f"balanced: wanted a share in [0, 1], got {self.balanced}")
 
     @property
     def prompt_steps(self) -> range:

@@ -131,20 +131,23 @@ class Trajectories:
             raise ValueError(f"episodes: wanted {run} in a row, a task has {int((past - first).min())}")
         return first + _integers(past - first - run + 1)
 
-    def draw_steps(self, tasks: Tensor, each: int, balanced: bool = False) -> Tensor:
-        """[B,each] steps of each task: uniformly, or `balanced`: a state that the task has seen, then a step in it."""
-        first, past = self.steps[tasks].unbind(-1)
+    def draw_steps(self, tasks: Tensor, each: int, balanced: float = 0.0) -> Tensor:
+        """[B,each] steps of each task: uniformly; a share `balanced` of them by state, each that the task has seen alike."""
+        first, past = (x[:, None] for x in self.steps[tasks].unbind(-1))
+        steps = first + _integers((past - first).expand(-1, each))
         if not balanced:
-            return first[:, None] + _integers((past - first)[:, None].expand(-1, each))
+            return steps
         if self._rarity is None:
             _, state = torch.unique(self.states, dim=0, return_inverse=True)
             task = torch.repeat_interleave(torch.arange(self.num_tasks), self.steps[:, 1] - self.steps[:, 0])
-            pair = task * (int(state.max()) + 1) + state
-            _, pair, count = torch.unique(pair, return_inverse=True, return_counts=True)
+            _, pair, count = torch.unique(
+                task * (int(state.max()) + 1) + state, return_inverse=True, return_counts=True
+            )
             self._rarity = F.pad(count[pair].double().reciprocal().cumsum(0), (1, 0))
-        low, high = self._rarity[first][:, None], self._rarity[past][:, None]
+        low, high = self._rarity[first], self._rarity[past]
         at = low + (high - low) * torch.rand(len(tasks), each, dtype=torch.float64)
-        return torch.searchsorted(self._rarity[1:], at, right=True).clamp(first[:, None], past[:, None] - 1)
+        by_state = torch.searchsorted(self._rarity[1:], at, right=True).clamp(first, past - 1)
+        return torch.where(torch.rand(len(tasks), each) < balanced, by_state, steps)
 
     def check_length(self, name: str, length: int) -> None:
         """ValueError where an episode has fewer than `length` steps."""

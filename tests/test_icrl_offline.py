@@ -62,7 +62,7 @@ def test_balanced_samples_take_each_state_of_a_task_alike():
     data = small(states=states)
     torch.manual_seed(0)
     tasks = torch.tensor([0, 1]).repeat(6000)
-    steps = data.draw_steps(tasks, 2, balanced=True)
+    steps = data.draw_steps(tasks, 2, balanced=1.0)
     assert ((steps < 5) == (tasks == 0)[:, None]).all()
     share = torch.bincount(steps.flatten(), minlength=9) / 12000
     expected = torch.tensor([1 / 8, 1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 6, 1 / 6, 1 / 6, 1 / 2])

@@ -293,6 +293,7 @@ def test_refuses(room):
     for name, value in {
         "layout": "both",
         "queries": 0,
+        "balanced": 1.5,
         "batch": 0,
     }.items():
         with pytest.raises(ValueError, match=name):
