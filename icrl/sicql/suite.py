@@ -56,7 +56,7 @@ PUBLISHED = {"dpt": 22.12, "ad": 42.72, "idt": 40.70, "dicp": 59.76, "dit": 30.9
 
 # What suites train: one trunk for all, sized for two CPU cores; the methods' own defaults are the published ones.
 TRUNK = {"width": 64, "layers": 3, "heads": 2}
-PROMPT = {"trunk": TRUNK, "layout": "branch", "queries": 16, "batch": 64, "balanced": 0.5}
+PROMPT = {"trunk": TRUNK, "layout": "branch", "queries": 16, "batch": 64, "balanced": 1.0}
 HISTORY = {"trunk": TRUNK, "episodes": 4, "batch": 16}
 IQL = {"iql": {"discount": 0.95, "inverse_temperature": 3.0, "max_weight": 100.0}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dicp": {**HISTORY, "discount": 0.95},
     "ic_iql": {**HISTORY, **IQL},
 }
-LOOP = {"updates": 1500, "learning_rate": 1e-3, "weight_decay": 1e-4, "evaluate_every": 500, "checkpoint_every": 250}
+LOOP = {"updates": 2000, "learning_rate": 1e-3, "weight_decay": 1e-4, "evaluate_every": 500, "checkpoint_every": 250}
 WORLD_LOOP = LoopConfig(
     updates=3000, learning_rate=1e-3, muon_learning_rate=0.0, checkpoint_every=500, evaluate_every=1000
 )
