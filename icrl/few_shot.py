@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl.methods import Method
+from icrl.offline import Trajectories
 
 
 def few_shot(
@@ -17,19 +18,35 @@ def few_shot(
     episodes: int = 40,
     seed: int = 0,
     progress: str | None = None,
+    prompts: Trajectories | None = None,
 ) -> Tensor:
     """The return of each episode, [N,episodes], in N tasks at once.
 
     Args:
         method: in whatever state of training. environments: one a task, of the same fixed horizon; what comes after an
             early end does not count. episodes: in a row, the agent's context going on. seed: of environments and actions.
+        prompts: a first episode of each task, of `horizon` steps, that the agent is given as if it had acted so.
+    Raises:
+        ValueError: `prompts` are of other tasks or lengths.
     """
     N, horizon = environments.num_envs, method.config.horizon
     agent = method.eval().agent(N)
     low = getattr(environments.single_action_space, "low", None)
     returns = torch.zeros(N, episodes)
+    if prompts is not None and (
+        prompts.num_tasks != N or len(prompts.ends) != N or bool((prompts.lengths != horizon).any())
+    ):
+        raise ValueError(f"prompts: wanted an episode of {horizon} steps in each of {N} tasks, got {prompts!r}")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
+        if prompts is not None:
+            agent.begin()
+            for t in range(horizon):
+                step = prompts.begins + t
+                agent.act(prompts.states[step])  # its context takes the state; what it would do is not done
+                agent.observe(
+                    prompts.states[step], prompts.actions[step], prompts.rewards[step], prompts.next_states[step]
+                )
         for e in tqdm(range(episodes), desc=progress, unit="episode", disable=progress is None, leave=False):
             observation, _ = environments.reset(seed=seed * 1_000_003 + e)
             state = torch.as_tensor(observation, dtype=torch.float32)

@@ -234,6 +234,28 @@ def test_every_rival_trains_and_acts(room, name, mixer):
     assert torch.equal(returns, few_shot(method, ROOM.environments(), 6, seed=3))
 
 
+@pytest.mark.parametrize("name", ["dpt", "ad", "idt"])
+def test_a_given_episode_is_the_context_of_the_first(room, name):
+    method = make(name, room)
+    prompts = room.reorder(room.episodes[:4, 0] + 3, torch.arange(4))
+    agent = method.agent(4)
+    method.agent = lambda batch: agent
+    shown = []
+    begin = agent.begin
+    agent.begin = lambda: (shown.append(list(agent.episode.steps)), begin())
+    returns = few_shot(method, ROOM.environments(), 1, prompts=prompts)
+    assert returns.shape == (4, 1)
+    (none, given) = shown
+    assert not none
+    states, actions, rewards, following = (torch.stack(x, 1) for x in zip(*given, strict=True))
+    assert torch.equal(states, prompts.states.view(4, 12, 2))
+    assert torch.equal(actions, prompts.actions.view(4, 12))
+    assert torch.equal(rewards, prompts.rewards.view(4, 12))
+    assert torch.equal(following, prompts.next_states.view(4, 12, 2))
+    with pytest.raises(ValueError, match="prompts: wanted an episode of 12 steps in each of 4 tasks"):
+        few_shot(method, ROOM.environments(), 1, prompts=room)
+
+
 def test_refuses(room):
     with pytest.raises(ValueError, match="labels"):
         make("dpt", replace(room, optimal=None), labels="optimal")

@@ -198,6 +198,11 @@ def test_no_stitching_trajectory_leads_from_the_start_to_a_goal():
     assert data.next_states[leave.repeat_interleave(24)][:, 0].max() == 2
     assert (first[~leave][:, 0] == 2).all()
     assert (reward[~leave] > 0).float().mean() > 0.5
+    prompts = source.prompts()
+    assert len(prompts.ends) == prompts.num_tasks == 9
+    at_goal = (prompts.next_states.view(9, 24, 2) == source.goals()[1][:, None]).all(-1)
+    assert torch.equal(prompts.rewards.view(9, 24), at_goal.float())  # of the test's goals, in their order
+    assert (prompts.states[prompts.begins][:, 0] == 2).all()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def test_reads_are_full_passes_and_so_are_their_gradients(mixer):
     ours = torch.autograd.grad((read * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
     theirs = torch.autograd.grad((full * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() <= 2e-5 * theirs[0].abs().max() + 2e-5 * b.abs().max()
+        # float32 again, through sums of a hundred products that nearly cancel
+        assert (a - b).abs().max() <= 5e-5 * (theirs[0].abs().max() + b.abs().max())
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

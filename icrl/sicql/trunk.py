@@ -171,7 +171,7 @@ class Trunk(nn.Module):
         depth = (2 * config.layers) ** -0.5
         for name, p in self.named_parameters():
             if p.ndim == 2 and ("qkv_proj" in name or "o_proj" in name or "mlp_" in name):
-                nn.init.normal_(p, std=0.02 * (depth if "o_proj" in name or "mlp_out" in name else 1.0))
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 * (depth if "o_proj" in name or "mlp_out" in name else 1.0))
             elif "bias" in name and "norm" not in name and "mixer.mixer" not in name:
                 nn.init.zeros_(p)
 

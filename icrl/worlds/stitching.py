@@ -2,7 +2,8 @@
 
 Half of the episodes start where tests do, at (0, 0), and go to some cell of the left half and about it, never into the
 right half: they see no reward. The others start on the left half's border and go to the goal, which lies in the right half.
-So no trajectory leads from the start to a goal; whoever reaches it from there has put halves together.
+So no trajectory leads from the start to a goal. A test gives one episode of the second kind as the first prompt, and
+starts at (0, 0): whoever reaches the goal from there has put halves together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from icrl.offline import Trajectories
 from icrl.worlds.darkroom import MOVES, best_returns, darkroom_environments, darkroom_tasks, trajectories
-from icrl_kernels import Behaviours, constant_behaviours, rollout
+from icrl.worlds.tables import TabularTasks
+from icrl_kernels import constant_behaviours, rollout
 
 
 @dataclass(frozen=True)
@@ -55,39 +57,50 @@ class StitchingData:
         return cells[: self.train_goals], cells[self.train_goals :]
 
     def train_data(self) -> Trajectories:
-        goals = self.goals()[0]
-        N, half, S, A = len(goals), self.size // 2, self.size**2, len(MOVES)
-        tasks = darkroom_tasks(goals, self.size, self.horizon, "corner")
-        best = tasks.solve(0.99).q.argmax(-1)
+        """Of each training task, the episodes that leave, then those that arrive."""
+        goals, n = self.goals()[0], self.episodes // 2
+        N = len(goals)
+        both = Trajectories.concatenate([self._leaving(N, 2 * self.seed), self._arriving(goals, n, 2 * self.seed + 1)])
+        order = (torch.arange(2)[None, :, None] * N + torch.arange(N)[:, None, None]) * n + torch.arange(n)
+        return both.reorder(order.flatten(), torch.arange(N).repeat_interleave(2 * n))
 
+    def prompts(self) -> Trajectories:
+        """Of each test task one episode that arrives: what a few-shot evaluation is given to begin with."""
+        return self._arriving(self.goals()[1], 1, 2 * self.seed + 2**20)
+
+    def _leaving(self, N: int, seed: int) -> Trajectories:
+        """From (0, 0) to cells of the left half; no reward, so that the goal does not matter."""
+        half, S, A = self.size // 2, self.size**2, len(MOVES)
         generator = torch.Generator().manual_seed(self.seed + 1)
         cells = torch.randint(half * self.size, (N * self.targets,), generator=generator)
         places = torch.stack([cells // self.size, cells % self.size], 1)
         to_target = darkroom_tasks(places, self.size, self.horizon)
-        leave = F.one_hot(to_target.solve(0.99).q.argmax(-1), A).float().view(N, self.targets, S, A)
+        policies = F.one_hot(to_target.solve(0.99).q.argmax(-1), A).float().view(N, self.targets, S, A)
         allowed = torch.ones(S, A)
         allowed[(half - 1) * self.size : half * self.size, MOVES.index((1, 0))] = 0.0  # not into the right half
-        uniform = allowed / allowed.sum(1, keepdim=True)
-        arrive = F.one_hot(best, A).float()[:, None]
-        border = torch.zeros(N, S)
+        tasks = darkroom_tasks(self.goals()[0][:N], self.size, self.horizon, "corner")
+        return self._gather(tasks, policies, allowed / allowed.sum(1, keepdim=True), self.episodes // 2, seed)
+
+    def _arriving(self, goals: Tensor, episodes: int, seed: int) -> Trajectories:
+        """From the left half's border to the goal."""
+        half, S, A = self.size // 2, self.size**2, len(MOVES)
+        border = torch.zeros(len(goals), S)
         border[:, (half - 1) * self.size : half * self.size] = 1.0 / self.size
-        parts = []
-        for k, (policies, spread, start) in enumerate(
-            ((leave, uniform, tasks.start), (arrive, torch.full((S, A), 1.0 / A), border))
-        ):
-            noisy = (1 - self.noise) * policies + self.noise * spread
-            out = rollout(
-                replace(tasks, start=start).tables(),
-                steps=self.horizon * self.episodes // 2,
-                seed=2 * self.seed + k,
-                policies=noisy,
-                behaviours=each_episode(N, policies.shape[1]),
-            )
-            parts.append(trajectories("Stitching", out, self.size, self.horizon, best))
-        # a task's episodes together: those that leave, then those that arrive
-        n = self.episodes // 2
-        order = (torch.arange(2)[None, :, None] * N + torch.arange(N)[:, None, None]) * n + torch.arange(n)
-        return Trajectories.concatenate(parts).reorder(order.flatten(), torch.arange(N).repeat_interleave(2 * n))
+        tasks = replace(darkroom_tasks(goals, self.size, self.horizon), start=border)
+        policies = F.one_hot(tasks.solve(0.99).q.argmax(-1), A).float()[:, None]
+        return self._gather(tasks, policies, torch.full((S, A), 1.0 / A), episodes, seed)
+
+    def _gather(self, tasks: TabularTasks, policies: Tensor, spread: Tensor, episodes: int, seed: int) -> Trajectories:
+        """Episodes of the policies [N,P,S,A], one drawn anew for each, with a share of actions drawn from `spread`."""
+        N, P = policies.shape[:2]
+        out = rollout(
+            tasks.tables(),
+            steps=self.horizon * episodes,
+            seed=seed,
+            policies=(1 - self.noise) * policies + self.noise * spread,
+            behaviours=constant_behaviours(N, P, dict.fromkeys(range(P), 1.0), switch=1.0),
+        )
+        return trajectories("Stitching", out, self.size, self.horizon, tasks.solve(0.99).q.argmax(-1))
 
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon, "corner")
@@ -95,8 +108,3 @@ class StitchingData:
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] the optimal return of each task's episode from (0, 0)."""
         return best_returns(self.goals()[0 if which == "train" else 1], self.size, self.horizon, "corner")
-
-
-def each_episode(records: int, policies: int) -> Behaviours:
-    """One of the policies, drawn anew for each episode."""
-    return constant_behaviours(records, policies, dict.fromkeys(range(policies), 1.0), switch=1.0)
