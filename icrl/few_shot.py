@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,14 +25,16 @@ def few_shot(
 
     Args:
         method: in whatever state of training. environments: one a task, of the same fixed horizon; what comes after an
-            early end does not count. episodes: in a row, the agent's context going on. seed: of environments and actions.
+            early end does not count, and actions out of bounds are cut off. episodes: in a row, the agent's context going on.
+            seed: of environments and actions.
         prompts: a first episode of each task, of `horizon` steps, that the agent is given as if it had acted so.
     Raises:
         ValueError: `prompts` are of other tasks or lengths.
     """
     N, horizon = environments.num_envs, method.config.horizon
     agent = method.eval().agent(N)
-    low = getattr(environments.single_action_space, "low", None)
+    space = environments.single_action_space
+    bounds = (torch.as_tensor(space.low), torch.as_tensor(space.high)) if isinstance(space, spaces.Box) else None
     returns = torch.zeros(N, episodes)
     if prompts is not None and (
         prompts.num_tasks != N or len(prompts.ends) != N or bool((prompts.lengths != horizon).any())
@@ -48,16 +51,15 @@ def few_shot(
                     prompts.states[step], prompts.actions[step], prompts.rewards[step], prompts.next_states[step]
                 )
         for e in tqdm(range(episodes), desc=progress, unit="episode", disable=progress is None, leave=False):
-            observation, _ = environments.reset(seed=seed * 1_000_003 + e)
+            observation, _ = environments.reset(seed=seed * 1_000_003 + e * N)  # environment i adds i
             state = torch.as_tensor(observation, dtype=torch.float32)
             agent.begin()
             alive = torch.ones(N)
             for _ in range(horizon):
                 action = agent.act(state)
-                raw = action.numpy()
-                if low is not None:
-                    raw = np.clip(raw, low, environments.single_action_space.high)  # pyright: ignore
-                observation, reward, terminated, truncated, info = environments.step(raw)
+                if bounds is not None:  # what is done is what the agent remembers
+                    action = action.clamp(*bounds)
+                observation, reward, terminated, truncated, info = environments.step(action.numpy())
                 ended = np.logical_or(terminated, truncated)
                 if ended.any() and "final_obs" in info:
                     last = info["final_obs"]

@@ -1,7 +1,7 @@
 """Offline data of many tasks: trajectories on end, as every in-context learner here samples them.
 
-Episodes lie one after another, a task's in the order in which they were gathered, so that a learning history is a run of
-consecutive episodes. States are vectors; actions are numbers of one of `num_actions`, or vectors where that is 0.
+Episodes lie one after another, a task's in the order in which they were gathered, so that a learner's progress is a run of
+consecutive episodes of one history. States are vectors; actions are numbers of one of `num_actions`, or vectors where that is 0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Trajectories:
         ends: [E] int64, ascending: episode e is steps ends[e-1] to ends[e]-1.
         tasks: [E] int64, not descending: whose episode it is; every task 0..N-1 has one.
         optimal: [T] int64, an optimal action in `states`, where it is known; else None.
+        history: episodes of a learning history, of which each task has whole ones, end to end; 0: one a task.
     """
 
     environment: str
@@ -39,6 +40,7 @@ class Trajectories:
     ends: Tensor
     tasks: Tensor
     optimal: Tensor | None = None
+    history: int = 0
 
     def __post_init__(self) -> None:
         """Check every field, and index episodes and tasks. Raises ValueError naming the field."""
@@ -48,7 +50,7 @@ class Trajectories:
             "next_states": (self.next_states, self.states.shape, torch.float32),
             "rewards": (self.rewards, (T,), torch.float32),
             "terminated": (self.terminated, (T,), torch.bool),
-            "actions": (self.actions, (T,) if self.num_actions else (T, *self.actions.shape[1:2]), None),
+            "actions": (self.actions, (T,) if self.num_actions else (T, self.actions.shape[-1]), None),
             "ends": (self.ends, (len(self.ends),), torch.int64),
             "tasks": (self.tasks, (len(self.ends),), torch.int64),
         }
@@ -83,6 +85,11 @@ class Trajectories:
         self.begins = self.ends - lengths
         self.num_tasks = int(self.tasks[-1]) + 1
         count = torch.bincount(self.tasks, minlength=self.num_tasks)
+        if self.history < 0 or (self.history and bool((count % self.history).any())):
+            raise ValueError(
+                f"history: wanted a divisor of every task's number of episodes, got {self.history} and "
+                f"{int(count[(count % self.history).argmax()]) if self.history > 0 else int(count.min())} episodes"
+            )
         self.episodes = torch.stack(
             [count.cumsum(0) - count, count.cumsum(0)], 1
         )  # [N,2], a task's first and past last
@@ -125,10 +132,13 @@ class Trajectories:
         return torch.randint(self.num_tasks, (batch,))
 
     def draw_episodes(self, tasks: Tensor, run: int = 1) -> Tensor:
-        """[B] the first of `run` consecutive episodes of each task, uniformly."""
+        """[B] the first of `run` consecutive episodes of one history of each task, uniformly."""
         first, past = self.episodes[tasks].unbind(-1)
+        if self.history:
+            first = first + self.history * _integers((past - first) // self.history)
+            past = first + self.history
         if bool((past - first < run).any()):
-            raise ValueError(f"episodes: wanted {run} in a row, a task has {int((past - first).min())}")
+            raise ValueError(f"episodes: wanted {run} in a row, a history has {int((past - first).min())}")
         return first + _integers(past - first - run + 1)
 
     def draw_steps(self, tasks: Tensor, each: int, balanced: float = 0.0) -> Tensor:
@@ -164,7 +174,7 @@ class Trajectories:
         return index.clamp_min(0), index >= begin[..., None]
 
     def reorder(self, episodes: Tensor, tasks: Tensor) -> Trajectories:
-        """The episodes [E'] of these numbers, as tasks [E']."""
+        """The episodes [E'] of these numbers, as tasks [E']: whole histories, where the data has several a task."""
         steps = torch.cat(
             [
                 torch.arange(b, e)
@@ -191,7 +201,7 @@ class Trajectories:
             raise ValueError("parts: wanted at least one, got none")
         first = parts[0]
         for p in parts:
-            for name in ("environment", "num_actions", "state_size", "action_size"):
+            for name in ("environment", "num_actions", "state_size", "action_size", "history"):
                 if getattr(p, name) != getattr(first, name):
                     raise ValueError(
                         f"{name}: tasks of one data set must share it, got {getattr(first, name)!r} and {getattr(p, name)!r}"

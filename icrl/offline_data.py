@@ -21,7 +21,8 @@ STEPS = ("states", "actions", "rewards", "next_states", "terminated", "optimal")
 
 def trajectories_dataset(data: Trajectories, config: dict[str, Any], seed: int, rows_per_shard: int) -> DataSet:
     """The data set of these trajectories; `config`, plain JSON values, says what made them."""
-    action = ("int16", ("T",)) if data.num_actions else ("float32", ("T", "A"))
+    number = "int16" if data.num_actions < 2**15 else "int64"
+    action = (number, ("T",)) if data.num_actions else ("float32", ("T", "A"))
     fields = {
         "steps": Field("int64", ("N",), "of each task"),
         "episodes": Field("int64", ("N",), "of each task"),
@@ -33,9 +34,14 @@ def trajectories_dataset(data: Trajectories, config: dict[str, Any], seed: int, 
         "terminated": Field("bool", ("T",), "whether the next state has no value of its own"),
     }
     if data.optimal is not None:
-        fields["optimal"] = Field("int16", ("T",), "an optimal action in the state")
+        fields["optimal"] = Field(number, ("T",), "an optimal action in the state")
     sizes = {"S": data.state_size, "A": data.action_size}
-    made = {"environment": data.environment, "num_actions": data.num_actions, **config}
+    made = {
+        "environment": data.environment,
+        "num_actions": data.num_actions,
+        "episodes_a_history": data.history,
+        **config,
+    }
     return DataSet(KIND, fields, sizes, made, seed, data.num_tasks, rows_per_shard)
 
 
@@ -66,6 +72,13 @@ def read_trajectories(folder: Path) -> Trajectories:
         steps = {name: t[name].long() if t[name].dtype == torch.int16 else t[name] for name in STEPS if name in t}
         tasks = torch.arange(len(t["episodes"])).repeat_interleave(t["episodes"])
         parts.append(
-            Trajectories(facts["environment"], facts["num_actions"], **steps, ends=t["lengths"].cumsum(0), tasks=tasks)
+            Trajectories(
+                facts["environment"],
+                facts["num_actions"],
+                **steps,
+                ends=t["lengths"].cumsum(0),
+                tasks=tasks,
+                history=facts.get("episodes_a_history", 0),
+            )
         )
     return Trajectories.concatenate(parts)

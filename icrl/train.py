@@ -75,19 +75,22 @@ class Learner(Protocol):
     def save_model(self, path: Path, **facts: Any) -> None: ...
 
 
-def configured(kind: type[Any], values: dict[str, Any], name: str) -> Any:
-    """A (nested) configuration dataclass with `values` over its defaults; ValueError names a key it does not have."""
+def configured(kind: type[Any] | Any, values: dict[str, Any], name: str) -> Any:
+    """A (nested) configuration dataclass with `values` over its defaults, or over those of an instance given as `kind`.
+
+    Raises ValueError naming a key that it does not have, or whose value is of another type.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"config: {name}: wanted an object, got {values!r}")
-    base = kind()
-    known = {f.name: f for f in fields(kind)}
+    base = kind() if isinstance(kind, type) else kind
+    known = {f.name: f for f in fields(base)}
     if unknown := set(values) - set(known):
         raise ValueError(f"config: {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     changes: dict[str, Any] = {}
     for key, value in values.items():
         old = getattr(base, key)
         if is_dataclass(old):
-            value = configured(type(old), value, f"{name}.{key}")
+            value = configured(old, value, f"{name}.{key}")
         elif isinstance(old, tuple) and isinstance(value, list):
             value = tuple(value)
         elif isinstance(old, float) and type(value) is int:

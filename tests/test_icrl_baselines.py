@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from icrl.baselines.history import History, HistoryConfig
 from icrl.baselines.ic_iql import ICIQL
 from icrl.baselines.idt import IDTConfig, sort_episodes
 from icrl.few_shot import few_shot
-from icrl.methods import Spaces
+from icrl.methods import MethodConfig, Spaces
 from icrl.offline_training import METHODS, make_method
 from icrl.sicql.model import IQL, iql_losses
 from icrl.sicql.trunk import TrunkConfig
@@ -142,7 +144,7 @@ class Known(nn.Module):
 
 
 def test_dicp_plans_by_reward_and_what_comes_after(room):
-    method = make("dicp", room, episodes=2, depth=1, beam=5)
+    method = make("dicp", room, episodes=2, depth=1, beam=64)  # any action is among so many samples
     method.embed_action = nn.Linear(5, 16, bias=False)
     nn.init.zeros_(method.embed_action.weight)
     method.embed_action.weight.data[:5] = 100 * torch.eye(5)  # the action can be read off, whatever the features
@@ -254,6 +256,57 @@ def test_a_given_episode_is_the_context_of_the_first(room, name):
     assert torch.equal(following, prompts.next_states.view(4, 12, 2))
     with pytest.raises(ValueError, match="prompts: wanted an episode of 12 steps in each of 4 tasks"):
         few_shot(method, ROOM.environments(), 1, prompts=room)
+
+
+class Odometer(gymnasium.Env):
+    """The state counts steps from a start of its own seed; the reward is the action; one that is given `end` ends there."""
+
+    observation_space = gymnasium.spaces.Box(-1e6, 1e6, (1,))
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+
+    def __init__(self, end=None):
+        self.end = end
+
+    def reset(self, *, seed=None, options=None):
+        self.seeded, self.steps = seed, 0
+        return np.array([seed or 0.0], np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        state = np.array([(self.seeded or 0) + self.steps], np.float32)
+        return state, float(action[0]), self.steps == self.end, self.steps == 3, {}
+
+
+def test_few_shot_shows_agents_what_happened():
+    seen = []
+
+    class Fake(nn.Module):
+        config = MethodConfig(horizon=3)
+
+        def agent(self, batch):
+            return self
+
+        def begin(self):
+            seen.append([])
+
+        def act(self, state):
+            return torch.tensor([[0.5], [7.0]])
+
+        def observe(self, *step):
+            seen[-1].append(step)
+
+    envs = gymnasium.vector.SyncVectorEnv(
+        [Odometer, lambda: Odometer(end=2)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+    )
+    returns = few_shot(Fake(), envs, 2, seed=0)
+    assert returns.tolist() == [[1.5, 1.5], [2.0, 2.0]]  # 7 is cut off at 1, and nothing counts after an end
+    for e, episode in enumerate(seen):
+        for t, (state, action, reward, following) in enumerate(episode):
+            assert action.tolist() == [[0.5], [1.0]]
+            assert reward.tolist() == [0.5, 1.0]
+            assert (state[0].item(), following[0].item()) == (2 * e + t, 2 * e + t + 1)  # its last next state, too
+        assert episode[1][3][1].item() == 2 * e + 1 + 2
+    assert len(seen) == 2
 
 
 def test_refuses(room):

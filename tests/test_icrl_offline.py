@@ -57,6 +57,33 @@ def test_samples_stay_in_their_task():
         data.draw_episodes(tasks, 2)
 
 
+def test_runs_of_episodes_stay_in_one_history(tmp_path):
+    ends = torch.arange(1, 13)
+    n = torch.arange(12.0)
+    data = Trajectories(
+        "toy", 2, n[:, None], torch.zeros(12, dtype=torch.int64), n, n[:, None], torch.zeros(12, dtype=torch.bool),
+        ends, torch.tensor([0] * 3 + [1] * 9), history=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tasks = data.draw_tasks(2000)
+    first = data.draw_episodes(tasks, 2)
+    assert torch.equal(data.tasks[first], tasks)
+    assert set(first.tolist()) == {0, 1, 3, 4, 6, 7, 9, 10}
+    assert set(data.draw_episodes(tasks).tolist()) == set(range(12))
+    write_trajectories(tmp_path, data, {}, seed=0)
+    assert read_trajectories(tmp_path).history == 3
+    with pytest.raises(ValueError, match="wanted 4 in a row, a history has 3"):
+        data.draw_episodes(tasks, 4)
+    with pytest.raises(ValueError, match="history: wanted a divisor of every task's number of episodes, got 2"):
+        replace(data, history=2)
+    with pytest.raises(ValueError, match="history"):
+        replace(data, history=-1)
+    with pytest.raises(ValueError, match="history: tasks of one data set must share it"):
+        Trajectories.concatenate([data, replace(data, history=1)])
+    assert DarkRoomData(size=3, horizon=6, train_goals=5, episodes=4, history=2).train_data().history == 2
+    assert PointRobotData(horizon=5, tasks=10, episodes=4, history=2).train_data().history == 2
+
+
 def test_balanced_samples_take_each_state_of_a_task_alike():
     states = torch.tensor([0, 0, 0, 1, 0, 2, 2, 2, 0]).float()[:, None]  # the tasks' steps: 0-4 and 5-8
     data = small(states=states)
@@ -192,7 +219,8 @@ def test_no_stitching_trajectory_leads_from_the_start_to_a_goal():
     assert (source.goals()[0][:, 0] >= 3).all()
     first = data.states[data.begins]
     leave = (first == 0).all(1)
-    assert leave.view(9, 2, 4)[:, 0].all()
+    assert (leave.view(9, 8).sum(1) == 4).all()
+    assert not torch.equal(leave.view(9, 8)[0], leave.view(9, 8)[1])  # in any order
     reward = torch.stack([data.rewards[b:e].sum() for b, e in zip(data.begins, data.ends, strict=True)])
     assert reward[leave].max() == 0
     assert data.next_states[leave.repeat_interleave(24)][:, 0].max() == 2

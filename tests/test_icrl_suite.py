@@ -96,6 +96,22 @@ def test_every_preset_is_a_configuration(name, environment):
     assert run.make_config().horizon == run.make_data().horizon
 
 
+def test_settings_go_over_the_suites_own_and_leave_ablations_alone():
+    plain = OfflineRun(method="sicql").make_config()
+    settings = {"trunk": {"width": 32}, "iql": {"expectile": 0.8}, "stride": 2, "world_model": True}
+    changed = OfflineRun(method="sicql", settings=settings).make_config()
+    assert changed == replace(
+        plain,
+        trunk=replace(plain.trunk, width=32),
+        iql=replace(plain.iql, expectile=0.8),
+        stride=2,
+    )
+    without = OfflineRun(method="sicql w/o c", settings=settings).make_config()
+    assert (without.world_model, without.stride, without.iql.expectile) == (False, 1, 0.8)
+    with pytest.raises(ValueError, match="horizon: wanted darkroom's 100, got 50"):
+        OfflineRun(settings={"horizon": 50}).make_config()
+
+
 def test_means_over_seeds(tmp_path):
     for s, returns in enumerate([[0.0, 2.0], [2.0, 4.0]]):
         (tmp_path / f"ad-{s}").mkdir()

@@ -10,6 +10,7 @@ from icrl import checkpoint
 from icrl.distill import DPDConfig
 from icrl.omnirl import OmniRL, OmniRLConfig
 from icrl.omnirl_training import OmniRLLearner, OmniRLTraining
+from icrl.sicql.suite import OfflineRun
 from icrl.train import LoopConfig, configured, rate, train
 
 TINY = OmniRLTraining(
@@ -103,6 +104,8 @@ def test_configured_refuses():
         configured(OmniRLTraining, {"model": {"layers": 2}, "policy_weights": [1, 1, 1, 1, 1]}, "training").model.layers
         == 2
     )
+    run = configured(OfflineRun, {"loop": {"updates": 7}}, "run")
+    assert run.loop == replace(OfflineRun().loop, updates=7)  # the rest is what this run's loop has, not any loop
     with pytest.raises(ValueError, match=r"training\.model has no depth"):
         configured(OmniRLTraining, {"model": {"depth": 2}}, "training")
     with pytest.raises(ValueError, match="wanted int"):

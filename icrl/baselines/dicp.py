@@ -1,8 +1,8 @@
 """DICP (Son et al. 2025, arXiv 2502.19009): algorithm distillation that also learns dynamics in context, and plans with it.
 
 Beside the next action, heads predict from a step's features and its action the reward, the next state, and the discounted
-return after it. To act, every likely first action is followed in imagination for `depth` steps, later actions being the
-policy's likeliest, and the one whose predicted return is best is taken.
+return after it. To act, first actions sampled from the policy are followed in imagination for `depth` steps, later actions
+being the policy's likeliest, and the one whose predicted return is best is taken.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from icrl.sicql.trunk import TrunkState
 @dataclass(frozen=True)
 class DICPConfig(HistoryConfig):
     discount: float = 0.99
+    """Of the returns that are predicted."""
     depth: int = 3
     """Steps imagined, at least 1."""
     beam: int = 5
-    """First actions compared."""
+    """First actions sampled and compared."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth < 1 or self.beam < 1:
             raise ValueError(f"depth, beam: wanted at least 1, got {self.depth}, {self.beam}")
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
 
 
 class DICP(HistoryMethod):
@@ -76,23 +79,21 @@ class DICP(HistoryMethod):
         c, B = self.config, len(features)
         output = self.pi(features)
         if self.spaces.num_actions:
-            first = output.topk(min(c.beam, self.spaces.num_actions), -1).indices  # [B,K]
+            first = output.softmax(-1).multinomial(c.beam, replacement=True)  # [B,K]
         else:
             first = output[:, None] + 0.1 * torch.randn(B, c.beam, output.shape[-1])
         K = first.shape[1]
         action = first.flatten(0, 1)
         x, f, m = self.normal(state).repeat_interleave(K, 0), features.repeat_interleave(K, 0), spread(memory, K)
         total, weight = torch.zeros(B * K), 1.0
-        depth = min(
-            c.depth, 1 + c.episodes * c.horizon - memory.length
-        )  # nothing comes after the context's last episode
+        depth = min(c.depth, c.horizon - (memory.length - 1) % c.horizon)  # nothing comes after the episode
         for i in range(depth):
             reward, after, change = self.predict(f, action)
             total = total + weight * reward
-            weight *= c.discount
             if i + 1 == depth:
-                total = total + after * self.return_scale * weight / c.discount
+                total = total + weight * after * self.return_scale
                 break
+            weight *= c.discount
             x = x + change
             y, m = self.trunk(x[:, None], HistoryAgent.after(self, action, reward)[:, None], m)
             f = y[:, 0]

@@ -21,6 +21,14 @@ class DITConfig(PromptConfig):
     """1/λ, of advantages in deviations of the data's returns."""
     max_weight: float = 20.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
+        for name in ("inverse_temperature", "max_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
+
 
 class DIT(PromptMethod):
     name = "dit"

@@ -120,10 +120,21 @@ class OfflineRun:
         return read_trajectories(Path(self.records))
 
     def make_config(self) -> MethodConfig:
-        """The suite's settings of the method, its ablation, then this run's own settings."""
-        name = self.method.split()[0]
-        given = {**SETTINGS[name], **ABLATIONS.get(self.method, {}), "horizon": self.make_data().horizon}
-        return configured(METHODS[name][1], {**given, **self.settings}, "settings")
+        """The suite's settings of the method, this run's own over them, and what its ablation leaves out over both."""
+        name, horizon = self.method.split()[0], self.make_data().horizon
+        given = merged({**SETTINGS[name], "horizon": horizon}, self.settings)
+        config = configured(METHODS[name][1], {**given, **ABLATIONS.get(self.method, {})}, "settings")
+        if config.horizon != horizon:
+            raise ValueError(f"settings: horizon: wanted {self.environment}'s {horizon}, got {config.horizon}")
+        return config
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, objects within objects too."""
+    both = {
+        k: merged(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in over.items()
+    }
+    return {**base, **both}
 
 
 def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) -> Path:

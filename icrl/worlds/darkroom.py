@@ -99,7 +99,7 @@ class DarkRoomData:
     train_goals: int = 80
     """Of size²; the others are the test tasks."""
     split: str = "random"
-    """"random", or "far": the test goals are those farthest from the start, farther than any in training."""
+    """"random", or "far": the test goals are those farthest from (0, 0), none nearer than one in training."""
     episodes: int = 100
     """Of each training task, gathered as learning histories of `history` episodes."""
     history: int = 20
@@ -173,7 +173,7 @@ def darkroom_environments(goals: Tensor, size: int, horizon: int, start: str) ->
 def trajectories(
     environment: str, out: Rollout, size: int, horizon: int, best: Tensor, records: int = 1
 ) -> Trajectories:
-    """A rollout [R,T] of DarkRooms as data: `records` records a task in their order; best [R,S], optimal actions."""
+    """A rollout [R,T] of DarkRooms as data: a task has `records` records, each a history; best [R,S], optimal actions."""
     R, T = out.state.shape
 
     def place(states: Tensor) -> Tensor:
@@ -191,4 +191,5 @@ def trajectories(
         torch.arange(1, R * T // horizon + 1) * horizon,
         torch.arange(R // records).repeat_interleave(records * T // horizon),
         best.gather(1, out.state.long()).flatten(),
+        T // horizon if records > 1 else 0,
     )

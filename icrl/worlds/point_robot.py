@@ -119,6 +119,7 @@ class PointRobotData:
             torch.zeros(E * H, dtype=torch.bool),
             torch.arange(1, E + 1) * H,
             torch.arange(len(self.goals()[0])).repeat_interleave(self.episodes),
+            history=self.history,
         )
 
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:

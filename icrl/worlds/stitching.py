@@ -57,11 +57,13 @@ class StitchingData:
         return cells[: self.train_goals], cells[self.train_goals :]
 
     def train_data(self) -> Trajectories:
-        """Of each training task, the episodes that leave, then those that arrive."""
+        """Of each training task as many episodes of either kind, in any order: a context of several holds both."""
         goals, n = self.goals()[0], self.episodes // 2
         N = len(goals)
         both = Trajectories.concatenate([self._leaving(N, 2 * self.seed), self._arriving(goals, n, 2 * self.seed + 1)])
         order = (torch.arange(2)[None, :, None] * N + torch.arange(N)[:, None, None]) * n + torch.arange(n)
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        order = order.flatten(1).gather(1, torch.rand(N, 2 * n, generator=generator).argsort(1))
         return both.reorder(order.flatten(), torch.arange(N).repeat_interleave(2 * n))
 
     def prompts(self) -> Trajectories:
