@@ -70,7 +70,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ic_iql": {**HISTORY, **IQL},
 }
 LOOP = {
-    "updates": 3000,
+    "updates": 2500,
     "learning_rate": 1e-3,
     "muon_learning_rate": 3e-3,
     "weight_decay": 1e-4,
