@@ -13,6 +13,7 @@ import tyro
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
+SUITES = ("sicql",)
 Positional = tyro.conf.Positional
 
 
@@ -251,7 +252,7 @@ def train_offline(
     Args:
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
-        environment: darkroom, stitching or point-robot.
+        environment: darkroom, stitching or point-robot; over the configuration.
         config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
@@ -272,14 +273,14 @@ def train_offline(
 
 
 def collect(
-    out: Positional[Path], environment: str = "darkroom", config: Path | None = None, json: Path | None = None
+    out: Positional[Path], environment: str | None = None, config: Path | None = None, json: Path | None = None
 ) -> None:
     """Gather offline trajectories into a folder of shards, for `"records"` in the configuration of training runs.
 
     Args:
         out: the data set's folder.
-        environment: darkroom, stitching or point-robot.
-        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), whose "data" counts.
+        environment: darkroom, stitching or point-robot; over the configuration.
+        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), whose "environment" and "data" count.
         json: also write what was printed here.
     """
     from icrl.sicql.suite import collect_data
@@ -304,7 +305,7 @@ def _offline_run(
 
 def evaluate_sicql(
     out: Path = Path("runs/suite"),
-    environment: str = "darkroom",
+    environment: str | None = None,
     methods: tuple[str, ...] = ("sicql", "ic_iql", "dicp", "ad", "idt", "dit", "dpt"),
     seeds: int = 3,
     episodes: int = 40,
@@ -314,11 +315,13 @@ def evaluate_sicql(
 ) -> None:
     """S-ICQL's table: train every method with every seed, evaluate few-shot in unseen tasks, print, draw.
 
+    Also `icrl eval --suite sicql`. What each run prints is in <run>.log.
+
     What `out` holds already is not made again, so the same command continues one that was killed.
 
     Args:
         out: the suite's folder.
-        environment: darkroom, stitching or point-robot.
+        environment: darkroom, stitching or point-robot; over the configuration.
         methods: of icrl train offline.
         seeds: of each method, 0, 1, ...; of weights, batches and evaluation.
         episodes: in a row in each test task, the one before being the prompt.
@@ -354,7 +357,7 @@ def evaluate(
     prompt: int = 4,
     json: Path | None = None,
 ) -> None:
-    """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones.
+    """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones; `eval --suite sicql` is another.
 
     Args:
         tasks: written by `icrl worlds sample` or `shards`; fresh tasks otherwise.
@@ -554,11 +557,16 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 2 with one line on what was wrong with the input."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
-        args = [f"{args[0]} {args[1]}", *args[2:]]
     try:
+        if args[:1] == ["eval"] and "--suite" in args:  # `eval --suite sicql` is `eval sicql`
+            at = args.index("--suite")
+            if args[at + 1 : at + 2] not in [[name] for name in SUITES]:
+                raise ValueError(f"suite: wanted one of {', '.join(SUITES)}, got {' '.join(args[at + 1 : at + 2])!r}")
+            args = ["eval", args[at + 1], *args[1:at], *args[at + 2 :]]
+        if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
+            args = [f"{args[0]} {args[1]}", *args[2:]]
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="icrl", args=args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f"icrl: {e}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -89,7 +89,10 @@ class OfflineLearner:
         self.data, self.facts, self.judge = data, facts, judge
 
     def config(self) -> dict[str, Any]:
-        return {"method": self.model.name, "config": asdict(self.model.config), **self.facts}
+        made = {"method": self.model.name, "config": asdict(self.model.config), **self.facts}
+        if (world_model := getattr(self.model, "world_model", None)) is not None:  # frozen: a run goes on with the same
+            made["world_model"] = {**world_model.facts(), "crc32": checkpoint.checksum(world_model.state_dict())}
+        return made
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return [

@@ -91,7 +91,9 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
             ax.fill_between(episodes, low, high, color=line.get_color(), alpha=0.15, lw=0)
     best = next(iter(methods.values()))["best"]
     ax.axhline(best, color="#3a7d44", ls="--", lw=1.2, label="optimal")
-    ax.set(title=title, xlabel="episodes in the task", ylabel="return", ylim=(0, None if best < 0 else 1.05 * best))
+    ax.set(title=title, xlabel="episodes in the task", ylabel="return")
+    if best > 0:
+        ax.set_ylim(0, 1.05 * best)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.2)
     ax.legend(frameon=False, fontsize=8)

@@ -236,7 +236,8 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
     """Train to `config.updates` updates, or on from where a run in `out` stopped; returns the model's file.
 
     Raises:
-        ValueError: `out` holds a run with another configuration, or a damaged checkpoint.
+        ValueError: `out` holds a run with another configuration, or a damaged checkpoint. FloatingPointError: the
+        gradient is not finite.
     """
     run = Run(out, {"loop": asdict(config), "world_size": world_size(), **learner.config()})
     made = optimizers(learner, config)
@@ -254,58 +255,56 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
         if rank() == 0:
             print(f"resuming {out} at update {update} of {config.updates}")
 
-    bar = tqdm(
-        total=config.updates, initial=update, unit="update", disable=rank() != 0, smoothing=0.05, mininterval=1.0
-    )
     sums: dict[str, float] = {}
     clock = time.perf_counter()
-    while update < config.updates:
-        for optimizer in made:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate(update, config)
-        for loss, metrics in learner.losses(update):
-            loss.backward()
-            average_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            if not torch.isfinite(norm):
-                raise RuntimeError(
-                    f"the gradient is not finite at update {update}; the last checkpoint is {run.newest()}"
-                )
+    settings: dict[str, Any] = {"total": config.updates, "initial": update, "disable": rank() != 0}
+    with tqdm(unit="update", smoothing=0.05, mininterval=1.0, **settings) as bar:  # closed before an error is printed
+        while update < config.updates:
             for optimizer in made:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            for name, value in {**metrics, "gradient_norm": float(norm), "segments": 1.0}.items():
-                sums[name] = sums.get(name, 0.0) + value
-        update += 1
-        bar.update()
-        if update % config.log_every == 0 or update == config.updates:
-            now = time.perf_counter()
-            seconds, clock = seconds + now - clock, now
-            n = sums.pop("segments")
-            means = {name: value / n for name, value in sums.items()}
-            run.log(update, {**means, "seconds": seconds, "rate": rate(update - 1, config)})
-            bar.set_postfix({k: f"{v:.3f}" for k, v in list(means.items())[:3]})
-            sums = {}
-        if update % config.evaluate_every == 0 or update == config.updates:
-            scores = learner.evaluate() if rank() == 0 else {}
-            run.log(update, scores)
-            if rank() == 0:
-                bar.write(f"update {update}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        if update % config.checkpoint_every == 0 or update == config.updates:
-            now = time.perf_counter()
-            seconds, clock = seconds + now - clock, now
-            run.save(
-                update,
-                {
-                    "update": update,
-                    "seconds": seconds,
-                    "model": learner.model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in made],
-                    "learner": learner.state_dict(),
-                    "rng": torch.get_rng_state(),
-                },
-            )
-    bar.close()
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * rate(update, config)
+            for loss, metrics in learner.losses(update):
+                loss.backward()
+                average_gradients(parameters)
+                norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(
+                        f"the gradient is not finite at update {update}; the last checkpoint is {run.newest()}"
+                    )
+                for optimizer in made:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                for name, value in {**metrics, "gradient_norm": float(norm), "segments": 1.0}.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            update += 1
+            bar.update()
+            if update % config.log_every == 0 or update == config.updates:
+                now = time.perf_counter()
+                seconds, clock = seconds + now - clock, now
+                n = sums.pop("segments")
+                means = {name: value / n for name, value in sums.items()}
+                run.log(update, {**means, "seconds": seconds, "rate": rate(update - 1, config)})
+                bar.set_postfix({k: f"{v:.3f}" for k, v in list(means.items())[:3]})
+                sums = {}
+            if update % config.evaluate_every == 0 or update == config.updates:
+                scores = learner.evaluate() if rank() == 0 else {}
+                run.log(update, scores)
+                if rank() == 0:
+                    bar.write(f"update {update}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            if update % config.checkpoint_every == 0 or update == config.updates:
+                now = time.perf_counter()
+                seconds, clock = seconds + now - clock, now
+                run.save(
+                    update,
+                    {
+                        "update": update,
+                        "seconds": seconds,
+                        "model": learner.model.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in made],
+                        "learner": learner.state_dict(),
+                        "rng": torch.get_rng_state(),
+                    },
+                )
     path = out / "model.safetensors"
     if rank() == 0:
         learner.save_model(path, updates=update, seconds=round(seconds, 1), world_size=world_size())

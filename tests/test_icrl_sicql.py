@@ -214,7 +214,7 @@ def test_a_window_does_not_hold_what_it_predicts(room, encoder):
 
 def test_world_model_learns_and_comes_back_from_its_file(room, tmp_path):
     loop = LoopConfig(updates=60, learning_rate=3e-3, muon_learning_rate=0.0, evaluate_every=60, checkpoint_every=60)
-    learner = WorldModelLearner(WorldModelConfig(size=4, hidden=16), room, 128, loop)
+    learner = WorldModelLearner(WorldModelConfig(size=4, hidden=16), room, 128, loop, {})
     before = learner.evaluate()
     path = train(learner, loop, tmp_path / "wm")
     assert learner.evaluate()["reward_error"] < 0.7 * before["reward_error"]
@@ -283,7 +283,7 @@ def test_refuses(room):
     with pytest.raises(ValueError, match="horizon: wanted at most the shortest episode's 12 steps, got 13"):
         make(room, replace(TINY, horizon=13))
     with pytest.raises(ValueError, match="window: wanted at most"):
-        WorldModelLearner(WorldModelConfig(window=13), room, 4, LoopConfig())
+        WorldModelLearner(WorldModelConfig(window=13), room, 4, LoopConfig(), {})
     with pytest.raises(ValueError, match="stride"):
         make(room, replace(TINY, stride=5))
     with pytest.raises(ValueError, match="world_model: wanted none"):

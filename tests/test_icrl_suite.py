@@ -1,13 +1,20 @@
 """S-ICQL's commands end to end on a tiny room: training, the suite, its table and picture, and refusals."""
 
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from icrl.cli import main
-from icrl.sicql.suite import TITLES, OfflineRun, collect, mean_sem
+from icrl.sicql.suite import TITLES, Job, OfflineRun, _end_with_parent, collect, mean_sem, run_jobs
 from icrl.sicql.world_model import WorldModel, WorldModelConfig
 from icrl.train import configured
 
@@ -28,7 +35,7 @@ def config(tmp_path):
 
 
 def test_suite_trains_evaluates_prints_and_draws(config, tmp_path, capsys):
-    args = ["eval", "sicql", "--out", tmp_path / "suite", "--methods", "sicql", "ad", "--seeds", 1, "--jobs", 1]
+    args = ["eval", "--suite", "sicql", "--out", tmp_path / "suite", "--methods", "sicql", "ad", "--seeds", 1]
     args += ["--episodes", 4, "--config", config, "--json", tmp_path / "n.json"]
     assert main([str(a) for a in args]) == 0
     out = capsys.readouterr().out
@@ -41,7 +48,101 @@ def test_suite_trains_evaluates_prints_and_draws(config, tmp_path, capsys):
     before = (tmp_path / "suite" / "ad-0" / "model.safetensors").stat().st_mtime_ns
     assert main([str(a) for a in args]) == 0  # nothing is made again
     assert (tmp_path / "suite" / "ad-0" / "model.safetensors").stat().st_mtime_ns == before
-    assert main([str(a) for a in [*args, "--environment", "stitching"]]) == 2
+    assert "update 3" in (tmp_path / "suite" / "ad-0.log").read_text()
+    (tmp_path / "suite" / "ad-0" / "few_shot.json").write_text("cut")
+    assert main([str(a) for a in args]) == 2
+    config.write_text(json.dumps({**TINY, "judged_episodes": 3}))
+    assert main([str(a) for a in args]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "ad-0/few_shot.json is damaged" in err[-2]
+    assert "holds a suite with another configuration" in err[-1]
+
+
+def jobs(tmp_path, *scripts):
+    """Runs whose commands are Python scripts."""
+
+    class Script(Job):
+        def start(self, log, threads):
+            with open(log, "ab") as out:
+                return subprocess.Popen(
+                    [sys.executable, "-c", self.arguments[0], str(self.folder)],
+                    stdout=out, stderr=out, preexec_fn=_end_with_parent,
+                )  # fmt: skip
+
+    return [Script(tmp_path / f"run-{i}", 10, [script]) for i, script in enumerate(scripts)]
+
+
+def test_jobs_wait_for_what_they_need_and_report(tmp_path, capsys):
+    first, second, third = jobs(
+        tmp_path, "import time; time.sleep(1); open('%s', 'w')", "print('good')", "print('fine')"
+    )
+    file = tmp_path / "made"
+    first = replace(first, arguments=[first.arguments[0] % file])
+    second = replace(second, arguments=[f"import os; print('good' if os.path.exists('{file}') else 'bad')"], needs=file)
+    run_jobs([first, second, third], 2, "test")
+    assert (tmp_path / "run-1.log").read_text() == "good\n"
+    assert (tmp_path / "run-2.log").read_text() == "fine\n"
+    assert "30/30" in capsys.readouterr().err
+
+
+def test_a_job_that_fails_ends_the_others(tmp_path):
+    pid = tmp_path / "pid"
+    both = jobs(
+        tmp_path,
+        f"import os, time; open('{pid}', 'w').write(str(os.getpid())); time.sleep(60)",
+        f"import os, time\nwhile not os.path.exists('{pid}') or not open('{pid}').read(): time.sleep(0.05)\n"
+        "raise SystemExit('icrl: too bad')",
+    )
+    began = time.monotonic()
+    with pytest.raises(ChildProcessError, match="run-1 failed: too bad"):
+        run_jobs(both, 2, "test")
+    assert time.monotonic() - began < 50
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_suite_that_is_killed_leaves_no_process_and_its_folder_free(config, tmp_path, how):
+    """`how` reaches the suite alone, not its children."""
+    slow = tmp_path / "slow.json"
+    slow.write_text(json.dumps({**TINY, "loop": {"updates": 100_000, "checkpoint_every": 5}}))
+    out = tmp_path / "suite"
+    line = [sys.executable, "-m", "icrl.cli", "eval", "sicql", "--out", out, "--methods", "ad", "--seeds", "1"]
+    suite = subprocess.Popen([*map(str, line), "--config", str(slow)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("ad-0/checkpoints/*[0-9]")):
+        assert suite.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{suite.pid}/task/{suite.pid}/children").read_text().split()
+    assert children
+    suite.send_signal(how)
+    said = suite.communicate(timeout=30)[1]
+    assert suite.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how]
+    assert ("icrl: interrupted" in said) == (how == signal.SIGINT)
+    while any(Path(f"/proc/{child}/cmdline").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_suite_is_not_for_two_processes(config, tmp_path, capsys):
+    out = tmp_path / "suite"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["eval", "sicql", "--out", str(out), "--config", str(config), "--methods", "ad"]) == 2
+    assert "another process is at work" in capsys.readouterr().err
+
+
+def test_what_fails_in_a_run_is_one_line_of_the_suite(tmp_path, capsys):
+    path = tmp_path / "wild.json"
+    path.write_text(json.dumps({**TINY, "loop": {**TINY["loop"], "learning_rate": 1e30, "warmup": 0}}))
+    args = ["eval", "sicql", "--out", tmp_path / "suite", "--methods", "ad", "--seeds", 1, "--config", path]
+    assert main([str(a) for a in args]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("icrl: ad-0 failed: the gradient is not finite")
 
 
 def test_train_offline_trains_its_own_world_model(config, tmp_path, capsys):
@@ -78,6 +179,11 @@ def test_a_world_model_of_another_environment_is_refused(config, tmp_path, capsy
         (["train", "offline", "--evaluate", "0"], "evaluate"),
         (["eval", "sicql", "--seeds", "0"], "seeds"),
         (["eval", "sicql", "--methods", "bc"], "methods"),
+        (["eval", "sicql", "--methods", "ad", "ad"], "each once, got ad, ad"),
+        (["eval", "sicql", "--methods"], "each once, got none"),
+        (["eval", "--suite", "omni"], "suite: wanted one of sicql, got 'omni'"),
+        (["eval", "--suite"], "suite: wanted one of sicql"),
+        (["train", "offline", "--method", "ad", "--world-model", "wm"], "world_model: ad uses none"),
     ],
     ids=lambda a: a[-1] if isinstance(a, list) else "",
 )

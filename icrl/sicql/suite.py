@@ -6,17 +6,21 @@ evaluation made of it (`few_shot.json`); what is there already is not made again
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from icrl.few_shot import few_shot
 from icrl.methods import Method, MethodConfig, Spaces
@@ -119,6 +123,10 @@ class OfflineRun:
                 raise ValueError(f"records: {self.records} has {name} {made.get(name)!r}, the configuration {value!r}")
         return read_trajectories(Path(self.records))
 
+    def facts(self) -> dict[str, Any]:
+        """What a run's config.json says of its data."""
+        return {"environment": self.environment, "data": asdict(self.make_data())}
+
     def make_config(self) -> MethodConfig:
         """The suite's settings of the method, this run's own over them, and what its ablation leaves out over both."""
         name, horizon = self.method.split()[0], self.make_data().horizon
@@ -153,6 +161,8 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
             world_model = train_world_model(run, out.with_name(out.name + "-world_model"))
         made = WorldModel.load(world_model)
         made.check(data)
+    elif world_model is not None:
+        raise ValueError(f"world_model: {run.method} uses none")
     torch.manual_seed(run.loop.seed)
     method = make_method(run.method.split()[0], config, Spaces.of(data), made)
     environments, best = source.environments(), float(source.best_returns().mean())
@@ -162,8 +172,7 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
         half = returns[:, run.judged_episodes // 2 :]
         return {"return": float(half.mean()), **({"score": float(half.mean()) / best} if best > 0 else {})}
 
-    facts = {"environment": run.environment, "data": asdict(source)}
-    return train(OfflineLearner(method, data, facts, judge), run.loop, out)
+    return train(OfflineLearner(method, data, run.facts(), judge), run.loop, out)
 
 
 def collect_data(run: OfflineRun, out: Path) -> dict[str, Any]:
@@ -176,7 +185,7 @@ def collect_data(run: OfflineRun, out: Path) -> dict[str, Any]:
 def train_world_model(run: OfflineRun, out: Path) -> Path:
     """Train the world model alone, into `out`; its file."""
     loop = replace(run.world_loop, seed=run.loop.seed)
-    learner = WorldModelLearner(run.world_model, run.train_data(), run.world_batch, loop)
+    learner = WorldModelLearner(run.world_model, run.train_data(), run.world_batch, loop, run.facts())
     return train(learner, loop, out)
 
 
@@ -197,54 +206,151 @@ def mean_sem(values: list[float]) -> tuple[float, float]:
     return float(x.mean()), float(x.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A training run in a process of its own."""
+
+    folder: Path
+    updates: int
+    arguments: list[object]
+    """Of the `icrl` command."""
+    needs: Path | None = None
+    """A file that another job makes first."""
+
+    def done(self) -> int:
+        """Updates, as the run's log has it."""
+        try:
+            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["update"]
+        except (OSError, IndexError, ValueError):  # no log yet, or a line that is being written
+            return 0
+
+    def start(self, log: Path, threads: int) -> subprocess.Popen[bytes]:
+        line = [sys.executable, "-m", "icrl.cli", *map(str, self.arguments)]
+        with open(log, "ab") as out:
+            return subprocess.Popen(
+                line,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """A child of a process that is killed would go on in a folder that the next call takes over."""
+    _libc.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def run_jobs(jobs: list[Job], at_once: int, title: str) -> None:
+    """Run them in this order, `at_once` at a time, under one bar; when this ends, however it ends, so have they.
+
+    Raises ChildProcessError with the last line of the first that failed; all that a job printed is in `<folder>.log`.
+    """
+    waiting, running = list(jobs), dict[Job, subprocess.Popen[bytes]]()
+    done = {job.folder: job.done() for job in jobs}
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    bar = tqdm(
+        total=sum(job.updates for job in jobs), initial=sum(done.values()), desc=title, unit="update", smoothing=0
+    )
+
+    def log(job: Job) -> Path:
+        return job.folder.with_name(job.folder.name + ".log")
+
+    try:
+        while waiting or running:
+            ready = [job for job in waiting if job.needs is None or job.needs.exists()]
+            for job in ready[: at_once - len(running)]:
+                waiting.remove(job)
+                running[job] = job.start(log(job), threads)
+            time.sleep(0.2)
+            for job, process in list(running.items()):
+                if (code := process.poll()) is None:
+                    done[job.folder] = max(done[job.folder], job.done())
+                    continue
+                del running[job]
+                done[job.folder] = job.updates
+                said = [x for x in log(job).read_text(errors="replace").replace("\r", "\n").split("\n") if x.strip()]
+                if code:
+                    why = said[-1].removeprefix("icrl: ") if said and code > 0 else f"killed by signal {-code}"
+                    raise ChildProcessError(f"{job.folder.name} failed: {why} (see {log(job)})")
+                bar.write(f"{job.folder.name}: {said[-1] if said else 'done'}")
+            bar.set_postfix_str(", ".join(f"{job.folder.name} {done[job.folder]}" for job in running), refresh=False)
+            bar.update(sum(done.values()) - bar.n)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        bar.close()
+
+
 def run_suite(
     out: Path, run: OfflineRun, methods: list[str], seeds: int, episodes: int, jobs: int
 ) -> dict[str, dict[str, Any]]:
     """Train and evaluate every method with every seed, `jobs` processes at a time; numbers by method.
 
-    Raises RuntimeError where a process failed; what others finished stays, and the next call goes on from it.
+    Raises ValueError where `out` holds another suite or another process works there, ChildProcessError where a run
+    failed: what is finished stays, and the next call goes on from it.
     """
+    runs = {m: replace(run, method=m) for m in methods}
+    with_world_model = [m for m in methods if uses_world_model(runs[m])]  # also refuses bad settings, before all work
     out.mkdir(parents=True, exist_ok=True)
-    config = out / "run.json"
-    wanted = json.dumps(asdict(run), indent=1) + "\n"
-    if config.exists() and config.read_text() != wanted:
-        raise ValueError(f"out: {out} holds a suite with another configuration; choose another")
-    config.write_text(wanted)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-
-    def command(*args: object) -> None:
-        line = [sys.executable, "-m", "icrl.cli", *map(str, args)]
-        done = subprocess.run(
-            line, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(line)}: {done.stderr.strip()[-2000:]}")
-
-    def one(method: str, seed: int) -> None:
-        folder = out / f"{method.replace(' ', '_').replace('/', '')}-{seed}"
-        if (folder / "few_shot.json").exists():
-            return
-        shared = ["--config", config, "--method", method, "--seed", seed, "--out", folder]
-        if uses_world_model(run, method):
-            shared += ["--world-model", out / f"world_model-{seed}" / "model.safetensors"]
-        command("train", "offline", *shared, "--evaluate", episodes)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        if any(uses_world_model(run, m) for m in methods):
-            list(
-                pool.map(
-                    lambda s: command(
-                        "train", "world-model", "--config", config, "--seed", s, "--out", out / f"world_model-{s}"
-                    ),
-                    [s for s in range(seeds) if not (out / f"world_model-{s}" / "model.safetensors").exists()],
-                )
-            )
-        list(pool.map(lambda ms: one(*ms), [(m, s) for s in range(seeds) for m in methods]))
-    return collect(out, methods, seeds)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another process is at work in {out}") from None
+        config = out / "run.json"
+        wanted = json.dumps({k: v for k, v in asdict(run).items() if k != "method"}, indent=1) + "\n"
+        if config.exists() and config.read_text() != wanted:
+            raise ValueError(f"out: {out} holds a suite with another configuration; choose another")
+        part = config.with_name("run.json.part")
+        part.write_text(wanted)
+        part.replace(config)
+        todo: list[Job] = []
+        for s in range(seeds):
+            folder = out / f"world_model-{s}"
+            if with_world_model and not (folder / "model.safetensors").exists():
+                line = ["train", "world-model", "--config", config, "--seed", s, "--out", folder]
+                todo.append(Job(folder, run.world_loop.updates, line))
+        for s in range(seeds):
+            for method in methods:
+                folder = folder_of(out, method, s)
+                found = read_few_shot(folder)
+                if found is not None and len(found["returns"]) == episodes:
+                    continue
+                line = ["train", "offline", "--config", config, "--method", method, "--seed", s, "--out", folder]
+                needs = None
+                if method in with_world_model:
+                    needs = out / f"world_model-{s}" / "model.safetensors"
+                    line += ["--world-model", needs]
+                todo.append(Job(folder, run.loop.updates, [*line, "--evaluate", episodes], needs))
+        if todo:
+            run_jobs(todo, jobs, run.environment)
+        return collect(out, methods, seeds)
 
 
-def uses_world_model(run: OfflineRun, method: str) -> bool:
-    config = replace(run, method=method).make_config()
+def folder_of(out: Path, method: str, seed: int) -> Path:
+    return out / f"{method.replace(' ', '_').replace('/', '')}-{seed}"
+
+
+def read_few_shot(folder: Path) -> dict[str, Any] | None:
+    """A run's evaluation; None before it is made. Raises ValueError where it is damaged."""
+    path = folder / "few_shot.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); delete it to have it made again") from e
+
+
+def uses_world_model(run: OfflineRun) -> bool:
+    config = run.make_config()
     return isinstance(config, SICQLConfig) and config.world_model
 
 
@@ -252,9 +358,7 @@ def collect(out: Path, methods: list[str], seeds: int) -> dict[str, dict[str, An
     """The finished evaluations of a suite: by method, mean ± s.e.m. over seeds, and the curve over episodes."""
     numbers = {}
     for method in methods:
-        name = method.replace(" ", "_").replace("/", "")
-        files = [out / f"{name}-{s}" / "few_shot.json" for s in range(seeds)]
-        found = [json.loads(f.read_text()) for f in files if f.exists()]
+        found = [f for s in range(seeds) if (f := read_few_shot(folder_of(out, method, s))) is not None]
         if not found:
             continue
         last = max(1, len(found[0]["returns"]) // 4)
@@ -273,8 +377,6 @@ def collect(out: Path, methods: list[str], seeds: int) -> dict[str, dict[str, An
 
 def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
     """Ours beside the published figures."""
-    if not numbers:
-        return
     some = next(iter(numbers.values()))
     episodes = len(some["curve"])
     print(
@@ -292,17 +394,29 @@ def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
 
 
 def suite(
-    out: Path, environment: str, methods: list[str], seeds: int, episodes: int, jobs: int, overrides: dict[str, Any]
+    out: Path,
+    environment: str | None,
+    methods: list[str],
+    seeds: int,
+    episodes: int,
+    jobs: int,
+    overrides: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run, print and draw a suite; its numbers."""
-    if unknown := set(methods) - set(TITLES):
-        raise ValueError(f"methods: wanted some of {', '.join(TITLES)}, got {', '.join(sorted(unknown))}")
+    """Run, print and draw a suite; its numbers. `overrides` are OfflineRun's fields, `environment` goes over them."""
+    if set(methods) - set(TITLES) or len(set(methods)) < max(1, len(methods)):
+        raise ValueError(f"methods: wanted some of {', '.join(TITLES)}, each once, got {', '.join(methods) or 'none'}")
     for name, value in {"seeds": seeds, "episodes": episodes, "jobs": jobs}.items():
         if value < 1:
             raise ValueError(f"{name}: wanted at least 1, got {value}")
-    run = configured(OfflineRun, {**overrides, "environment": environment}, "config")
+    run: OfflineRun = configured(OfflineRun, overrides, "config")
+    if "method" in overrides or run.loop.seed:
+        raise ValueError(
+            "config: a suite has its methods and seeds from --methods and --seeds, not from method, loop.seed"
+        )
+    if environment is not None:
+        run = replace(run, environment=environment)
     numbers = run_suite(out, run, methods, seeds, episodes, jobs)
-    print_table(numbers, environment)
-    few_shot_picture(out / "few_shot.png", {TITLES[m]: n for m, n in numbers.items()}, environment)
+    print_table(numbers, run.environment)
+    few_shot_picture(out / "few_shot.png", {TITLES[m]: n for m, n in numbers.items()}, run.environment)
     print(f"picture: {out / 'few_shot.png'}")
-    return {"environment": environment, "methods": numbers}
+    return {"environment": run.environment, "methods": numbers}

@@ -190,16 +190,19 @@ class WorldModel(nn.Module):
 class WorldModelLearner:
     """What `icrl.train.train` drives."""
 
-    def __init__(self, config: WorldModelConfig, data: Trajectories, batch: int, loop: LoopConfig) -> None:
+    def __init__(
+        self, config: WorldModelConfig, data: Trajectories, batch: int, loop: LoopConfig, facts: dict[str, Any]
+    ) -> None:
+        """`facts`: what, beside the world model's own, a run in the same folder must share to be continued."""
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
         data.check_length("window", config.window)
         torch.manual_seed(loop.seed)
         self.model: WorldModel = WorldModel.of(config, data)
-        self.data, self.batch = data, batch
+        self.data, self.batch, self.facts = data, batch, facts
 
     def config(self) -> dict[str, Any]:
-        return {"world_model": self.model.facts(), "batch": self.batch}
+        return {"world_model": self.model.facts(), "batch": self.batch, **self.facts}
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return []
