@@ -1,0 +1,24 @@
+"""Packages that not everybody has: simulators and what goes with them, in extras of `pip install 'icrl-kernels[...]'`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str, what: str, extra: str) -> ModuleType:
+    """Import a package of an extra where it is first needed.
+
+    Args:
+        module: to import, as "mujoco". what: needs it, as "cheetah-vel". extra: of icrl-kernels, that installs it.
+    Raises:
+        ValueError: it is not installed, or what is installed cannot be imported; one line, with the command that helps.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] != module.split(".")[0]:
+            raise ValueError(f"{what}: {module} is installed, but not what it imports ({e})") from e
+        raise ValueError(f"{what} needs {module}: pip install 'icrl-kernels[{extra}]'") from e
+    except (ImportError, OSError) as e:
+        raise ValueError(f"{what}: {module} is installed, but cannot be imported ({e})") from e
