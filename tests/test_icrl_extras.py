@@ -19,7 +19,7 @@ def test_a_broken_installation_is_not_called_missing(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "lacks_another.py").write_text("import no_such_package\n")
     (tmp_path / "lacks_a_library.py").write_text("raise ImportError('libGL.so: cannot open')\n")
-    with pytest.raises(ValueError, match="installed, but not what it imports .*no_such_package"):
+    with pytest.raises(ValueError, match=r"installed, but not what it imports .*no_such_package"):
         require("lacks_another", "this", "x")
-    with pytest.raises(ValueError, match="installed, but cannot be imported .*libGL"):
+    with pytest.raises(ValueError, match=r"installed, but cannot be imported .*libGL"):
         require("lacks_a_library", "this", "x")
