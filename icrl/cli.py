@@ -252,42 +252,51 @@ def train_offline(
     Args:
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
-        environment: darkroom, stitching or point-robot; over the configuration.
+        environment: darkroom, stitching, point-robot, cheetah-vel, ant-dir or walker-param; over the configuration.
         config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
         updates: over the configuration.
         evaluate: episodes in each test task, after training.
     """
-    from icrl.sicql.suite import evaluate_method, train_method
+    from icrl.sicql.suite import describe_best, evaluate_method, train_method
 
     if evaluate < 1:
         raise ValueError(f"evaluate: wanted at least 1 episode, got {evaluate}")
     run = _offline_run(config, method, environment, seed, updates)
     path = train_method(run, out, world_model)
-    numbers = evaluate_method(path, run.make_data(), evaluate, run.loop.seed)
-    print(
-        f"model: {path}\nreturn {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes, optimal {numbers['best']:.2f}"
-    )
+    numbers = evaluate_method(path, run, evaluate, run.loop.seed)
+    best = "" if numbers["best"] is None else f"; {describe_best(numbers)}"
+    print(f"model: {path}\nreturn {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes{best}")
     _write_json(out / "few_shot.json", numbers)
 
 
 def collect(
-    out: Positional[Path], environment: str | None = None, config: Path | None = None, json: Path | None = None
+    out: Positional[Path],
+    environment: str | None = None,
+    config: Path | None = None,
+    teacher: Path | None = None,
+    json: Path | None = None,
 ) -> None:
     """Gather offline trajectories into a folder of shards, for `"records"` in the configuration of training runs.
 
+    Kill it whenever you like: the same command goes on, with cheetah-vel, ant-dir and walker-param from the last iteration
+    of the teacher that it trains first.
+
     Args:
         out: the data set's folder.
-        environment: darkroom, stitching or point-robot; over the configuration.
+        environment: darkroom, stitching, point-robot, cheetah-vel, ant-dir or walker-param; over the configuration.
         config: a JSON file of OfflineRun's fields (icrl.sicql.suite), whose "environment" and "data" count.
+        teacher: the teacher's folder, OUT-teacher unless given; one teacher serves data of each quality.
         json: also write what was printed here.
     """
     from icrl.sicql.suite import collect_data
 
     _new_file("json", json)
-    numbers = collect_data(_offline_run(config, None, environment, None, None), out)
+    numbers = collect_data(_offline_run(config, None, environment, None, None), out, teacher)
     print(f"{out}: {numbers['shards']} shards, {numbers['bytes'] / 1e6:.1f} MB")
+    if "train_return" in numbers:
+        print(f"teacher: {numbers['train_return']:.2f} in training tasks, {numbers['test_return']:.2f} in test tasks")
     _write_json(json, numbers)
 
 
@@ -321,7 +330,7 @@ def evaluate_sicql(
 
     Args:
         out: the suite's folder.
-        environment: darkroom, stitching or point-robot; over the configuration.
+        environment: darkroom, stitching, point-robot, cheetah-vel, ant-dir or walker-param; over the configuration.
         methods: of icrl train offline.
         seeds: of each method, 0, 1, ...; of weights, batches and evaluation.
         episodes: in a row in each test task, the one before being the prompt.

@@ -89,11 +89,12 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
             low = [m - e for m, e in zip(n["curve"], n["curve_sem"], strict=True)]
             high = [m + e for m, e in zip(n["curve"], n["curve_sem"], strict=True)]
             ax.fill_between(episodes, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    best = next(iter(methods.values()))["best"]
-    ax.axhline(best, color="#3a7d44", ls="--", lw=1.2, label="optimal")
     ax.set(title=title, xlabel="episodes in the task", ylabel="return")
-    if best > 0:
-        ax.set_ylim(0, 1.05 * best)
+    some = next(iter(methods.values()))
+    if some["best"] is not None:
+        ax.axhline(some["best"], color="#3a7d44", ls="--", lw=1.2, label=some["best_of"])
+        if some["best"] > 0 and some["best_of"] == "optimal":
+            ax.set_ylim(0, 1.05 * some["best"])
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.2)
     ax.legend(frameon=False, fontsize=8)

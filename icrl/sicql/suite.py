@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,19 @@ from icrl.sicql.model import SICQLConfig
 from icrl.sicql.world_model import WorldModel, WorldModelConfig, WorldModelLearner
 from icrl.train import LoopConfig, configured, train
 from icrl.worlds.darkroom import DarkRoomData
+from icrl.worlds.mujoco import AntDirData, CheetahVelData, MujocoData, WalkerParamData
 from icrl.worlds.point_robot import PointRobotData
 from icrl.worlds.stitching import StitchingData
 
-Data = DarkRoomData | StitchingData | PointRobotData
-DATA: dict[str, type[Any]] = {"darkroom": DarkRoomData, "stitching": StitchingData, "point-robot": PointRobotData}
+Data = DarkRoomData | StitchingData | PointRobotData | MujocoData
+DATA: dict[str, type[Any]] = {
+    "darkroom": DarkRoomData,
+    "stitching": StitchingData,
+    "point-robot": PointRobotData,
+    "cheetah-vel": CheetahVelData,
+    "ant-dir": AntDirData,
+    "walker-param": WalkerParamData,
+}
 TITLES = {
     "dpt": "DPT",
     "ad": "AD",
@@ -72,6 +80,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "idt": {**HISTORY, "batch": 64},
     "dicp": {**HISTORY, "discount": 0.95},
     "ic_iql": {**HISTORY, **IQL},
+}
+CONTINUOUS = {"balanced": 0.0}  # no state is seen twice
+ENVIRONMENT_SETTINGS: dict[str, dict[str, Any]] = {
+    "cheetah-vel": CONTINUOUS,
+    "ant-dir": CONTINUOUS,
+    "walker-param": CONTINUOUS,
 }
 LOOP = {
     "updates": 2500,
@@ -117,10 +131,7 @@ class OfflineRun:
         source = self.make_data()
         if not self.records:
             return source.train_data()
-        made = read_index(Path(self.records))[0].config
-        for name, value in {"source": self.environment, **asdict(source)}.items():
-            if made.get(name) != value:
-                raise ValueError(f"records: {self.records} has {name} {made.get(name)!r}, the configuration {value!r}")
+        check_records(Path(self.records), self.environment, source, "records")
         return read_trajectories(Path(self.records))
 
     def facts(self) -> dict[str, Any]:
@@ -128,13 +139,24 @@ class OfflineRun:
         return {"environment": self.environment, "data": asdict(self.make_data())}
 
     def make_config(self) -> MethodConfig:
-        """The suite's settings of the method, this run's own over them, and what its ablation leaves out over both."""
+        """The suite's settings of the method, those of the environment and this run's own over them, and what its ablation
+        leaves out over all."""
         name, horizon = self.method.split()[0], self.make_data().horizon
-        given = merged({**SETTINGS[name], "horizon": horizon}, self.settings)
-        config = configured(METHODS[name][1], {**given, **ABLATIONS.get(self.method, {})}, "settings")
+        kind = METHODS[name][1]
+        known = {f.name for f in fields(kind)}
+        here = {k: v for k, v in ENVIRONMENT_SETTINGS.get(self.environment, {}).items() if k in known}
+        given = merged({**SETTINGS[name], **here, "horizon": horizon}, self.settings)
+        config = configured(kind, {**given, **ABLATIONS.get(self.method, {})}, "settings")
         if config.horizon != horizon:
             raise ValueError(f"settings: horizon: wanted {self.environment}'s {horizon}, got {config.horizon}")
         return config
+
+    def best_return(self) -> float | None:
+        """Of the test tasks, in the mean: the optimal policy's, or the teacher's that gathered `records`, or unknown."""
+        known = self.make_data().best_returns()
+        if known is not None:
+            return float(known.mean())
+        return read_index(Path(self.records))[0].config.get("test_return") if self.records else None
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -165,21 +187,43 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
         raise ValueError(f"world_model: {run.method} uses none")
     torch.manual_seed(run.loop.seed)
     method = make_method(run.method.split()[0], config, Spaces.of(data), made)
-    environments, best = source.environments(), float(source.best_returns().mean())
+    environments, best = source.environments(), source.best_returns()
+    optimal = 0.0 if best is None else float(best.mean())
 
     def judge(m: Method) -> dict[str, float]:
         returns = few_shot(m, environments, run.judged_episodes, seed=2**20)
         half = returns[:, run.judged_episodes // 2 :]
-        return {"return": float(half.mean()), **({"score": float(half.mean()) / best} if best > 0 else {})}
+        return {"return": float(half.mean()), **({"score": float(half.mean()) / optimal} if optimal > 0 else {})}
 
     return train(OfflineLearner(method, data, run.facts(), judge), run.loop, out)
 
 
-def collect_data(run: OfflineRun, out: Path) -> dict[str, Any]:
-    """Gather the run's training data into shards in `out`; what was written."""
+def collect_data(run: OfflineRun, out: Path, teacher: Path | None = None) -> dict[str, Any]:
+    """Gather the run's training data into shards in `out`; what was written, and what is known of its teacher.
+
+    Args:
+        teacher: the folder of the teacher, where the environment has one; `out`-teacher unless given.
+    """
     source = run.make_data()
-    written = write_trajectories(out, source.train_data(), {"source": run.environment, **asdict(source)}, source.seed)
-    return {"shards": written.made + written.found, "made": written.made, "bytes": written.bytes}
+    facts: dict[str, Any] = {}
+    if isinstance(source, MujocoData):
+        if (out / "index.json").exists():
+            check_records(out, run.environment, source, "out")
+        data, facts = source.gather(teacher or out.with_name(out.name + "-teacher"))
+    elif teacher is not None:
+        raise ValueError(f"teacher: {run.environment} has none")
+    else:
+        data = source.train_data()
+    written = write_trajectories(out, data, {"source": run.environment, **asdict(source), **facts}, source.seed)
+    return {"shards": written.made + written.found, "made": written.made, "bytes": written.bytes, **facts}
+
+
+def check_records(folder: Path, environment: str, source: Data, name: str) -> None:
+    """ValueError, about the argument `name`, where the data set in `folder` was gathered otherwise."""
+    made = read_index(folder)[0].config
+    for key, value in {"source": environment, **asdict(source)}.items():
+        if made.get(key) != value:
+            raise ValueError(f"{name}: {folder} has {key} {made.get(key)!r}, the configuration {value!r}")
 
 
 def train_world_model(run: OfflineRun, out: Path) -> Path:
@@ -189,14 +233,17 @@ def train_world_model(run: OfflineRun, out: Path) -> Path:
     return train(learner, loop, out)
 
 
-def evaluate_method(path: Path, data: Data, episodes: int, seed: int) -> dict[str, Any]:
-    """Few-shot returns of a trained method in the test tasks: every episode's, averaged over tasks."""
+def evaluate_method(path: Path, run: OfflineRun, episodes: int, seed: int) -> dict[str, Any]:
+    """Few-shot returns of a trained method in the run's test tasks: every episode's, averaged over tasks; and the best known
+    return, whose it is ("optimal" or "teacher"), or None."""
+    data = run.make_data()
     prompts = data.prompts() if isinstance(data, StitchingData) else None
     returns = few_shot(load_method(path), data.environments(), episodes, seed, prompts=prompts)
     return {
         "returns": returns.mean(0).tolist(),
         "reached": (returns > 0).float().mean(0).tolist(),
-        "best": float(data.best_returns().mean()),
+        "best": run.best_return(),
+        "best_of": getattr(data, "reference", "optimal"),
     }
 
 
@@ -364,6 +411,7 @@ def collect(out: Path, methods: list[str], seeds: int) -> dict[str, dict[str, An
         last = max(1, len(found[0]["returns"]) // 4)
         curves = torch.tensor([f["returns"] for f in found], dtype=torch.float64)
         summary = {"seeds": len(found), "best": found[0]["best"], "curve": curves.mean(0).tolist()}
+        summary["best_of"] = found[0].get("best_of", "optimal")
         summary["curve_sem"] = (curves.std(0, correction=1) / math.sqrt(len(found))).tolist() if len(found) > 1 else []
         for key, values in {
             "all": [sum(f["returns"]) / len(f["returns"]) for f in found],
@@ -379,18 +427,23 @@ def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
     """Ours beside the published figures."""
     some = next(iter(numbers.values()))
     episodes = len(some["curve"])
+    best = "" if some["best"] is None else f"; {describe_best(some)}"
     print(
-        f"\n{environment}: return of {episodes} episodes in unseen tasks, mean ± s.e.m. over {some['seeds']} seeds; "
-        f"optimal is {some['best']:.1f}"
+        f"\n{environment}: return of {episodes} episodes in unseen tasks, mean ± s.e.m. over {some['seeds']} seeds{best}"
     )
     print(f"  {'':10}{'all episodes':>18}{'last quarter':>18}{'of optimal':>12}{'reach goal':>12}{'published':>12}")
+    optimal = some["best_of"] == "optimal" and some["best"] is not None and some["best"] > 0
     for method, n in sorted(numbers.items(), key=lambda kv: kv[1]["last"]):
         published = f"{PUBLISHED[method]:.2f}" if environment == "darkroom" and method in PUBLISHED else ""
-        shares = f"{n['last'] / n['best']:12.2f}{n['reached']:12.2f}" if n["best"] > 0 else " " * 24
+        shares = f"{n['last'] / n['best']:12.2f}{n['reached']:12.2f}" if optimal else " " * 24
         print(
             f"  {TITLES[method]:10}{n['all']:11.2f} ±{n['all_sem']:5.2f}{n['last']:11.2f} ±{n['last_sem']:5.2f}"
             f"{shares}{published:>12}"
         )
+
+
+def describe_best(numbers: dict[str, Any]) -> str:
+    return f"{'optimal is' if numbers['best_of'] == 'optimal' else 'the teacher reaches'} {numbers['best']:.2f}"
 
 
 def suite(
