@@ -93,8 +93,8 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
     some = next(iter(methods.values()))
     if some["best"] is not None:
         ax.axhline(some["best"], color="#3a7d44", ls="--", lw=1.2, label=some["best_of"])
-        if some["best"] > 0 and some["best_of"] == "optimal":
-            ax.set_ylim(0, 1.05 * some["best"])
+    if min(min(n["curve"]) for n in methods.values()) >= 0:
+        ax.set_ylim(bottom=0)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.2)
     ax.legend(frameon=False, fontsize=8)

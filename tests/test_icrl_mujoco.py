@@ -10,9 +10,10 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from icrl import checkpoint
+from icrl import checkpoint, plots
 from icrl.cli import main
 from icrl.offline_data import read_trajectories
+from icrl.sicql import suite
 from icrl.sicql.suite import OfflineRun, collect_data
 from icrl.train import configured
 from icrl.worlds import teacher as teaching
@@ -298,8 +299,8 @@ def test_another_teachers_folder_is_refused(tmp_path):
 RUN = {
     "environment": "cheetah-vel",
     "data": TINY,
-    "settings": {"stride": 2, "trunk": {"width": 8, "layers": 1, "heads": 1}, "batch": 2},
-    "world_model": {"window": 2, "hidden": 8},
+    "settings": {"trunk": {"width": 8, "layers": 1, "heads": 1}, "batch": 2},
+    "world_model": {"hidden": 8},
     "world_batch": 8,
     "world_loop": {"updates": 2, "checkpoint_every": 2, "evaluate_every": 2},
     "loop": {"updates": 2, "checkpoint_every": 2, "evaluate_every": 2},
@@ -319,12 +320,34 @@ def test_from_teacher_to_few_shot_evaluation(tmp_path, capsys):
     assert main([str(a) for a in collect]) == 0  # again: nothing to do
     assert main([str(a) for a in [*collect, "--environment", "darkroom"]]) == 2
     config.write_text(json.dumps({**RUN, "records": str(tmp_path / "data")}))
-    suite = ["eval", "sicql", "--environment", "cheetah-vel", "--out", tmp_path / "s", "--methods", "sicql", "ad"]
-    suite += ["--seeds", 1, "--jobs", 1, "--episodes", 2, "--config", config]
+    train = ["train", "offline", "--out", tmp_path / "run", "--config", config, "--evaluate", 2]
     capsys.readouterr()
-    assert main([str(a) for a in suite]) == 0
+    assert main([str(a) for a in train]) == 0
     assert f"the teacher reaches {numbers['test_return']:.2f}" in capsys.readouterr().out
-    assert (tmp_path / "s" / "few_shot.png").stat().st_size > 1000
+    few_shot = json.loads((tmp_path / "run" / "few_shot.json").read_text())
+    assert (few_shot["best"], few_shot["best_of"]) == (numbers["test_return"], "teacher")
+
+
+@pytest.mark.parametrize(
+    ("best", "best_of"), [(-40.0, "teacher"), (None, "teacher"), (-40.0, "optimal"), (9.0, "optimal")]
+)
+def test_tables_and_pictures_of_negative_returns(best, best_of, tmp_path, capsys, monkeypatch):
+    numbers = {"returns": [-60.0, -50.0], "reached": [0.0, 0.0], "best": best, "best_of": best_of}
+    (tmp_path / "ad-0").mkdir()
+    (tmp_path / "ad-0" / "few_shot.json").write_text(json.dumps(numbers))
+    summaries = suite.collect(tmp_path, ["ad"], 1)
+    suite.print_table(summaries, "cheetah-vel")
+    out = capsys.readouterr().out
+    assert ("teacher reaches -40.00" in out) == (best is not None and best_of == "teacher")
+    assert ("optimal is" in out) == (best_of == "optimal")
+    shown = []
+    monkeypatch.setattr(plots.plt, "close", shown.append)  # keeps the figure
+    plots.few_shot_picture(tmp_path / "p.png", {"AD": summaries["ad"]}, "cheetah-vel")
+    (ax,) = shown[0].axes
+    low, high = ax.get_ylim()
+    assert low < -60
+    assert high > max(-50, best or -50)
+    assert [line.get_label() for line in ax.lines] == ["AD"] + [best_of] * (best is not None)
 
 
 def test_data_of_another_configuration_is_refused_before_a_teacher_is_trained(tmp_path, monkeypatch):
