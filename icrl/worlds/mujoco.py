@@ -254,7 +254,8 @@ class CheetahVelData(MujocoData):
 class AntDirData(MujocoData):
     """Directions 2π·i/tasks, i = 0..tasks-1; far is the last tenth of the circle."""
 
-    teacher_steps: int = 270_000
+    episodes: int = 10
+    teacher_steps: int = 180_000
     environment = AntDir
 
     def _parameters(self) -> Tensor:
@@ -265,7 +266,8 @@ class AntDirData(MujocoData):
 class WalkerParamData(MujocoData):
     """Exponents uniform in [-3, 3]; of far tasks, in [-4, -3] and [3, 4]."""
 
-    teacher_steps: int = 270_000
+    episodes: int = 10
+    teacher_steps: int = 180_000
     environment = WalkerParam
 
     def _parameters(self) -> Tensor:

@@ -202,7 +202,7 @@ def gather(source: MujocoData, folder: Path) -> tuple[Trajectories, dict[str, An
     lines = ", ".join(f"{r:.1f}" for r in returns)
     tqdm.write(f"returns of checkpoints {plan[0]} to {plan[-1]} of {C}: {lines}; {time.perf_counter() - clock:.0f} s")
     # [N,E,H,...]: a task's episodes in the order of the checkpoints
-    rows = {name: torch.cat([p[name] for p in parts], 1).flatten(0, 2) for name in parts[0]}
+    rows: dict[str, Any] = {name: torch.cat([p[name] for p in parts], 1).flatten(0, 2) for name in parts[0]}
     N, E, H = len(tasks), source.episodes, source.horizon
     data = Trajectories(
         type(environments[0]).__name__,
