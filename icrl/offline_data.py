@@ -6,6 +6,8 @@ A row is a task. Its steps and episodes lie end to end in tensors of a shard's o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,24 @@ KIND = "trajectories"
 STEPS = ("states", "actions", "rewards", "next_states", "terminated", "optimal")
 
 
-def trajectories_dataset(data: Trajectories, config: dict[str, Any], seed: int, rows_per_shard: int) -> DataSet:
+@dataclass(frozen=True)
+class TaskByTask:
+    """Trajectories that are yet to be gathered, some tasks at a time: what is known of them before, and who gathers."""
+
+    environment: str
+    num_actions: int
+    state_size: int
+    action_size: int
+    num_tasks: int
+    tasks_slice: Callable[[int, int], Trajectories]
+    """Gathers tasks first to first+count-1, numbered from 0: a function of (first, count) alone."""
+    optimal: None = None
+    """Optimal actions are not known."""
+
+
+def trajectories_dataset(
+    data: Trajectories | TaskByTask, config: dict[str, Any], seed: int, rows_per_shard: int
+) -> DataSet:
     """The data set of these trajectories; `config`, plain JSON values, says what made them."""
     number = "int16" if data.num_actions < 2**15 else "int64"
     action = (number, ("T",)) if data.num_actions else ("float32", ("T", "A"))
@@ -46,9 +65,19 @@ def trajectories_dataset(data: Trajectories, config: dict[str, Any], seed: int, 
 
 
 def write_trajectories(
-    folder: Path, data: Trajectories, config: dict[str, Any], seed: int, rows_per_shard: int = 16, **options: Any
+    folder: Path,
+    data: Trajectories | TaskByTask,
+    config: dict[str, Any],
+    seed: int,
+    rows_per_shard: int | None = None,
+    **options: Any,
 ) -> Written:
-    """Write what is not there yet: `icrl.shards.write_shards`, whose options these are."""
+    """Write what is not there yet: `icrl.shards.write_shards`, whose options these are.
+
+    16 tasks a shard unless given; 1 where tasks are gathered one by one, so that a kill costs one task's work.
+    """
+    if rows_per_shard is None:
+        rows_per_shard = 1 if isinstance(data, TaskByTask) else 16
     dataset = trajectories_dataset(data, config, seed, rows_per_shard)
 
     def make(first: int, count: int) -> dict[str, Tensor]:

@@ -360,7 +360,7 @@ def write_shards(
         workers: shards made at once. threads: of each.
         shards: only these, where processes cannot see one another's file locks. full: read what is there against its
             checksums, instead of headers and lengths alone.
-        progress: show a bar of rows.
+        progress: show a bar of rows, where it takes over two seconds.
     Raises:
         ValueError: the folder holds something else, or another configuration's data (what differs is named).
     """
@@ -382,7 +382,7 @@ def write_shards(
     made: list[Shard] = []
     failed: list[BaseException] = []
     lock, stop = threading.Lock(), threading.Event()
-    with tqdm(total=total, initial=rows_found, unit=unit, disable=not progress, smoothing=0.05) as bar:
+    with tqdm(total=total, initial=rows_found, unit=unit, disable=not progress, delay=2.0, smoothing=0.05) as bar:
 
         def work() -> None:
             set_threads_here(threads)
