@@ -252,7 +252,7 @@ def train_offline(
     Args:
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
-        environment: darkroom, stitching, point-robot, cheetah-vel, ant-dir or walker-param; over the configuration.
+        environment: of SICQL.md's table, as darkroom or reach; over the configuration.
         config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
@@ -285,7 +285,7 @@ def collect(
 
     Args:
         out: the data set's folder.
-        environment: darkroom, stitching, point-robot, cheetah-vel, ant-dir or walker-param; over the configuration.
+        environment: of SICQL.md's table, as darkroom or reach; over the configuration.
         config: a JSON file of OfflineRun's fields (icrl.sicql.suite), whose "environment" and "data" count.
         teacher: the teacher's folder, OUT-teacher unless given; one teacher serves data of each quality.
         json: also write what was printed here.
@@ -330,7 +330,7 @@ def evaluate_sicql(
 
     Args:
         out: the suite's folder.
-        environment: darkroom, stitching, point-robot, cheetah-vel, ant-dir or walker-param; over the configuration.
+        environment: of SICQL.md's table, as darkroom or reach; over the configuration.
         methods: of icrl train offline.
         seeds: of each method, 0, 1, ...; of weights, batches and evaluation.
         episodes: in a row in each test task, the one before being the prompt.

@@ -32,6 +32,8 @@ class TaskByTask:
     num_tasks: int
     tasks_slice: Callable[[int, int], Trajectories]
     """Gathers tasks first to first+count-1, numbered from 0: a function of (first, count) alone."""
+    history: int = 0
+    """Episodes a learning history, as in `Trajectories`."""
     optimal: None = None
     """Optimal actions are not known."""
 

@@ -336,7 +336,7 @@ def test_tables_and_pictures_of_negative_returns(best, best_of, tmp_path, capsys
     (tmp_path / "ad-0").mkdir()
     (tmp_path / "ad-0" / "few_shot.json").write_text(json.dumps(numbers))
     summaries = suite.collect(tmp_path, ["ad"], 1)
-    suite.print_table(summaries, "cheetah-vel")
+    suite.print_table(summaries, suite.OfflineRun(environment="cheetah-vel"))
     out = capsys.readouterr().out
     assert ("teacher reaches -40.00" in out) == (best is not None and best_of == "teacher")
     assert ("optimal is" in out) == (best_of == "optimal")
