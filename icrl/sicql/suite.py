@@ -457,7 +457,7 @@ def print_table(numbers: dict[str, dict[str, Any]], run: OfflineRun) -> None:
     heads = f"{'of ' + some['best_of']:>12}" * share + f"{'reach goal':>12}" * goals
     print(f"  {'':10}{'all episodes':>18}{'last quarter':>18}{heads}{'published':>12}")
     for method, n in sorted(numbers.items(), key=lambda kv: kv[1]["last"]):
-        shares = f"{n['last'] / n['best']:12.2f}" * share + f"{n['reached']:12.2f}" * goals
+        shares = (f"{n['last'] / n['best']:12.2f}" if share else "") + f"{n['reached']:12.2f}" * goals
         theirs = f"{published[method]:.2f}" if method in published else ""
         print(
             f"  {TITLES[method]:10}{n['all']:11.2f} ±{n['all_sem']:5.2f}{n['last']:11.2f} ±{n['last_sem']:5.2f}"
