@@ -267,8 +267,9 @@ def train_offline(
     path = train_method(run, out, world_model)
     numbers = evaluate_method(path, run, evaluate, run.loop.seed)
     best = "" if numbers["best"] is None else f"; {describe_best(numbers)}"
-    print(f"model: {path}\nreturn {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes{best}")
+    print(f"model: {path}")
     _write_json(out / "few_shot.json", numbers)
+    print(f"return {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes{best}")
 
 
 def collect(

@@ -58,6 +58,8 @@ class LoopConfig:
         for name in ("muon_learning_rate", "weight_decay", "warmup", "decay", "threads"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: wanted 0 to 2^63 - 1, got {self.seed}")
 
 
 class Learner(Protocol):

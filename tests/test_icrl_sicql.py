@@ -212,6 +212,22 @@ def test_a_window_does_not_hold_what_it_predicts(room, encoder):
     assert math.isfinite(before)
 
 
+def test_world_model_loss_by_hand(room):
+    """Decoders replaced by known ones: the reward's says 2, the state's a change of (1, -1) deviations."""
+    wm = world_model(room)
+    for decoder, says in ((wm.reward_decoder, [2.0]), (wm.state_decoder, [1.0, -1.0])):
+        torch.nn.init.zeros_(decoder[-1].weight)
+        decoder[-1].bias.data = torch.tensor(says)
+    steps = torch.tensor([0, 30, 47])
+    change = (room.next_states - room.states)[steps] / room.states.std(0, correction=0)
+    reward_loss = sum((2.0 - float(r)) ** 2 for r in room.rewards[steps]) / 3
+    state_loss = sum((1.0 - float(x)) ** 2 + (-1.0 - float(y)) ** 2 for x, y in change) / 6
+    loss, parts = wm.loss(room, steps)
+    assert parts["reward"] == pytest.approx(reward_loss)
+    assert parts["state"] == pytest.approx(state_loss)
+    assert loss.item() == pytest.approx(reward_loss + state_loss)
+
+
 def test_world_model_learns_and_comes_back_from_its_file(room, tmp_path):
     loop = LoopConfig(updates=60, learning_rate=3e-3, muon_learning_rate=0.0, evaluate_every=60, checkpoint_every=60)
     learner = WorldModelLearner(WorldModelConfig(size=4, hidden=16), room, 128, loop, {})

@@ -195,6 +195,30 @@ def test_refusals_are_one_line(args, message, capsys, tmp_path, monkeypatch):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judged_episodes": 0}, "judged_episodes: wanted at least 1"),
+        ({"world_batch": 0}, "world_batch: wanted at least 1"),
+        ({"data": 5}, "data: wanted dict"),
+        ({"data": {"size": "large"}}, "data.size: wanted int"),
+        ({"settings": {"trunk": None}}, "ad's settings.trunk: wanted an object"),
+        ({"settings": {"stride": 2}}, "ad's settings has no stride"),
+        ({"settings": {"episodes": 9}}, "episodes: wanted 9 in a row, a history has 8"),
+        ({"loop": {"seed": -1}}, "seed: wanted 0 to"),
+        ({"records": "nowhere"}, "nowhere: holds no data set"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_configurations_are_one_line(changes, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text(json.dumps({**TINY, **changes}))
+    assert main(["train", "offline", "--method", "ad", "--out", "run", "--config", "bad.json"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", TITLES)
 @pytest.mark.parametrize("environment", ["darkroom", "stitching", "point-robot"])
 def test_every_preset_is_a_configuration(name, environment):

@@ -138,6 +138,9 @@ class OfflineRun:
             raise ValueError(f"method: wanted one of {', '.join(TITLES)}, got {self.method!r}")
         if self.environment not in DATA:
             raise ValueError(f"environment: wanted one of {', '.join(DATA)}, got {self.environment!r}")
+        for name in ("world_batch", "judged_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
 
     def make_data(self) -> Data:
         return configured(DATA[self.environment], self.data, "data")
@@ -162,7 +165,7 @@ class OfflineRun:
         known = {f.name for f in fields(kind)}
         here = {k: v for k, v in ENVIRONMENT_SETTINGS.get(self.environment, {}).items() if k in known}
         given = merged({**SETTINGS[name], **here, "horizon": horizon}, self.settings)
-        config = configured(kind, {**given, **ABLATIONS.get(self.method, {})}, "settings")
+        config = configured(kind, {**given, **ABLATIONS.get(self.method, {})}, f"{self.method}'s settings")
         if config.horizon != horizon:
             raise ValueError(f"settings: horizon: wanted {self.environment}'s {horizon}, got {config.horizon}")
         return config
