@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benches.common import RESULTS
+from icrl.sicql.suite import PUBLISHED, TITLES
 
 LINEAR_ATTENTION = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 README = RESULTS.parent.parent / "README.md"
@@ -202,6 +203,21 @@ def datasets() -> str:
     return text
 
 
+def sicql() -> str:
+    r = result("sicql_darkroom")
+    rows = []
+    for name, x in sorted(r["methods"].items(), key=lambda kv: -kv[1]["all"]):
+        cells = [f"{x[key]:.1f} ± {x[f'{key}_sem']:.1f}" for key in ("all", "last")]
+        rows.append(
+            [TITLES[name], *cells, f"{x['last'] / x['best']:.2f}", f"{PUBLISHED['darkroom', 'random'][name]:.1f}"]
+        )
+    some = next(iter(r["methods"].values()))
+    heads = [f"DarkRoom, mixed data: return (mean ± s.e.m. of {some['seeds']} seeds)", "40 episodes", "the last ten"]
+    return (
+        table([*heads, f"of the optimum, {some['best']:.1f}", "published, another set-up"], rows) + f"\n\n{where(r)}."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
@@ -212,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "value_iteration": value_iteration,
     "worlds": worlds,
     "datasets": datasets,
+    "sicql": sicql,
 }
 
 

@@ -81,7 +81,7 @@ def training_picture(metrics: Path, path: Path) -> None:
 
 def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str) -> None:
     """Returns over the episodes of a few-shot evaluation, one line a method, shaded by its standard error over seeds."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.2))
+    fig, ax = plt.subplots(figsize=(7.6, 4.2))
     for name, n in sorted(methods.items(), key=lambda kv: -kv[1]["last"]):
         episodes = range(1, len(n["curve"]) + 1)
         (line,) = ax.plot(episodes, n["curve"], label=name, lw=2.2 if name == "S-ICQL" else 1.3)
@@ -97,7 +97,7 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
         ax.set_ylim(bottom=0)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.2)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.tight_layout()
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -187,7 +187,7 @@ def test_methods_train_and_act(tmp_path, capsys):
     assert main([*train, "--config", str(path), "--evaluate", "2"]) == 0
     numbers = json.loads((tmp_path / "run" / "few_shot.json").read_text())
     assert numbers["best"] == pytest.approx(float(ReachData(**config["data"]).best_returns().mean()))
-    assert f"scripted {numbers['best']:.2f}" in capsys.readouterr().out
+    assert f"the scripted policy earns {numbers['best']:.2f}" in capsys.readouterr().out
     args = ["eval", "sicql", "--environment", "reach", "--methods", "sicql", "dpt", "--seeds", "1", "--jobs", "1"]
     args += ["--episodes", "2", "--config", str(path), "--out", str(tmp_path / "suite")]
     (tmp_path / "suite").mkdir()
@@ -198,7 +198,7 @@ def test_methods_train_and_act(tmp_path, capsys):
     capsys.readouterr()
     assert main(args) == 0
     table = capsys.readouterr().out
-    assert f"scripted is {numbers['best']:.1f}" in table
+    assert f"the scripted policy earns {numbers['best']:.2f}" in table
     assert "of scripted" in table
     assert "reach goal" not in table  # every step there pays something
     assert "806.97" in table
