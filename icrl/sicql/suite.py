@@ -99,6 +99,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 CONTINUOUS = {"balanced": 0.0}  # no state is seen twice
 ENVIRONMENT_SETTINGS: dict[str, dict[str, Any]] = {
+    "stitching": {"iql": {"target_rate": 0.02}},  # values must come a long way: from the goal to the start
+    "point-robot": CONTINUOUS,
+    "reach": CONTINUOUS,
+    "push": CONTINUOUS,
     "cheetah-vel": CONTINUOUS,
     "ant-dir": CONTINUOUS,
     "walker-param": CONTINUOUS,
@@ -164,7 +168,7 @@ class OfflineRun:
         kind = METHODS[name][1]
         known = {f.name for f in fields(kind)}
         here = {k: v for k, v in ENVIRONMENT_SETTINGS.get(self.environment, {}).items() if k in known}
-        given = merged({**SETTINGS[name], **here, "horizon": horizon}, self.settings)
+        given = merged(merged({**SETTINGS[name], "horizon": horizon}, here), self.settings)
         config = configured(kind, {**given, **ABLATIONS.get(self.method, {})}, f"{self.method}'s settings")
         if config.horizon != horizon:
             raise ValueError(f"settings: horizon: wanted {self.environment}'s {horizon}, got {config.horizon}")
