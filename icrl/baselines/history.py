@@ -65,10 +65,13 @@ class HistoryMethod(Method):
     def draw(self, data: Trajectories) -> History:
         c = self.config
         tasks = data.draw_tasks(c.batch)
-        first = data.draw_episodes(tasks, c.episodes)
-        begins = data.begins[first[:, None] + torch.arange(c.episodes)]
-        steps = (begins[..., None] + torch.arange(c.horizon)).flatten(1)
+        steps = (data.begins[self.draw_context(data, tasks)][..., None] + torch.arange(c.horizon)).flatten(1)
         return History(data.states[steps], data.actions[steps], data.rewards[steps], data.next_states[steps], steps)
+
+    def draw_context(self, data: Trajectories, tasks: Tensor) -> Tensor:
+        """[B,episodes] the episodes of each context: consecutive ones, of one history."""
+        episodes = self.config.episodes
+        return data.draw_episodes(tasks, episodes)[:, None] + torch.arange(episodes)
 
     def previous(self, action: Tensor, reward: Tensor) -> Tensor:
         """[B,T,A+2]: the features of each step's predecessor in its episode, and whether it has none."""

@@ -54,6 +54,10 @@ class IDT(HistoryMethod):
         self.best.copy_(self._returns[data.begins].max())
         self.scale.copy_(self._returns.abs().max().clamp_min(1e-6))
 
+    def draw_context(self, data: Trajectories, tasks: Tensor) -> Tensor:
+        """Any episodes of the task: consecutive ones are too alike for the last to be much better than the first."""
+        return torch.stack([data.draw_episodes(tasks) for _ in range(self.config.episodes)], 1)
+
     def decide_all(self, h: History, wanted: Tensor) -> tuple[Tensor, TrunkState]:
         """Decisions [B,T/span,D] of a context, and the trunk's state; wanted [B,T], the return from each step on."""
         begin = slice(None, None, self.config.span)
