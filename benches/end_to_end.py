@@ -1,15 +1,35 @@
 """`python -m benches.end_to_end demo|context|difficulty`: the commands of the same name, their numbers kept in benches/results/.
 
-`python -m benches.end_to_end sicql FOLDER`: DarkRoom's table of seven methods, runs in FOLDER (resumable).
+`python -m benches.end_to_end sicql STUDY FOLDER`: a table of S-ICQL and rivals or ablations, runs in FOLDER/<environment>
+(resumable); environments with a simulator read FOLDER/data/<environment>, see `icrl collect`.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from benches.common import RESULTS, write
+
+
+@dataclass(frozen=True)
+class Study:
+    environment: str
+    methods: tuple[str, ...]
+    seeds: int = 3
+    episodes: int = 40
+    records: bool = True
+
+
+ABLATIONS = ("sicql", "sicql w/o q", "sicql w/o c", "sicql w/o cq")
+RIVALS = ("dpt", "ad", "idt", "dicp", "dit", "ic_iql", "sicql")
+STUDIES = {
+    "darkroom": Study("darkroom", RIVALS, records=False),
+    "darkroom_ablations": Study("darkroom", ABLATIONS, records=False),
+    "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
+}
 
 
 def main() -> int:
@@ -32,14 +52,15 @@ def main() -> int:
         numbers = difficulty(RESULTS / "difficulty.png", 500, (16, 32, 64, 128), 5, 2, seed=0)
         print(write("difficulty", **numbers))
         draw_task(sample_anymdp(1, 20, seed=3)).savefig(RESULTS / "task.png", dpi=90)
-    elif which[:1] == ["sicql"] and len(which) == 2:
-        from icrl.offline_training import METHODS
+    elif which[:1] == ["sicql"] and len(which) == 3 and which[1] in STUDIES:
         from icrl.sicql.suite import suite
 
-        folder = Path(which[1])
-        numbers = suite(folder, "darkroom", list(METHODS), seeds=3, episodes=40, jobs=2, overrides={})
-        shutil.copy(folder / "few_shot.png", RESULTS / "sicql_darkroom.png")
-        print(write("sicql_darkroom", [], **numbers))
+        study, folder = STUDIES[which[1]], Path(which[2])
+        out, data = folder / study.environment, folder / "data" / study.environment
+        overrides = {"records": str(data)} if study.records else {}
+        numbers = suite(out, study.environment, [*study.methods], study.seeds, study.episodes, 2, overrides)
+        shutil.copy(out / "few_shot.png", RESULTS / f"sicql_{which[1]}.png")
+        print(write(f"sicql_{which[1]}", [], **numbers))
     else:
         print(__doc__, file=sys.stderr)
         return 2

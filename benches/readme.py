@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from benches.common import RESULTS
-from icrl.sicql.suite import PUBLISHED, TITLES
 
 LINEAR_ATTENTION = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 README = RESULTS.parent.parent / "README.md"
@@ -206,11 +205,9 @@ def datasets() -> str:
 def sicql() -> str:
     r = result("sicql_darkroom")
     rows = []
-    for name, x in sorted(r["methods"].items(), key=lambda kv: -kv[1]["all"]):
+    for x in sorted(r["methods"].values(), key=lambda x: -x["all"]):
         cells = [f"{x[key]:.1f} ± {x[f'{key}_sem']:.1f}" for key in ("all", "last")]
-        rows.append(
-            [TITLES[name], *cells, f"{x['last'] / x['best']:.2f}", f"{PUBLISHED['darkroom', 'random'][name]:.1f}"]
-        )
+        rows.append([x["title"], *cells, f"{x['last'] / x['best']:.2f}", f"{x['published']:.1f}"])
     some = next(iter(r["methods"].values()))
     heads = [f"DarkRoom, mixed data: return (mean ± s.e.m. of {some['seeds']} seeds)", "40 episodes", "the last ten"]
     return (

@@ -82,9 +82,9 @@ def training_picture(metrics: Path, path: Path) -> None:
 def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str) -> None:
     """Returns over the episodes of a few-shot evaluation, one line a method, shaded by its standard error over seeds."""
     fig, ax = plt.subplots(figsize=(7.6, 4.2))
-    for name, n in sorted(methods.items(), key=lambda kv: -kv[1]["last"]):
+    for n in sorted(methods.values(), key=lambda n: -n["last"]):
         episodes = range(1, len(n["curve"]) + 1)
-        (line,) = ax.plot(episodes, n["curve"], label=name, lw=2.2 if name == "S-ICQL" else 1.3)
+        (line,) = ax.plot(episodes, n["curve"], label=n["title"], lw=2.2 if n["title"] == "S-ICQL" else 1.3)
         if n["curve_sem"]:
             low = [m - e for m, e in zip(n["curve"], n["curve_sem"], strict=True)]
             high = [m + e for m, e in zip(n["curve"], n["curve_sem"], strict=True)]

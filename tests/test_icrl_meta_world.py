@@ -237,11 +237,13 @@ def test_presets_are_configurations(name, environment):
     assert run.make_config().horizon == run.make_data().horizon == 100
 
 
-def test_other_data_is_not_put_beside_published_figures(capsys):
-    numbers = {"sicql": dict.fromkeys(("all", "last", "all_sem", "last_sem", "reached"), 1.0)}
-    numbers["sicql"] |= {"seeds": 1, "best": 2.0, "best_of": "scripted", "curve": [1.0]}
+def test_other_data_is_not_put_beside_published_figures(tmp_path, capsys):
+    (tmp_path / "sicql-0").mkdir()
+    numbers = {"returns": [1.0], "reached": [1.0], "best": 2.0, "best_of": "scripted"}
+    (tmp_path / "sicql-0" / "few_shot.json").write_text(json.dumps(numbers))
     for data, shown in (({}, True), ({"quality": "expert"}, False), ({"split": "far"}, False)):
-        suite.print_table(numbers, suite.OfflineRun(environment="push", data=data))
+        run = suite.OfflineRun(environment="push", data=data)
+        suite.print_table(suite.collect(tmp_path, run, ["sicql"], 1), "push")
         assert ("653.04" in capsys.readouterr().out) == shown
 
 

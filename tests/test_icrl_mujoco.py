@@ -335,14 +335,14 @@ def test_tables_and_pictures_of_negative_returns(best, best_of, tmp_path, capsys
     numbers = {"returns": [-60.0, -50.0], "reached": [0.0, 0.0], "best": best, "best_of": best_of}
     (tmp_path / "ad-0").mkdir()
     (tmp_path / "ad-0" / "few_shot.json").write_text(json.dumps(numbers))
-    summaries = suite.collect(tmp_path, ["ad"], 1)
-    suite.print_table(summaries, suite.OfflineRun(environment="cheetah-vel"))
+    summaries = suite.collect(tmp_path, suite.OfflineRun(environment="cheetah-vel"), ["ad"], 1)
+    suite.print_table(summaries, "cheetah-vel")
     out = capsys.readouterr().out
     assert ("teacher reaches -40.00" in out) == (best is not None and best_of == "teacher")
     assert ("optimal is" in out) == (best_of == "optimal")
     shown = []
     monkeypatch.setattr(plots.plt, "close", shown.append)  # keeps the figure
-    plots.few_shot_picture(tmp_path / "p.png", {"AD": summaries["ad"]}, "cheetah-vel")
+    plots.few_shot_picture(tmp_path / "p.png", summaries, "cheetah-vel")
     (ax,) = shown[0].axes
     low, high = ax.get_ylim()
     assert low < -60

@@ -228,6 +228,36 @@ def test_world_model_loss_by_hand(room):
     assert loss.item() == pytest.approx(reward_loss + state_loss)
 
 
+def test_a_world_model_that_predicts_others_of_the_task(room, monkeypatch):
+    """Drawn from the window's own task; z is still the window's before the step."""
+    wm, steps = world_model(room, others=3), torch.tensor([5, 100, 500])
+    drawn = []
+
+    def draw_steps(tasks, each, balanced):
+        drawn.append((tasks.tolist(), each))
+        return torch.tensor([[7, 8, 9], [101, 102, 103], [501, 502, 503]])
+
+    monkeypatch.setattr(room, "draw_steps", draw_steps)
+    loss, parts = wm.loss(room, steps)
+    assert drawn == [([s // (4 * 12) for s in steps.tolist()], 3)]  # four episodes of twelve steps a task
+    index, seen = room.windows(steps - 1, 4)
+    z = wm.encode(
+        room.states[index], room.action_features(room.actions[index]), room.rewards[index], seen & (steps > 0)[:, None]
+    )
+    at = torch.cat([steps[:, None], torch.tensor([[7, 8, 9], [101, 102, 103], [501, 502, 503]])], 1)
+    errors = []
+    for i in range(3):
+        for t in at[i].tolist():
+            features = room.action_features(room.actions[t])
+            reward, change = wm.predict(z[i], room.states[t], features, room.next_states[t])
+            wanted = (room.next_states[t] - room.states[t]) / room.states.std(0, correction=0)
+            errors.append([(reward - room.rewards[t]).square().item(), (change - wanted).square().mean().item()])
+    r, s = torch.tensor(errors).mean(0).tolist()
+    assert (parts["reward"], parts["state"]) == (pytest.approx(r), pytest.approx(s))
+    loss.backward()
+    assert wm.to_z.weight.grad.abs().sum() > 0
+
+
 def test_world_model_learns_and_comes_back_from_its_file(room, tmp_path):
     loop = LoopConfig(updates=60, learning_rate=3e-3, muon_learning_rate=0.0, evaluate_every=60, checkpoint_every=60)
     learner = WorldModelLearner(WorldModelConfig(size=4, hidden=16), room, 128, loop, {})
@@ -323,6 +353,8 @@ def test_refuses(room):
         replace(TINY, layout="query_first", trunk=TrunkConfig(mixer="gla"))
     with pytest.raises(ValueError, match="encoder"):
         WorldModelConfig(encoder="lstm")
+    with pytest.raises(ValueError, match="others: wanted at least 0, got -1"):
+        WorldModelConfig(others=-1)
     with pytest.raises(ValueError, match="data: wanted"):
         OfflineLearner(make(room), small(), {}, lambda m: {})
 

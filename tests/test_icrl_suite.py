@@ -245,10 +245,11 @@ def test_settings_go_over_the_suites_own_and_leave_ablations_alone():
 def test_means_over_seeds(tmp_path):
     for s, returns in enumerate([[0.0, 2.0], [2.0, 4.0]]):
         (tmp_path / f"ad-{s}").mkdir()
-        numbers = {"returns": returns, "reached": [0.5, 1.0], "best": 5.0}
+        numbers = {"returns": returns, "reached": [0.5 * s, 1.0], "best": 5.0, "best_of": "optimal"}
         (tmp_path / f"ad-{s}" / "few_shot.json").write_text(json.dumps(numbers))
-    n = collect(tmp_path, ["ad", "dpt"], 2)
+    n = collect(tmp_path, OfflineRun(), ["ad", "dpt"], 2)
     assert set(n) == {"ad"}
+    assert (n["ad"]["first"], n["ad"]["first_reached"], n["ad"]["published"]) == (1.0, 0.25, 42.72)
     assert (n["ad"]["all"], n["ad"]["all_sem"], n["ad"]["last"]) == (2.0, 1.0, 3.0)
     assert n["ad"]["curve"] == [1.0, 3.0]
     assert mean_sem([1.0, 3.0, 5.0]) == (3.0, pytest.approx(2 / 3**0.5))

@@ -1,9 +1,11 @@
 """S-ICQL's world model (arXiv 2506.01299): a window of the last k transitions -> what task this is.
 
 The encoder makes z of a window; two decoders predict, from z, the reward and the next state of the transition that comes
-after the window. Trained on all tasks at once it is frozen, and the prompt of a trajectory is β = [z_1, ..., z_h], z_t of
-the window that ends with step t. (The window never holds what is to be predicted. In the public code windows end before
-the current step in training and at it in prompts; here both end with the last complete transition.)
+after the window, and, where `others` says so, of transitions from anywhere in the same task: then z has to hold all that
+its window says of the task, not only what matters for the next step. Trained on all tasks at once it is frozen, and the
+prompt of a trajectory is β = [z_1, ..., z_h], z_t of the window that ends with step t. (The window does not hold what comes
+after it. In the public code windows end before the current step in training and at it in prompts; here both end with the
+last complete transition.)
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class WorldModelConfig:
     hidden: int = 128
     encoder: str = "gru"
     """"gru", or a token mixer: see icrl.sicql.trunk.MIXERS."""
+    others: int = 0
+    """Transitions of the same task that each z must predict beside the one after its window; none as published."""
 
     def __post_init__(self) -> None:
         for name in ("window", "size", "hidden"):
@@ -39,6 +43,8 @@ class WorldModelConfig:
                 raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if self.encoder not in ("gru", *MIXERS):
             raise ValueError(f"encoder: wanted 'gru' or one of {', '.join(MIXERS)}, got {self.encoder!r}")
+        if self.others < 0:
+            raise ValueError(f"others: wanted at least 0, got {self.others}")
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -123,10 +129,16 @@ class WorldModel(nn.Module):
         return self.reward_decoder(torch.cat([s, a, n, z], -1))[..., 0], self.state_decoder(torch.cat([s, a, z], -1))
 
     def loss(self, data: Trajectories, steps: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Squared errors of the transitions at `steps` [B], from the windows before them."""
+        """Squared errors of the transitions at `steps` [B], and of `others` of the same tasks, from the windows before
+        `steps`. Where states are seen again, half of the others are drawn by state: see `Trajectories.draw_steps`."""
         index, seen = data.windows(steps, self.config.window + 1)
         index, seen = index[:, :-1], seen[:, :-1]
         z = self.encode(data.states[index], data.action_features(data.actions[index]), data.rewards[index], seen)
+        if others := self.config.others:
+            tasks = data.tasks[torch.searchsorted(data.ends, steps, right=True)]
+            more = data.draw_steps(tasks, others, balanced=0.5 if data.num_actions else 0.0)
+            steps = torch.cat([steps[:, None], more], 1)
+            z = z[:, None].expand(-1, 1 + others, -1)
         state, following = data.states[steps], data.next_states[steps]
         reward, change = self.predict(z, state, data.action_features(data.actions[steps]), following)
         reward_loss = F.mse_loss(reward, data.rewards[steps])
