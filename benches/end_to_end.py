@@ -10,6 +10,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benches.common import RESULTS, write
 
@@ -21,6 +22,7 @@ class Study:
     seeds: int = 3
     episodes: int = 40
     records: bool = True
+    updates: int | None = None
 
 
 ABLATIONS = ("sicql", "sicql w/o q", "sicql w/o c", "sicql w/o cq")
@@ -29,6 +31,10 @@ STUDIES = {
     "darkroom": Study("darkroom", RIVALS, records=False),
     "darkroom_ablations": Study("darkroom", ABLATIONS, records=False),
     "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
+    "cheetah-vel": Study("cheetah-vel", ("dpt", "ad", *ABLATIONS), updates=1000),
+} | {
+    name: Study(name, ("dpt", "ad", "sicql"), seeds=1, updates=1000)
+    for name in ("ant-dir", "walker-param", "reach", "push")
 }
 
 
@@ -57,7 +63,9 @@ def main() -> int:
 
         study, folder = STUDIES[which[1]], Path(which[2])
         out, data = folder / study.environment, folder / "data" / study.environment
-        overrides = {"records": str(data)} if study.records else {}
+        overrides: dict[str, Any] = {"records": str(data)} if study.records else {}
+        if study.updates:
+            overrides["loop"] = {"updates": study.updates}
         numbers = suite(out, study.environment, [*study.methods], study.seeds, study.episodes, 2, overrides)
         shutil.copy(out / "few_shot.png", RESULTS / f"sicql_{which[1]}.png")
         print(write(f"sicql_{which[1]}", [], **numbers))

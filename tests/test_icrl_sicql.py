@@ -39,16 +39,17 @@ def make(data, config=TINY):
     return method
 
 
-def test_losses_by_hand():
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_losses_by_hand(scale):
     losses = iql_losses(
         imitation=torch.tensor([2.0, 3.0]),
         v=torch.tensor([1.0, 4.0]),
         q=torch.tensor([[1.0, 2.0], [0.0, 5.0]]),
         target_q=torch.tensor([[3.0, 2.5], [3.0, 7.0]]),
         next_v=torch.tensor([2.0, 10.0]),
-        reward=torch.tensor([1.0, -1.0]),
+        reward=torch.tensor([1.0, -1.0]) / scale,
         terminated=torch.tensor([False, True]),
-        c=IQL(expectile=0.7, discount=0.5, inverse_temperature=2.0, max_weight=10.0),
+        c=IQL(expectile=0.7, discount=0.5, inverse_temperature=2.0, max_weight=10.0, reward_scale=scale),
     )
     # advantages: min(3, 2.5) - 1 = 1.5 and min(3, 7) - 4 = -1
     assert losses.v.item() == pytest.approx((0.7 * 1.5**2 + 0.3 * 1) / 2)

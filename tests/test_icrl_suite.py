@@ -252,4 +252,7 @@ def test_means_over_seeds(tmp_path):
     assert (n["ad"]["first"], n["ad"]["first_reached"], n["ad"]["published"]) == (1.0, 0.25, 42.72)
     assert (n["ad"]["all"], n["ad"]["all_sem"], n["ad"]["last"]) == (2.0, 1.0, 3.0)
     assert n["ad"]["curve"] == [1.0, 3.0]
+    alone = collect(tmp_path, OfflineRun(), ["ad"], 1)["ad"]
+    assert (alone["all_sem"], alone["curve_sem"]) == (None, [])
+    json.dumps(alone, allow_nan=False)
     assert mean_sem([1.0, 3.0, 5.0]) == (3.0, pytest.approx(2 / 3**0.5))

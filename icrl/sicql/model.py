@@ -38,6 +38,8 @@ class IQL:
     max_weight: float = 1000.0
     target_rate: float = 0.005
     """Of the moving averages."""
+    reward_scale: float = 1.0
+    """Rewards times this are what values add up."""
 
     def __post_init__(self) -> None:
         if not 0 < self.expectile < 1:
@@ -46,7 +48,7 @@ class IQL:
             raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
         if not 0 < self.target_rate <= 1:
             raise ValueError(f"target_rate: wanted a number in (0, 1], got {self.target_rate}")
-        for name in ("inverse_temperature", "max_weight"):
+        for name in ("inverse_temperature", "max_weight", "reward_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
 
@@ -95,7 +97,7 @@ def iql_losses(
     """
     advantage = target_q.detach().amin(-1) - v
     v_loss = (c.expectile - (advantage < 0).float()).abs() * advantage.square()
-    target = reward + c.discount * next_v.detach() * ~terminated
+    target = c.reward_scale * reward + c.discount * next_v.detach() * ~terminated
     q_loss = (q - target[..., None]).square().mean(-1)
     weight = (c.inverse_temperature * advantage.detach()).exp().clamp(max=c.max_weight)
     return Losses((weight * imitation).mean(), q_loss.mean(), v_loss.mean())

@@ -101,8 +101,8 @@ CONTINUOUS = {"balanced": 0.0}  # no state is seen twice
 ENVIRONMENT_SETTINGS: dict[str, dict[str, Any]] = {
     "stitching": {"iql": {"target_rate": 0.02}},  # values must come a long way: from the goal to the start
     "point-robot": CONTINUOUS,
-    "reach": CONTINUOUS,
-    "push": CONTINUOUS,
+    "reach": {**CONTINUOUS, "iql": {"reward_scale": 0.1}},  # up to 10 a step
+    "push": {**CONTINUOUS, "iql": {"reward_scale": 0.1}},
     "cheetah-vel": CONTINUOUS,
     "ant-dir": CONTINUOUS,
     "walker-param": CONTINUOUS,
@@ -130,7 +130,7 @@ class OfflineRun:
     records: str = ""
     """A folder written by `icrl collect` with the same environment and data, to read instead of gathering anew."""
     settings: dict[str, Any] = field(default_factory=dict)
-    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(others=8))
+    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(window=8, size=32, others=8))
     world_loop: LoopConfig = WORLD_LOOP
     world_batch: int = 256
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(**LOOP))
@@ -271,10 +271,10 @@ def evaluate_method(path: Path, run: OfflineRun, episodes: int, seed: int) -> di
     }
 
 
-def mean_sem(values: list[float]) -> tuple[float, float]:
-    """Mean, and standard error of the mean; NaN for a single value's."""
+def mean_sem(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and standard error of the mean: None for a single value's."""
     x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean()), float(x.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
+    return float(x.mean()), float(x.std() / math.sqrt(len(x))) if len(x) > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -467,7 +467,10 @@ def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
     heads += f"{'of ' + some['best_of']:>12}" * share + f"{'first: goal':>13}" * first + f"{'last: goal':>12}" * goals
     print(f"  {'':10}{heads}{'published':>12}")
     for n in sorted(numbers.values(), key=lambda n: n["first" if first else "last"]):
-        cells = [f"{n[k]:11.2f} ±{n[f'{k}_sem']:5.2f}" for k in ["first"] * first + ["all", "last"]]
+        cells = []
+        for k in ["first"] * first + ["all", "last"]:
+            sem = n[f"{k}_sem"]
+            cells += [f"{n[k]:11.2f} " + ("      " if sem is None else f"±{sem:5.2f}")]
         cells += [f"{n['last'] / n['best']:12.2f}"] * share
         cells += [f"{n['first_reached']:13.2f}"] * first + [f"{n['reached']:12.2f}"] * goals
         cells += [f"{n['published']:12.2f}" if n["published"] is not None else ""]
