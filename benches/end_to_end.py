@@ -1,14 +1,14 @@
 """`python -m benches.end_to_end demo|context|difficulty`: the commands of the same name, their numbers kept in benches/results/.
 
-`python -m benches.end_to_end sicql STUDY FOLDER`: a table of S-ICQL and rivals or ablations, runs in FOLDER/<environment>
-(resumable); environments with a simulator read FOLDER/data/<environment>, see `icrl collect`.
+`python -m benches.end_to_end sicql STUDY FOLDER`: a table of S-ICQL and rivals or ablations, runs in FOLDER/STUDY
+(resumable); environments with a simulator read FOLDER/data/STUDY, see `icrl collect`.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,21 @@ class Study:
     episodes: int = 40
     records: bool = True
     updates: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    runs: str = ""
+    """Of another study, to go on with."""
 
 
 ABLATIONS = ("sicql", "sicql w/o q", "sicql w/o c", "sicql w/o cq")
 RIVALS = ("dpt", "ad", "idt", "dicp", "dit", "ic_iql", "sicql")
 STUDIES = {
     "darkroom": Study("darkroom", RIVALS, records=False),
-    "darkroom_ablations": Study("darkroom", ABLATIONS, records=False),
+    "darkroom_ablations": Study("darkroom", ABLATIONS, records=False, runs="darkroom"),
     "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
-    "cheetah-vel": Study("cheetah-vel", ("dpt", "ad", *ABLATIONS), updates=1000),
+    "cheetah-vel": Study("cheetah-vel", ABLATIONS, updates=1000),
+    "cheetah-vel_far": Study("cheetah-vel", ("dpt", "ic_iql", "sicql"), 1, updates=1000, data={"split": "far"}),
 } | {
-    name: Study(name, ("dpt", "ad", "sicql"), seeds=1, updates=1000)
-    for name in ("ant-dir", "walker-param", "reach", "push")
+    name: Study(name, ("dpt", "sicql"), seeds=1, updates=1000) for name in ("ant-dir", "walker-param", "reach", "push")
 }
 
 
@@ -62,8 +65,9 @@ def main() -> int:
         from icrl.sicql.suite import suite
 
         study, folder = STUDIES[which[1]], Path(which[2])
-        out, data = folder / study.environment, folder / "data" / study.environment
-        overrides: dict[str, Any] = {"records": str(data)} if study.records else {}
+        runs = study.runs or which[1]
+        out, data = folder / runs, folder / "data" / runs
+        overrides: dict[str, Any] = {"data": study.data, **({"records": str(data)} if study.records else {})}
         if study.updates:
             overrides["loop"] = {"updates": study.updates}
         numbers = suite(out, study.environment, [*study.methods], study.seeds, study.episodes, 2, overrides)

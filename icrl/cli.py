@@ -202,7 +202,7 @@ def dataset(folder: Positional[Path], full: bool = False, json: Path | None = No
     """What a folder of shards holds, and whether it is whole.
 
     Args:
-        folder: written by `icrl distill` or `icrl worlds shards`.
+        folder: written by `icrl distill`, `icrl worlds shards` or `icrl collect`.
         full: read every byte against the checksums.
         json: also write what was printed here.
     """

@@ -141,6 +141,15 @@ class Trajectories:
             raise ValueError(f"episodes: wanted {run} in a row, a history has {int((past - first).min())}")
         return first + _integers(past - first - run + 1)
 
+    def draw_distinct_episodes(self, tasks: Tensor, count: int) -> Tensor:
+        """[B,count] different episodes of each task, in any order."""
+        first, past = self.episodes[tasks].unbind(-1)
+        if bool((past - first < count).any()):
+            raise ValueError(f"episodes: wanted {count} of each task, one has {int((past - first).min())}")
+        index = torch.arange(int((past - first).max()))
+        chance = torch.rand(len(tasks), len(index)).masked_fill(index >= (past - first)[:, None], 2.0)
+        return first[:, None] + chance.argsort(1)[:, :count]
+
     def draw_steps(self, tasks: Tensor, each: int, balanced: float = 0.0) -> Tensor:
         """[B,each] steps of each task: uniformly; a share `balanced` of them by state, each that the task has seen alike."""
         first, past = (x[:, None] for x in self.steps[tasks].unbind(-1))

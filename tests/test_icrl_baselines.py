@@ -159,6 +159,27 @@ def test_dicp_plans_by_reward_and_what_comes_after(room):
     assert method.decide(features, memory, state).tolist() == [1, 1, 1]
 
 
+def test_idt_draws_different_episodes_of_one_task(room):
+    """Six episodes a task, in histories of two: a context of five is not consecutive ones of one history."""
+    data = replace(room, history=2)
+    method = make("idt", data, episodes=5)
+    torch.manual_seed(0)
+    tasks = torch.arange(12).repeat(40)
+    drawn = method.draw_context(data, tasks)
+    assert (data.tasks[drawn] == tasks[:, None]).all()
+    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
+    assert torch.bincount(drawn.flatten(), minlength=72).min() > 15  # of 33 expected
+    with pytest.raises(ValueError, match="wanted 7 of each task, one has 6"):
+        make("idt", data, episodes=7)
+    with pytest.raises(ValueError, match="wanted 4 in a row, a history has 2"):
+        make("ad", data)
+
+
+def test_histories_do_not_cut_episodes(room):
+    with pytest.raises(ValueError, match="horizon: wanted the episodes' length, up to 12 steps, got 8"):
+        make("ad", room, horizon=8)
+
+
 def test_idt_sorts_episodes_and_wants_the_best_return(room):
     reward = torch.tensor([[3.0, 0.0, 1.0, 0.0, 0.0, 2.0]])
     steps = torch.arange(6)[None]

@@ -200,9 +200,8 @@ def test_methods_train_and_act(tmp_path, capsys):
     table = capsys.readouterr().out
     assert f"the scripted policy earns {numbers['best']:.2f}" in table
     assert "of scripted" in table
-    assert "reach goal" not in table  # every step there pays something
-    assert "806.97" in table
-    assert "736.72" in table
+    assert "goal" not in table  # every step there pays something
+    assert "806.97" not in table  # shorter episodes than the published ones
 
 
 @pytest.mark.parametrize("name", ["ad", "idt", "dicp", "dit", "ic_iql"])

@@ -235,12 +235,12 @@ def test_a_world_model_that_predicts_others_of_the_task(room, monkeypatch):
     drawn = []
 
     def draw_steps(tasks, each, balanced):
-        drawn.append((tasks.tolist(), each))
+        drawn.append((tasks.tolist(), each, balanced))
         return torch.tensor([[7, 8, 9], [101, 102, 103], [501, 502, 503]])
 
     monkeypatch.setattr(room, "draw_steps", draw_steps)
     loss, parts = wm.loss(room, steps)
-    assert drawn == [([s // (4 * 12) for s in steps.tolist()], 3)]  # four episodes of twelve steps a task
+    assert drawn == [([s // (4 * 12) for s in steps.tolist()], 3, 0.5)]  # four episodes of twelve steps a task
     index, seen = room.windows(steps - 1, 4)
     z = wm.encode(
         room.states[index], room.action_features(room.actions[index]), room.rewards[index], seen & (steps > 0)[:, None]
@@ -345,7 +345,7 @@ def test_refuses(room):
     }.items():
         with pytest.raises(ValueError, match=name):
             replace(TINY, **{name: value})
-    for name in ("expectile", "discount", "max_weight", "inverse_temperature"):
+    for name in ("expectile", "discount", "max_weight", "inverse_temperature", "reward_scale"):
         with pytest.raises(ValueError, match=name):
             IQL(**{name: -1.0})
     with pytest.raises(ValueError, match="target_rate"):

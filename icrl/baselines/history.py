@@ -1,4 +1,4 @@
-"""Methods whose context is a learning history: the raw steps of consecutive episodes, one token each.
+"""Methods whose context is several episodes of a task, in most a learning history: the raw steps, one token each.
 
 The token of step t holds the state s_t, and the action and the reward of the step before; the first of an episode says so.
 """
@@ -20,7 +20,7 @@ from icrl.sicql.trunk import Trunk, TrunkState
 class HistoryConfig(MethodConfig):
     batch: int = 32
     episodes: int = 4
-    """Consecutive ones that a context holds, the current one among them."""
+    """That a context holds, the current one among them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,11 @@ class HistoryMethod(Method):
 
     def prepare(self, data: Trajectories) -> None:
         super().prepare(data)
-        data.draw_episodes(torch.arange(data.num_tasks), self.config.episodes)  # refuses tasks with too few
+        if int(data.lengths.max()) > self.config.horizon:
+            raise ValueError(
+                f"horizon: wanted the episodes' length, up to {int(data.lengths.max())} steps, got {self.config.horizon}"
+            )
+        self.draw_context(data, torch.arange(data.num_tasks))  # refuses tasks with too few episodes
 
     def draw(self, data: Trajectories) -> History:
         c = self.config

@@ -56,7 +56,7 @@ class IDT(HistoryMethod):
 
     def draw_context(self, data: Trajectories, tasks: Tensor) -> Tensor:
         """Any episodes of the task: consecutive ones are too alike for the last to be much better than the first."""
-        return torch.stack([data.draw_episodes(tasks) for _ in range(self.config.episodes)], 1)
+        return data.draw_distinct_episodes(tasks, self.config.episodes)
 
     def decide_all(self, h: History, wanted: Tensor) -> tuple[Tensor, TrunkState]:
         """Decisions [B,T/span,D] of a context, and the trunk's state; wanted [B,T], the return from each step on."""

@@ -82,6 +82,15 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 }
 """Few-shot returns by environment and split of its tasks, from mixed data (arXiv 2506.01299: table 1, ablations, OOD)."""
 
+LIKE_PUBLISHED = (
+    "size",
+    "horizon",
+    "start",
+    "train_goals",
+    "tasks",
+    "quality",
+)  # fields of data sources, as defaults are
+
 # What suites train: one trunk for all, as many updates for all, and batches whose updates take about as long (80 to 110 ms
 # of one core; S-ICQL's 80). Sized for two CPU cores; the methods' own defaults are the published sizes.
 TRUNK = {"width": 64, "layers": 3, "heads": 2}
@@ -158,8 +167,9 @@ class OfflineRun:
         return read_trajectories(Path(self.records))
 
     def facts(self) -> dict[str, Any]:
-        """What a run's config.json says of its data."""
-        return {"environment": self.environment, "data": asdict(self.make_data())}
+        """What a run's config.json says of its data: what made it, and where it was read, that data set's identity."""
+        made = {"environment": self.environment, "data": asdict(self.make_data())}
+        return {**made, "records": read_index(Path(self.records))[0].identity()} if self.records else made
 
     def make_config(self) -> MethodConfig:
         """The suite's settings of the method, those of the environment and this run's own over them, and what its ablation
@@ -172,7 +182,16 @@ class OfflineRun:
         config = configured(kind, {**given, **ABLATIONS.get(self.method, {})}, f"{self.method}'s settings")
         if config.horizon != horizon:
             raise ValueError(f"settings: horizon: wanted {self.environment}'s {horizon}, got {config.horizon}")
+        if isinstance(config, SICQLConfig) and config.world_model and config.stride > self.world_model.window:
+            raise ValueError(
+                f"settings: stride: wanted at most world_model.window={self.world_model.window}, got {config.stride}"
+            )
         return config
+
+    def first_prompts(self) -> Trajectories | None:
+        """An episode of each test task that agents are given to begin with, in the stitching study."""
+        data = self.make_data()
+        return data.prompts() if isinstance(data, StitchingData) else None
 
     def best_return(self) -> float | None:
         """Of the test tasks, in the mean: the optimal policy's, or the teacher's that gathered `records`, or unknown."""
@@ -210,11 +229,11 @@ def train_method(run: OfflineRun, out: Path, world_model: Path | None = None) ->
         raise ValueError(f"world_model: {run.method} uses none")
     torch.manual_seed(run.loop.seed)
     method = make_method(run.method.split()[0], config, Spaces.of(data), made)
-    environments, best = source.environments(), source.best_returns()
+    environments, best, prompts = source.environments(), source.best_returns(), run.first_prompts()
     optimal = 0.0 if best is None else float(best.mean())
 
     def judge(m: Method) -> dict[str, float]:
-        returns = few_shot(m, environments, run.judged_episodes, seed=2**20)
+        returns = few_shot(m, environments, run.judged_episodes, seed=2**20, prompts=prompts)
         half = returns[:, run.judged_episodes // 2 :]
         return {"return": float(half.mean()), **({"score": float(half.mean()) / optimal} if optimal > 0 else {})}
 
@@ -261,8 +280,7 @@ def evaluate_method(path: Path, run: OfflineRun, episodes: int, seed: int) -> di
     """Few-shot returns of a trained method in the run's test tasks: every episode's, averaged over tasks; and the best known
     return, whose it is ("optimal" or "teacher"), or None."""
     data = run.make_data()
-    prompts = data.prompts() if isinstance(data, StitchingData) else None
-    returns = few_shot(load_method(path), data.environments(), episodes, seed, prompts=prompts)
+    returns = few_shot(load_method(path), data.environments(), episodes, seed, prompts=run.first_prompts())
     return {
         "returns": returns.mean(0).tolist(),
         "reached": (returns > 0).float().mean(0).tolist(),
@@ -378,7 +396,8 @@ def run_suite(
         config = out / "run.json"
         wanted = json.dumps({k: v for k, v in asdict(run).items() if k != "method"}, indent=1) + "\n"
         if config.exists() and config.read_text() != wanted:
-            raise ValueError(f"out: {out} holds a suite with another configuration; choose another")
+            other = differences(json.loads(config.read_text()), json.loads(wanted))
+            raise ValueError(f"out: {out} holds a suite with another configuration ({other}); choose another")
         part = config.with_name("run.json.part")
         part.write_text(wanted)
         part.replace(config)
@@ -392,8 +411,10 @@ def run_suite(
             for method in methods:
                 folder = folder_of(out, method, s)
                 found = read_few_shot(folder)
-                if found is not None and len(found["returns"]) == episodes:
-                    continue
+                if found is not None:
+                    check_settings(folder, asdict(runs[method].make_config()))
+                    if len(found["returns"]) == episodes:
+                        continue
                 line = ["train", "offline", "--config", config, "--method", method, "--seed", s, "--out", folder]
                 needs = None
                 if method in with_world_model:
@@ -403,6 +424,21 @@ def run_suite(
         if todo:
             run_jobs(todo, jobs, run.environment)
         return collect(out, run, methods, seeds)
+
+
+def check_settings(folder: Path, wanted: dict[str, Any]) -> None:
+    """ValueError where the finished run in `folder` had other settings of its method than these."""
+    found = json.loads((folder / "config.json").read_text())["config"]
+    if other := differences(found, json.loads(json.dumps(wanted))):
+        raise ValueError(f"{folder} was trained with other settings ({other}); delete it to have it made again")
+
+
+def differences(found: Any, wanted: Any, name: str = "") -> str:
+    """Where two JSON objects differ: "a.b: 1, wanted 2"; empty where they do not."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        both = (differences(found.get(k), wanted.get(k), f"{name}.{k}".lstrip(".")) for k in {**found, **wanted})
+        return ", ".join(d for d in both if d)
+    return "" if found == wanted else f"{name}: {found!r}, wanted {wanted!r}"
 
 
 def folder_of(out: Path, method: str, seed: int) -> Path:
@@ -427,10 +463,11 @@ def uses_world_model(run: OfflineRun) -> bool:
 
 def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[str, dict[str, Any]]:
     """The finished evaluations of a suite: by method, mean ± s.e.m. over seeds, the curve over episodes, and the published
-    figure where the data and the split of the tasks are like theirs."""
-    source = run.make_data()
-    mixed = getattr(source, "quality", "mixed") == "mixed"
-    published = PUBLISHED.get((run.environment, getattr(source, "split", "random")), {}) if mixed else {}
+    figure where tasks and the data's quality are the environment's defaults."""
+    source, published = run.make_data(), {}
+    default = type(source)()
+    if all(getattr(source, name, None) == getattr(default, name, None) for name in LIKE_PUBLISHED):
+        published = PUBLISHED.get((run.environment, getattr(source, "split", "random")), {})
     numbers = {}
     for method in methods:
         found = [f for s in range(seeds) if (f := read_few_shot(folder_of(out, method, s))) is not None]

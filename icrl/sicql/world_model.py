@@ -130,7 +130,8 @@ class WorldModel(nn.Module):
 
     def loss(self, data: Trajectories, steps: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Squared errors of the transitions at `steps` [B], and of `others` of the same tasks, from the windows before
-        `steps`. Where states are seen again, half of the others are drawn by state: see `Trajectories.draw_steps`."""
+        `steps`; the metrics are means over all of them. With discrete actions half of the others are drawn by state: see
+        `Trajectories.draw_steps`."""
         index, seen = data.windows(steps, self.config.window + 1)
         index, seen = index[:, :-1], seen[:, :-1]
         z = self.encode(data.states[index], data.action_features(data.actions[index]), data.rewards[index], seen)

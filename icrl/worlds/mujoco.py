@@ -156,7 +156,7 @@ class WalkerParam(MujocoTask):
 class MujocoData:
     """Tasks of one environment, and a teacher that gathers data in them: see `icrl.worlds.teacher`.
 
-    Every tenth of `tasks` is a test task, or with `split: "far"` the last tenth, beyond all of training.
+    Every tenth of `tasks` is a test task, or with `split: "far"` the last tenth, outside of what is trained in.
     """
 
     horizon: int = 200
@@ -187,8 +187,9 @@ class MujocoData:
             raise ValueError(f"quality: wanted 'mixed', 'medium' or 'expert', got {self.quality!r}")
         if self.checkpoints < 2 or self.iterations < self.checkpoints - 1:
             raise ValueError(
-                f"checkpoints, teacher_steps: wanted at least 2 checkpoints, with {self.tasks * self.horizon} steps from one "
-                f"to the next, got {self.checkpoints}, {self.teacher_steps}"
+                f"checkpoints, teacher_steps: wanted at least 2 checkpoints, and more than "
+                f"{(self.checkpoints - 2) * int((~self._test()).sum()) * self.horizon} steps (an episode of each training task "
+                f"from one to the next), got {self.checkpoints}, {self.teacher_steps}"
             )
         each = self.checkpoints if self.quality == "mixed" else 1
         if self.episodes < 1 or self.episodes % each:
