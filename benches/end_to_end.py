@@ -22,22 +22,27 @@ class Study:
     seeds: int = 3
     episodes: int = 40
     records: bool = True
-    updates: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    """As `icrl eval sicql --config` takes it."""
     runs: str = ""
     """Of another study, to go on with."""
 
 
 ABLATIONS = ("sicql", "sicql w/o q", "sicql w/o c", "sicql w/o cq")
 RIVALS = ("dpt", "ad", "idt", "dicp", "dit", "ic_iql", "sicql")
+SHORT = {"loop": {"updates": 1000}}
+SHORTER = {**SHORT, "world_loop": {"updates": 1500}}
 STUDIES = {
     "darkroom": Study("darkroom", RIVALS, records=False),
     "darkroom_ablations": Study("darkroom", ABLATIONS, records=False, runs="darkroom"),
     "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
-    "cheetah-vel": Study("cheetah-vel", ABLATIONS, updates=1000),
-    "cheetah-vel_far": Study("cheetah-vel", ("dpt", "ic_iql", "sicql"), 1, updates=1000, data={"split": "far"}),
+    "cheetah-vel": Study("cheetah-vel", ABLATIONS, config=SHORT),
+    "cheetah-vel_far": Study(
+        "cheetah-vel", ("dpt", "ic_iql", "sicql"), 1, config={**SHORTER, "data": {"split": "far"}}
+    ),
 } | {
-    name: Study(name, ("dpt", "sicql"), seeds=1, updates=1000) for name in ("ant-dir", "walker-param", "reach", "push")
+    name: Study(name, ("dpt", "sicql"), seeds=1, config=SHORTER)
+    for name in ("ant-dir", "walker-param", "reach", "push")
 }
 
 
@@ -67,9 +72,7 @@ def main() -> int:
         study, folder = STUDIES[which[1]], Path(which[2])
         runs = study.runs or which[1]
         out, data = folder / runs, folder / "data" / runs
-        overrides: dict[str, Any] = {"data": study.data, **({"records": str(data)} if study.records else {})}
-        if study.updates:
-            overrides["loop"] = {"updates": study.updates}
+        overrides = {**study.config, **({"records": str(data)} if study.records else {})}
         numbers = suite(out, study.environment, [*study.methods], study.seeds, study.episodes, 2, overrides)
         shutil.copy(out / "few_shot.png", RESULTS / f"sicql_{which[1]}.png")
         print(write(f"sicql_{which[1]}", [], **numbers))

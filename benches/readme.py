@@ -1,4 +1,5 @@
-"""`python -m benches.readme`: write the README's tables from benches/results/; `--check` fails where they differ."""
+"""`python -m benches.readme`: write the tables of README.md and icrl/SICQL.md from benches/results/; `--check` fails where they
+differ."""
 
 from __future__ import annotations
 
@@ -202,19 +203,49 @@ def datasets() -> str:
     return text
 
 
-def sicql() -> str:
-    r = result("sicql_darkroom")
+def few_shot(study: str) -> str:
+    """A table of `benches.end_to_end sicql`."""
+    r = result(f"sicql_{study}")
+    methods = list(r["methods"].values())
+    some, first = methods[0], r["environment"] == "stitching"
+    share, published = (some["best"] or 0) > 0, any(x["published"] is not None for x in methods)
+
+    def mean(x: dict[str, Any], key: str) -> str:
+        sem = x[f"{key}_sem"]
+        return f"{x[key]:.1f}" + ("" if sem is None else f" ± {sem:.1f}")
+
     rows = []
-    for x in sorted(r["methods"].values(), key=lambda x: -x["all"]):
-        cells = [f"{x[key]:.1f} ± {x[f'{key}_sem']:.1f}" for key in ("all", "last")]
-        rows.append([x["title"], *cells, f"{x['last'] / x['best']:.2f}", f"{x['published']:.1f}"])
-    some = next(iter(r["methods"].values()))
-    heads = [f"DarkRoom, mixed data: return (mean ± s.e.m. of {some['seeds']} seeds)", "40 episodes", "the last ten"]
-    return (
-        table([*heads, f"of the optimum, {some['best']:.1f}", "published, another set-up"], rows) + f"\n\n{where(r)}."
-    )
+    for x in sorted(methods, key=lambda x: -x["first" if first else "all"]):
+        cells = [mean(x, "first"), f"{x['first_reached']:.2f}"] if first else []
+        cells += [mean(x, "all"), mean(x, "last")]
+        cells += [f"{x['last'] / x['best']:.2f}"] if share else []
+        cells += ["" if x["published"] is None else f"{x['published']:.1f}"] if published else []
+        rows.append([x["title"], *cells])
+    episodes = len(some["curve"])
+    heads = [
+        f"{study}: return, mean ± s.e.m. of {some['seeds']} seeds"
+        if some["seeds"] > 1
+        else f"{study}: return, one seed"
+    ]
+    heads += ["first episode", "reach the goal in it"] if first else []
+    heads += [f"{episodes} episodes", f"the last {max(1, episodes // 4)}"]
+    best = "unknown" if some["best"] is None else f"{some['best']:.1f}"
+    heads += [f"of the {some['best_of']} policy's {best}" if share else ""] if share else []
+    heads += ["published, another set-up"] if published else []
+    note = "" if share or some["best"] is None else f" The {some['best_of']} reaches {best}."
+    return table(heads, rows) + f"\n\n{where(r)}.{note}"
 
 
+STUDIES = (
+    "darkroom_ablations",
+    "stitching",
+    "cheetah-vel",
+    "cheetah-vel_far",
+    "ant-dir",
+    "walker-param",
+    "reach",
+    "push",
+)
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
@@ -225,22 +256,25 @@ TABLES: dict[str, Callable[[], str]] = {
     "value_iteration": value_iteration,
     "worlds": worlds,
     "datasets": datasets,
-    "sicql": sicql,
+    "sicql": lambda: few_shot("darkroom"),
 }
+SICQL_TABLES: dict[str, Callable[[], str]] = {study: lambda study=study: few_shot(study) for study in STUDIES}
 
 
 def main() -> int:
-    old = new = README.read_text()
-    for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
-        if not block.search(new):
-            raise SystemExit(f"README.md has no block <!-- {name} --> ... <!-- end -->")
-        text = make()
-        new = block.sub(lambda m, text=text: m[1] + text + m[2], new)
-    if "--check" in sys.argv:
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    same = True
+    for path, tables in ((README, TABLES), (README.parent / "icrl" / "SICQL.md", SICQL_TABLES)):
+        old = new = path.read_text()
+        for name, make in tables.items():
+            block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
+            if not block.search(new):
+                raise SystemExit(f"{path.name} has no block <!-- {name} --> ... <!-- end -->")
+            text = make()
+            new = block.sub(lambda m, text=text: m[1] + text + m[2], new)
+        same &= old == new
+        if "--check" not in sys.argv:
+            path.write_text(new)
+    return int("--check" in sys.argv and not same)
 
 
 if __name__ == "__main__":
