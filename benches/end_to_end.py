@@ -30,16 +30,17 @@ class Study:
 
 ABLATIONS = ("sicql", "sicql w/o q", "sicql w/o c", "sicql w/o cq")
 RIVALS = ("dpt", "ad", "idt", "dicp", "dit", "ic_iql", "sicql")
-SHORT = {"loop": {"updates": 1000}}
-SHORTER = {**SHORT, "world_loop": {"updates": 1500}}
+SHORT = {"loop": {"updates": 1000}, "world_loop": {"updates": 1500}}
+SHORTER = {"loop": {"updates": 500}, "world_loop": {"updates": 1000}}
 STUDIES = {
     "darkroom": Study("darkroom", RIVALS, records=False),
     "darkroom_ablations": Study("darkroom", ABLATIONS, records=False, runs="darkroom"),
     "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
-    "cheetah-vel": Study("cheetah-vel", ABLATIONS, config=SHORT),
-    "cheetah-vel_far": Study(
-        "cheetah-vel", ("dpt", "ic_iql", "sicql"), 1, config={**SHORTER, "data": {"split": "far"}}
+    "point-robot": Study("point-robot", ABLATIONS, records=False, config=SHORT),
+    "point-robot_far": Study(
+        "point-robot", ("dpt", "ic_iql", "sicql"), records=False, config={**SHORT, "data": {"split": "far"}}
     ),
+    "cheetah-vel": Study("cheetah-vel", ("dpt", "sicql", "sicql w/o q"), seeds=1, config={"loop": {"updates": 1000}}),
 } | {
     name: Study(name, ("dpt", "sicql"), seeds=1, config=SHORTER)
     for name in ("ant-dir", "walker-param", "reach", "push")

@@ -247,14 +247,8 @@ def training_step() -> str:
 
 
 STUDIES = (
-    "darkroom_ablations",
-    "stitching",
-    "cheetah-vel",
-    "cheetah-vel_far",
-    "ant-dir",
-    "walker-param",
-    "reach",
-    "push",
+    *("darkroom_ablations", "stitching", "point-robot", "point-robot_far"),
+    *("cheetah-vel", "ant-dir", "walker-param", "reach", "push"),
 )
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
