@@ -38,7 +38,7 @@ STUDIES = {
     "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
     "point-robot": Study("point-robot", ABLATIONS, records=False, config=SHORT),
     "point-robot_far": Study(
-        "point-robot", ("dpt", "ic_iql", "sicql"), records=False, config={**SHORT, "data": {"split": "far"}}
+        "point-robot", ("dpt", "sicql"), records=False, config={**SHORT, "data": {"split": "far"}}
     ),
     "cheetah-vel": Study("cheetah-vel", ("dpt", "sicql", "sicql w/o q"), seeds=1, config={"loop": {"updates": 1000}}),
 } | {
