@@ -82,14 +82,8 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 }
 """Few-shot returns by environment and split of its tasks, from mixed data (arXiv 2506.01299: table 1, ablations, OOD)."""
 
-LIKE_PUBLISHED = (
-    "size",
-    "horizon",
-    "start",
-    "train_goals",
-    "tasks",
-    "quality",
-)  # fields of data sources, as defaults are
+LIKE_PUBLISHED = ("size", "horizon", "start", "train_goals", "tasks", "quality")
+"""Fields of data sources that are as published where they have their defaults."""
 
 # What suites train: one trunk for all, as many updates for all, and batches whose updates take about as long (80 to 110 ms
 # of one core; S-ICQL's 80). Sized for two CPU cores; the methods' own defaults are the published sizes.
