@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 if not any((ROOT / "icrl_kernels").glob("_C.*.so")):
     # `python -m pytest` puts the source tree first; without a build in place, it is the installed package that is tested
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
+    os.environ["PYTHONSAFEPATH"] = "1"  # nor do processes that a test starts look there first
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 

@@ -300,7 +300,7 @@ RUN = {
     "environment": "cheetah-vel",
     "data": TINY,
     "settings": {"trunk": {"width": 8, "layers": 1, "heads": 1}, "batch": 2},
-    "world_model": {"hidden": 8},
+    "world_model": {"window": 4, "hidden": 8},
     "world_batch": 8,
     "world_loop": {"updates": 2, "checkpoint_every": 2, "evaluate_every": 2},
     "loop": {"updates": 2, "checkpoint_every": 2, "evaluate_every": 2},

@@ -142,7 +142,11 @@ def test_a_suite_is_not_for_two_processes(config, tmp_path, capsys):
     assert "another process is at work" in capsys.readouterr().err
 
 
-def test_what_fails_in_a_run_is_one_line_of_the_suite(tmp_path, capsys):
+def test_what_fails_in_a_run_is_one_line_of_the_suite(tmp_path, capsys, monkeypatch):
+    """Also in a folder that holds another `icrl`, as a clone does whose extension is not built."""
+    (tmp_path / "icrl").mkdir()
+    (tmp_path / "icrl" / "__init__.py").write_text("raise ImportError('a source tree')")
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "wild.json"
     path.write_text(json.dumps({**TINY, "loop": {**TINY["loop"], "learning_rate": 1e30, "warmup": 0}}))
     args = ["eval", "sicql", "--out", tmp_path / "suite", "--methods", "ad", "--seeds", 1, "--config", path]

@@ -308,11 +308,13 @@ class Job:
             return 0
 
     def start(self, log: Path, threads: int) -> subprocess.Popen[bytes]:
-        line = [sys.executable, "-m", "icrl.cli", *map(str, self.arguments)]
+        line = [sys.executable, "-P", "-m", "icrl.cli", *map(str, self.arguments)]
+        # this very package, whatever lies in the working directory: a source tree has no extension before it is built
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(log, "ab") as out:
             return subprocess.Popen(
                 line,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -502,7 +504,7 @@ def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
         for k in ["first"] * first + ["all", "last"]:
             sem = n[f"{k}_sem"]
             cells += [f"{n[k]:11.2f} " + ("      " if sem is None else f"±{sem:5.2f}")]
-        cells += [f"{n['last'] / n['best']:12.2f}"] * share
+        cells += [f"{n['last'] / n['best']:12.2f}"] if share else []
         cells += [f"{n['first_reached']:13.2f}"] * first + [f"{n['reached']:12.2f}"] * goals
         cells += [f"{n['published']:12.2f}" if n["published"] is not None else ""]
         print(f"  {n['title']:10}{''.join(cells)}".rstrip())
