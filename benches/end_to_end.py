@@ -40,7 +40,7 @@ STUDIES = {
     "point-robot_far": Study(
         "point-robot", ("dpt", "sicql"), records=False, config={**SHORT, "data": {"split": "far"}}
     ),
-    "cheetah-vel": Study("cheetah-vel", ("dpt", "sicql", "sicql w/o q"), seeds=1, config={"loop": {"updates": 1000}}),
+    "cheetah-vel": Study("cheetah-vel", ("sicql", "sicql w/o q"), seeds=1, config={"loop": {"updates": 1000}}),
 } | {
     name: Study(name, ("dpt", "sicql"), seeds=1, config=SHORTER)
     for name in ("ant-dir", "walker-param", "reach", "push")
