@@ -246,7 +246,7 @@ def training_step() -> str:
     return table([*heads, "faster than three full passes", "than the public code"], rows) + f"\n\n{where(r)}."
 
 
-STUDIES = ("darkroom_ablations",)
+STUDIES = ("darkroom_ablations", "stitching", "cheetah-vel", "ant-dir", "walker-param", "reach")
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,

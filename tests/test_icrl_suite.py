@@ -114,7 +114,13 @@ def test_a_suite_that_is_killed_leaves_no_process_and_its_folder_free(config, tm
     slow.write_text(json.dumps({**TINY, "loop": {"updates": 100_000, "checkpoint_every": 5}}))
     out = tmp_path / "suite"
     line = [sys.executable, "-m", "icrl.cli", "eval", "sicql", "--out", out, "--methods", "ad", "--seeds", "1"]
-    suite = subprocess.Popen([*map(str, line), "--config", str(slow)], stderr=subprocess.PIPE, text=True)
+
+    def heed_interrupts() -> None:  # a shell's background jobs, and what they start, ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    suite = subprocess.Popen(
+        [*map(str, line), "--config", str(slow)], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob("ad-0/checkpoints/*[0-9]")):
         assert suite.poll() is None
