@@ -37,6 +37,9 @@ STUDIES = {
     "darkroom_ablations": Study("darkroom", ABLATIONS, records=False, runs="darkroom"),
     "stitching": Study("stitching", ("dpt", "ad", "sicql"), episodes=10, records=False),
     "point-robot": Study("point-robot", ABLATIONS, records=False, config=SHORT),
+    "point-robot_far": Study(
+        "point-robot", ("dpt", "sicql"), seeds=2, records=False, config={**SHORTER, "data": {"split": "far"}}
+    ),
     "cheetah-vel": Study("cheetah-vel", ("sicql", "sicql w/o q"), seeds=1, config={"loop": {"updates": 1000}}),
 } | {
     name: Study(name, ("dpt", "sicql"), seeds=1, config=SHORTER)

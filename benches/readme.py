@@ -232,7 +232,7 @@ def few_shot(study: str) -> str:
     best = "unknown" if some["best"] is None else f"{some['best']:.1f}"
     heads += [f"of the {some['best_of']} policy's {best}" if share else ""] if share else []
     heads += ["published, another set-up"] if published else []
-    note = "" if share or some["best"] is None else f" The {some['best_of']} reaches {best}."
+    note = "" if share or some["best"] is None else f" The {some['best_of']} policy reaches {best}."
     return table(heads, rows) + f"\n\n{where(r)}.{note}"
 
 
@@ -246,8 +246,10 @@ def training_step() -> str:
     return table([*heads, "faster than three full passes", "than the public code"], rows) + f"\n\n{where(r)}."
 
 
-STUDIES = ("darkroom_ablations", "stitching", "cheetah-vel", "ant-dir", "walker-param", "reach")
-
+STUDIES = (
+    *("darkroom_ablations", "stitching", "point-robot", "point-robot_far"),
+    *("cheetah-vel", "ant-dir", "walker-param", "reach", "push"),
+)
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
