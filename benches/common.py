@@ -58,9 +58,7 @@ def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
     ).stdout
     record = {
-        "command": " ".join(
-            ["python -m benches." + Path(sys.argv[0]).stem, *sys.argv[1:]]
-        ),  # not the path of the interpreter
+        "command": " ".join(["python -m benches." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "icrl_kernels": icrl_kernels.__version__,
         "commit": commit.strip(),
         "machine": machine(),

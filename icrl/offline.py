@@ -175,10 +175,14 @@ class Trajectories:
                 f"{name}: wanted at most the shortest episode's {int(self.lengths.min())} steps, got {length}"
             )
 
+    def episode_of(self, steps: Tensor) -> Tensor:
+        """The episode of each of `steps` [...]."""
+        return torch.searchsorted(self.ends, steps, right=True)
+
     def windows(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The `size` steps of the same episode that end with each of `steps` [...]: their indices [...,size], and whether
         there are such steps: an episode's first windows begin before it."""
-        begin = self.begins[torch.searchsorted(self.ends, steps, right=True)]
+        begin = self.begins[self.episode_of(steps)]
         index = steps[..., None] + torch.arange(1 - size, 1)
         return index.clamp_min(0), index >= begin[..., None]
 

@@ -136,7 +136,7 @@ class WorldModel(nn.Module):
         index, seen = index[:, :-1], seen[:, :-1]
         z = self.encode(data.states[index], data.action_features(data.actions[index]), data.rewards[index], seen)
         if others := self.config.others:
-            tasks = data.tasks[torch.searchsorted(data.ends, steps, right=True)]
+            tasks = data.tasks[data.episode_of(steps)]
             more = data.draw_steps(tasks, others, balanced=0.5 if data.num_actions else 0.0)
             steps = torch.cat([steps[:, None], more], 1)
             z = z[:, None].expand(-1, 1 + others, -1)

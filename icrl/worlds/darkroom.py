@@ -17,6 +17,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from icrl.offline import Trajectories
+from icrl.worlds.sources import check_histories
 from icrl.worlds.tables import TabularTasks
 from icrl_kernels import Rollout, constant_behaviours, rollout
 
@@ -120,8 +121,7 @@ class DarkRoomData:
             raise ValueError(f"split: wanted 'random' or 'far', got {self.split!r}")
         if self.quality not in QUALITIES:
             raise ValueError(f"quality: wanted one of {', '.join(QUALITIES)}, got {self.quality!r}")
-        if self.history < 1 or self.episodes < 1 or self.episodes % self.history:
-            raise ValueError(f"episodes: wanted a multiple of history={self.history}, got {self.episodes}")
+        check_histories(self.episodes, self.history)
 
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from icrl.extras import require
 from icrl.offline import Trajectories
 from icrl.offline_data import TaskByTask
+from icrl.worlds.sources import check_grades, check_histories
 
 OBJECT = (0.0, 0.6, 0.02)  # where it starts: Meta-World's own default
 GOALS = {
@@ -112,12 +113,8 @@ class MetaWorldData:
             raise ValueError(
                 f"horizon, tasks: wanted 1 to {MOST_STEPS}, and at least 10, got {self.horizon}, {self.tasks}"
             )
-        if self.split not in ("random", "far"):
-            raise ValueError(f"split: wanted 'random' or 'far', got {self.split!r}")
-        if self.quality not in ("mixed", "medium", "expert"):
-            raise ValueError(f"quality: wanted 'mixed', 'medium' or 'expert', got {self.quality!r}")
-        if self.history < 1 or self.episodes < 1 or self.episodes % self.history:
-            raise ValueError(f"episodes: wanted a multiple of history={self.history}, got {self.episodes}")
+        check_grades(self.split, self.quality)
+        check_histories(self.episodes, self.history)
 
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,3] float64 each."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from icrl.extras import require
 from icrl.offline import Trajectories
+from icrl.worlds.sources import check_grades
 
 
 class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -181,10 +182,7 @@ class MujocoData:
     def __post_init__(self) -> None:
         if self.horizon < 2 or self.tasks < 10:
             raise ValueError(f"horizon, tasks: wanted at least 2 and at least 10, got {self.horizon}, {self.tasks}")
-        if self.split not in ("random", "far"):
-            raise ValueError(f"split: wanted 'random' or 'far', got {self.split!r}")
-        if self.quality not in ("mixed", "medium", "expert"):
-            raise ValueError(f"quality: wanted 'mixed', 'medium' or 'expert', got {self.quality!r}")
+        check_grades(self.split, self.quality)
         if self.checkpoints < 2 or self.iterations < self.checkpoints - 1:
             raise ValueError(
                 f"checkpoints, teacher_steps: wanted at least 2 checkpoints, and more than "

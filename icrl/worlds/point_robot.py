@@ -18,6 +18,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from icrl.offline import Trajectories
+from icrl.worlds.sources import check_grades, check_histories
 
 
 class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -71,12 +72,8 @@ class PointRobotData:
                 f"horizon, tasks, reach: wanted at least 1, at least 10 and a positive number, got {self.horizon}, "
                 f"{self.tasks}, {self.reach}"
             )
-        if self.split not in ("random", "far"):
-            raise ValueError(f"split: wanted 'random' or 'far', got {self.split!r}")
-        if self.quality not in ("mixed", "medium", "expert"):
-            raise ValueError(f"quality: wanted 'mixed', 'medium' or 'expert', got {self.quality!r}")
-        if self.history < 1 or self.episodes < 1 or self.episodes % self.history:
-            raise ValueError(f"episodes: wanted a multiple of history={self.history}, got {self.episodes}")
+        check_grades(self.split, self.quality)
+        check_histories(self.episodes, self.history)
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """Of training and test goals."""
