@@ -25,7 +25,7 @@ from benches.aot_report import TOOLS, TYPES, compiled
 from benches.launches import Call, meta, record
 from icrl.worlds import sample_anymdp
 from icrl_kernels import _C, pack_transition
-from icrl_kernels._triton import value_iteration as kernels
+from icrl_kernels.tabular import value_iteration_triton as kernels
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPCODES = ("DFMA", "DADD", "DMUL", "F2F", "LDS", "LDG", "LD", "LDL", "STL", "SHFL", "BAR", "MUFU")
@@ -105,7 +105,7 @@ def cuda_rows() -> list[dict]:
 
 def memory_rows(tasks: int = 12) -> list[dict]:
     """The share of sampled AnyMDP tasks that is solved in the shared memory of a block, so many blocks a processor."""
-    solver = importlib.import_module("icrl_kernels.value_iteration")
+    solver = importlib.import_module("icrl_kernels.tabular.value_iteration")
     discounts = torch.tensor([0.5, 0.93, 0.994], dtype=torch.float64)
     rows: list[dict[str, Any]] = []
     for states in (16, 32, 64, 128):

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from benches import common
-from icrl_kernels._triton import gla
+from icrl_kernels.linear_attention.triton import gla
 
 SHAPES = [(8, 16384, 4, 128), (8, 16384, 8, 128), (8, 4096, 16, 128), (1, 131072, 8, 128), (16, 8192, 16, 64)]
 LENGTHS, WARPS = (128, 256, 512, 1024, 2048, 4096), (None, 4, 8)

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from icrl_kernels._triton import gated_delta_rule, gla, gsa, rwkv7
+from icrl_kernels.linear_attention.triton import gated_delta_rule, gla, gsa, rwkv7
 
 
 class Launch(NamedTuple):

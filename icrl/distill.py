@@ -21,7 +21,7 @@ from icrl import worlds
 from icrl.stream import Stream, hash_seed
 from icrl.worlds import TabularTasks
 from icrl_kernels import Behaviours, Rollout, rollout
-from icrl_kernels.behaviours import BUILTIN
+from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
 

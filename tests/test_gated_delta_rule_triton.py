@@ -9,7 +9,7 @@ from icrl_kernels import gated_delta_rule, gated_delta_rule_reference, gated_del
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
-from icrl_kernels._triton import gated_delta_rule as kernels
+from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GATES = ["none", "scalar", "channel"]

@@ -9,7 +9,7 @@ import torch
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
-from icrl_kernels._triton import gla
+from icrl_kernels.linear_attention.triton import gla
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

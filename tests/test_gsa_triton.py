@@ -9,7 +9,7 @@ from icrl_kernels import gsa_step as public_gsa_step
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
-from icrl_kernels._triton import gla, gsa
+from icrl_kernels.linear_attention.triton import gla, gsa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INPUTS = ["q", "k", "v", "s", "g", "keys", "values"]

@@ -16,7 +16,7 @@ from icrl.worlds import TabularEnv, TabularTasks, TabularVectorEnv, quality, sam
 from icrl.worlds import windows as windows_module
 from icrl.worlds.draw import draw_task, to_rgb
 from icrl_kernels import rollout
-from icrl_kernels.packed import PackedTransition, pack_transition
+from icrl_kernels.tabular.packed import PackedTransition, pack_transition
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from icrl.worlds import (
 )
 from icrl.worlds.tables import _draw_tokens
 from icrl_kernels import rollout, rollout_start, rollout_step
-from icrl_kernels.tokens import draw_tokens
+from icrl_kernels.tabular.emission import draw_tokens
 
 KINDS = {"pomdp": (1, 1), "tokens": (3, 1), "actions": (1, 2), "tokens and actions": (2, 3)}
 

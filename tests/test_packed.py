@@ -4,7 +4,7 @@ from test_value_iteration import banded, garnet, normalised
 from torch.library import opcheck
 
 from icrl_kernels import PackedTransition, pack_transition, value_iteration
-from icrl_kernels.packed import _pack
+from icrl_kernels.tabular.packed import _pack
 
 BACKENDS = ["cpu", "reference"]
 

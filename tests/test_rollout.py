@@ -19,8 +19,8 @@ from icrl_kernels import (
     rollout_step,
     rollout_tables,
 )
-from icrl_kernels.behaviours import BUILTIN, Behaviours
-from icrl_kernels.rollout_reference import _normal, philox
+from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours
+from icrl_kernels.tabular.rollout_reference import _normal, philox
 
 MIXED = {0: 1.0, 1: 1.0, **dict.fromkeys(BUILTIN, 1.0)}
 

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from icrl_kernels import _C, value_iteration
 from icrl_kernels.testing import assert_as_good_as_torch
 
-vi = importlib.import_module("icrl_kernels.value_iteration")  # the module: the package exports its function
+vi = importlib.import_module("icrl_kernels.tabular.value_iteration")  # the module: the package exports its function
 
 
 def normalised(t):

@@ -12,7 +12,7 @@ from test_value_iteration import banded, garnet, gym_tables, long_double_q, norm
 
 from icrl_kernels import _C, PackedTransition, pack_transition, value_iteration
 
-vi = importlib.import_module("icrl_kernels.value_iteration")
+vi = importlib.import_module("icrl_kernels.tabular.value_iteration")
 PLENTY = 1 << 20  # bytes of fast memory for a team
 GAMMAS = [0.9, 0.0, 0.994]
 TEAMS = [(8, 0), (32, 0), (32, -1), (32, 7), (64, -1), (256, 3)]  # threads, and the order in which they run

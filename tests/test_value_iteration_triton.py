@@ -8,7 +8,7 @@ from test_value_iteration import banded, garnet, gym_tables, long_double_q, norm
 from icrl_kernels import _C, PackedTransition, _registry, pack_transition, value_iteration
 
 pytest.importorskip("triton")
-from icrl_kernels import _value_iteration_reference as specification
+from icrl_kernels.tabular import value_iteration_reference as specification
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,7 +10,7 @@ import torch
 from icrl.worlds import TabularTasks, anymdp_torch, sample_anymdp, sample_bandit, sample_garnet, samplers
 from icrl.worlds.counter import Stream, keys_of, uniforms
 from icrl_kernels import _C, pack_transition
-from icrl_kernels.anymdp import sample_anymdp_windows
+from icrl_kernels.tabular.anymdp import sample_anymdp_windows
 
 
 def same(a: TabularTasks, b: TabularTasks) -> bool:

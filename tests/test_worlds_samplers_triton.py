@@ -7,7 +7,7 @@ from icrl.worlds import anymdp_torch
 from icrl.worlds.counter import Stream, keys_of
 
 pytest.importorskip("triton")
-from icrl_kernels._triton.anymdp import transition_rows
+from icrl_kernels.tabular.anymdp_triton import transition_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

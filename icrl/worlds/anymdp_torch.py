@@ -124,7 +124,7 @@ def _candidates(
     start, terminal, goal = _ends(streams, sizes, states)
     rows = _rows
     if keys.device.type == "cuda":
-        from icrl_kernels._triton.anymdp import transition_rows as rows  # in one pass
+        from icrl_kernels.tabular.anymdp_triton import transition_rows as rows  # in one pass
     transition = _transition(streams, sizes, terminal, actions, rows)
     rewards = _rewards(streams, sizes, terminal, goal, actions)
     arriving, leaving = rewards.arriving(), rewards.leaving()
@@ -236,7 +236,7 @@ def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions:
 def _rows(
     key: Tensor, sizes: Tensor, first: Tensor, end: Tensor, sigma: Tensor, center: Tensor, self_loop: float
 ) -> Tensor:
-    """`icrl_kernels._triton.anymdp.transition_rows`, which says what the arguments are."""
+    """`icrl_kernels.tabular.anymdp_triton.transition_rows`, which says what the arguments are."""
     at = torch.arange(center.shape[1], device=sizes.device)
     live = first < end
     uniform = Stream.of(key).uniform(at[:, None] * sizes[:, None, None] + at)

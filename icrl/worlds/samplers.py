@@ -13,7 +13,7 @@ from icrl.worlds.counter import exponential, integers, keys_of, normals, uniform
 from icrl.worlds.tables import TabularTasks
 from icrl.worlds.windows import compact, concatenate
 from icrl_kernels import PackedTransition
-from icrl_kernels.anymdp import sample_anymdp_tables, sample_anymdp_windows
+from icrl_kernels.tabular.anymdp import sample_anymdp_tables, sample_anymdp_windows
 
 Sizes = int | tuple[int, int] | Tensor
 Device = torch.device | str

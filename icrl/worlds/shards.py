@@ -17,7 +17,7 @@ from icrl.worlds import windows
 from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tables import TabularTasks
-from icrl_kernels.packed import PackedTransition
+from icrl_kernels.tabular.packed import PackedTransition
 
 TASKS = "tabular tasks"
 TOKENS = ("num_observations", "observation_tokens", "action_tokens")

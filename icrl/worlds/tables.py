@@ -18,8 +18,8 @@ from torch import Tensor
 from icrl.checkpoint import checksum
 from icrl.worlds import counter, exchange, windows
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
-from icrl_kernels.packed import PackedTransition, pack_transition
-from icrl_kernels.tokens import draw_tokens
+from icrl_kernels.tabular.emission import draw_tokens
+from icrl_kernels.tabular.packed import PackedTransition, pack_transition
 
 FORMAT, VERSION = "icrl.TabularTasks", "2"  # version 1 had dense tables only and is still read
 EMISSIONS = 5  # stream of the tokens seen; samplers use those before

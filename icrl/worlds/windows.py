@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from icrl_kernels.packed import PackedTransition
+from icrl_kernels.tabular.packed import PackedTransition
 
 ENTRIES = 1 << 22  # of a table or a list of entries at a time: temporaries of tens of megabytes
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels import _attention, _checks
-from icrl_kernels._attention import MAX_HEAD_DIM
+from icrl_kernels import _checks
+from icrl_kernels.linear_attention import common
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 
 
 class State(NamedTuple):
@@ -276,7 +277,7 @@ class TokenMixer(nn.Module):
                     f"cu_seqlens: wanted N + 1 ≥ 1 entries and a batch of B=1, got {N + 1} and B={x.shape[0]}"
                 )
             if x.device.type == "cpu" and not _checks.compiling():
-                _attention.bounds(x, cu_seqlens)
+                common.bounds(x, cu_seqlens)
         if state is None:
             return self.initial_state(N, x.device)
         self._check_state(state, N)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels._attention import MAX_HEAD_DIM
-from icrl_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, expanded, fla_conv, multiple, wide
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
 GATES = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
 

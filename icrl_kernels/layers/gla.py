@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels.gla import gla, gla_step
 from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, fla_conv, fla_norm, head_dims, refuse, wide
+from icrl_kernels.linear_attention.gla import gla, gla_step
 
 
 class GLA(ConvolvedMixer):

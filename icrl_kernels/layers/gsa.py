@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels._attention import MAX_HEAD_DIM
-from icrl_kernels.gsa import gsa, gsa_step
 from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, fla_conv, head_dims, refuse, wide
 from icrl_kernels.layers.linear_attention import T2R
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.gsa import gsa, gsa_step
 
 FEATURE_MAPS = {"swish": F.silu, "silu": F.silu, "relu": F.relu}
 FLA_MAPS = {"SwishFeatureMap": "silu", "ReLUFeatureMap": "relu", "T2RFeatureMap": "t2r"}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels._attention import MAX_HEAD_DIM
-from icrl_kernels.gla import gla, gla_step
 from icrl_kernels.layers._base import RMSNorm, TokenMixer, fla_norm, head_dims, refuse, wide
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.gla import gla, gla_step
 
 NORMALIZER_EPSILON = 1e-10
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icrl_kernels import _checks
-from icrl_kernels._attention import MAX_HEAD_DIM
 from icrl_kernels.layers._base import State, TokenMixer, at_least_one, history, multiple, wide
-from icrl_kernels.rwkv7 import rwkv7, rwkv7_step
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.rwkv7 import rwkv7, rwkv7_step
 
 SHIFTS = "rwkvag"  # what each has its own mixture of the token and the one before it for
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icrl_kernels.gla import gla, gla_step
-from icrl_kernels.gsa import gsa, gsa_step
-from icrl_kernels.rwkv7 import rwkv7, rwkv7_step
+from icrl_kernels.linear_attention.gla import gla, gla_step
+from icrl_kernels.linear_attention.gsa import gsa, gsa_step
+from icrl_kernels.linear_attention.rwkv7 import rwkv7, rwkv7_step
 from icrl_kernels.swap._ops import Function, delta_rule, fresh, one_token, refuse, run
 
 # How to compute, or copies of what is given: they change no result.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icrl_kernels._attention import DTYPES
-from icrl_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from icrl_kernels.linear_attention.common import DTYPES
+from icrl_kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
 Function = Callable[..., Any]
 

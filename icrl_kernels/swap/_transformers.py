@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icrl_kernels._attention import DTYPES
+from icrl_kernels.linear_attention.common import DTYPES
 from icrl_kernels.swap._ops import Function, delta_rule, refuse
 
 MODELS = (

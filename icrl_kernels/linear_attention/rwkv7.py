@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _attention, _checks, _registry
-from icrl_kernels._attention import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+from icrl_kernels import _C, _checks, _registry
+from icrl_kernels.linear_attention import common
+from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 
 def rwkv7_reference(
@@ -31,9 +32,9 @@ def rwkv7_reference(
     """
     wide = torch.promote_types(torch.promote_types(r.dtype, torch.float32), w.dtype)
     H, K, V = *r.shape[2:], v.shape[3]
-    scale = _attention.default_scale(scale, r)
+    scale = common.default_scale(scale, r)
     outputs, states = [], []
-    for n, (batch, first, last) in enumerate(_attention.spans(r, cu_seqlens)):
+    for n, (batch, first, last) in enumerate(common.spans(r, cu_seqlens)):
         state = r.new_zeros(H, K, V, dtype=wide)
         if initial_state is not None:
             state = initial_state[n].to(wide)
@@ -92,12 +93,12 @@ def rwkv7(
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
     """
     _check(r, w, k, v, a, b, initial_state, cu_seqlens)
-    scale = _attention.default_scale(scale, r)
+    scale = common.default_scale(scale, r)
     if backend == "reference" or (backend == "auto" and r.dtype == torch.float64):
         if r.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
-            _attention.check_values(r, w, cu_seqlens, "w")
+            common.check_values(r, w, cu_seqlens, "w")
         return rwkv7_reference(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_seqlens)
-    _attention.refuse_transforms("rwkv7", r, w, k, v, a, b, initial_state)
+    common.refuse_transforms("rwkv7", r, w, k, v, a, b, initial_state)
     o, final_state = torch.ops.icrl.rwkv7(r, w, k, v, a, b, scale, initial_state, cu_seqlens, backend)
     return o, final_state if output_final_state else None
 
@@ -126,14 +127,14 @@ def rwkv7_step(
             torch.no_grad() is on, for an argument that requires a gradient. Where a gate is refused the state has
             changed all the same.
     """
-    o = _attention.plain_step(_C.rwkv7_step_plain, backend, r, w, k, v, a, b, state, scale)
+    o = common.plain_step(_C.rwkv7_step_plain, backend, r, w, k, v, a, b, state, scale)
     if o is not None:
         return o
     if r.dim() != 3:
         _checks.shape("r", r, ("B", "H", "K"))
-    _attention.refuse_transforms("rwkv7_step", r, w, k, v, a, b, state)
+    common.refuse_transforms("rwkv7_step", r, w, k, v, a, b, state)
     _checks.same_device(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
-    return torch.ops.icrl.rwkv7_step(r, w, k, v, a, b, state, _attention.default_scale(scale, r), backend)
+    return torch.ops.icrl.rwkv7_step(r, w, k, v, a, b, state, common.default_scale(scale, r), backend)
 
 
 def _check(
@@ -152,12 +153,12 @@ def _check(
         _checks.shape(name, x, ("B", "T", "H", "K"), B=B, T=T, H=H, K=K)
     _checks.shape("v", v, ("B", "T", "H", "V"), B=B, T=T, H=H)
     V = v.shape[3]
-    _attention.check_heads("v", "r", H, H, K, V)
+    common.check_heads("v", "r", H, H, K, V)
     _checks.same_device(r=r, w=w, k=k, v=v, a=a, b=b, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _checks.dtype("r", r, (*DTYPES, torch.float64))
     _checks.same_dtype(r=r, k=k, v=v, a=a, b=b)
     _checks.dtype("w", w, tuple({r.dtype: 0, torch.float32: 0}))
-    _attention.check_sequences(r, initial_state, cu_seqlens, H=H, K=K, V=V)
+    common.check_sequences(r, initial_state, cu_seqlens, H=H, K=K, V=V)
 
 
 # CPU backend
@@ -180,13 +181,13 @@ def _cpu_forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _attention.native("rwkv7", r, "r")
+    common.native("rwkv7", r, "r")
     _check(r, w, k, v, a, b, initial_state, cu_seqlens)
-    bounds = _attention.bounds(r, cu_seqlens)
+    bounds = common.bounds(r, cu_seqlens)
     o, final = _outputs(r, v, cu_seqlens)
-    inputs = [_attention.contiguous(t) for t in (r, w, k, v, a, b, initial_state)]
-    if not _C.rwkv7_forward(_shape(r, w, v, scale, bounds), *map(_attention.pointer, (*inputs, o, final))):
-        raise _attention.gate_error("w")
+    inputs = [common.contiguous(t) for t in (r, w, k, v, a, b, initial_state)]
+    if not _C.rwkv7_forward(_shape(r, w, v, scale, bounds), *map(common.pointer, (*inputs, o, final))):
+        raise common.gate_error("w")
     return o, final
 
 
@@ -203,15 +204,15 @@ def _cpu_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    _attention.native("rwkv7", r, "r")
+    common.native("rwkv7", r, "r")
     _check(r, w, k, v, a, b, initial_state, cu_seqlens)
-    bounds = _attention.bounds(r, cu_seqlens)
+    bounds = common.bounds(r, cu_seqlens)
     finals = (bounds.numel() - 1, *r.shape[2:], v.shape[3])
-    _attention.check_output_gradients(r, do, v.shape, dfinal_state=(dfinal_state, finals))
-    gradients = _attention.gradients_like(r, w, k, v, a, b, initial_state)
-    inputs = [_attention.contiguous(t) for t in (do, dfinal_state, r, w, k, v, a, b, initial_state)]
+    common.check_output_gradients(r, do, v.shape, dfinal_state=(dfinal_state, finals))
+    gradients = common.gradients_like(r, w, k, v, a, b, initial_state)
+    inputs = [common.contiguous(t) for t in (do, dfinal_state, r, w, k, v, a, b, initial_state)]
     wanted = gradients if initial_state is not None else (*gradients[:6], None)
-    _C.rwkv7_backward(_shape(r, w, v, scale, bounds), *map(_attention.pointer, (*inputs, *wanted)))
+    _C.rwkv7_backward(_shape(r, w, v, scale, bounds), *map(common.pointer, (*inputs, *wanted)))
     return gradients
 
 
@@ -220,8 +221,8 @@ def _cpu_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, 
     r, w, k, v, a, b = (t.contiguous() for t in (r, w, k, v, a, b))
     o = torch.empty((B, H, V), dtype=r.dtype)
     shape = (B, H, K, V, 0, DTYPES[r.dtype], DTYPES[w.dtype], scale, GATE_ALLOWANCE, torch.get_num_threads())
-    if not _C.rwkv7_step(shape, *map(_attention.pointer, (r, w, k, v, a, b, state, o))):
-        raise _attention.gate_error("w")
+    if not _C.rwkv7_step(shape, *map(common.pointer, (r, w, k, v, a, b, state, o))):
+        raise common.gate_error("w")
     return o
 
 
@@ -257,7 +258,7 @@ def _check_step(
         _checks.shape(name, x, ("B", "H", "K"), B=B, H=H, K=K)
     _checks.shape("v", v, ("B", "H", "V"), B=B, H=H)
     V = v.shape[2]
-    _attention.check_heads("v", "r", H, H, K, V)
+    common.check_heads("v", "r", H, H, K, V)
     _checks.shape("state", state, ("B", "H", "K", "V"), B=B, H=H, K=K, V=V)
     _checks.same_device(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
     _checks.dtype("r", r, tuple(DTYPES))
@@ -273,14 +274,14 @@ def _check_step(
 
 
 def _triton_forward(r: Tensor, *args):
-    _attention.native("rwkv7", r, "r")
-    from icrl_kernels._triton import rwkv7 as kernels
+    common.native("rwkv7", r, "r")
+    from icrl_kernels.linear_attention.triton import rwkv7 as kernels
 
     return kernels.forward(r, *args)
 
 
 def _triton_backward(do: Tensor, *args):
-    from icrl_kernels._triton import rwkv7 as kernels
+    from icrl_kernels.linear_attention.triton import rwkv7 as kernels
 
     *gradients, dinitial_state = kernels.backward(do, *args)
     # where there is no initial state: an empty tensor, as the schema wants one
@@ -289,7 +290,7 @@ def _triton_backward(do: Tensor, *args):
 
 def _triton_step(*args):
     _check_step(*args[:-1])
-    from icrl_kernels._triton import rwkv7 as kernels
+    from icrl_kernels.linear_attention.triton import rwkv7 as kernels
 
     return kernels.step(*args)
 
@@ -301,7 +302,7 @@ def _reference_step(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, scale: float
 ) -> Tensor:
     _check_step(r, w, k, v, a, b, state)
-    _attention.check_gates(w, "w")
+    common.check_gates(w, "w")
     r, w, k, v, a, b = (t[:, None] for t in (r, w, k, v, a, b))
     o, final = rwkv7_reference(r, w, k, v, a, b, scale, state, True)
     assert final is not None
@@ -331,7 +332,7 @@ _registry.define(
     f"rwkv7_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda do, dfinal_state, r, w, k, v, a, b, scale, initial_state, *rest: _attention.gradients_like(
+    lambda do, dfinal_state, r, w, k, v, a, b, scale, initial_state, *rest: common.gradients_like(
         r, w, k, v, a, b, initial_state
     ),
 )
@@ -363,4 +364,4 @@ def _backward(ctx, do: Tensor, dfinal_state: Tensor):
 
 torch.library.register_autograd("icrl::rwkv7", _backward, setup_context=_setup_context, lib=_registry.LIBRARY)
 
-_attention.refuse_second_derivative("rwkv7")
+common.refuse_second_derivative("rwkv7")

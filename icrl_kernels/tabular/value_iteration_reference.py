@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from icrl_kernels.packed import PackedTransition, refuse_window
+from icrl_kernels.tabular.packed import PackedTransition, refuse_window
 
 UNIT = 2.0**-53  # half a unit in the last place of float64
 UNDERFLOW = 2.0**-1073  # above what two products may lose to underflow

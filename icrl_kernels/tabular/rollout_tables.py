@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks
-from icrl_kernels.packed import PackedTransition
+from icrl_kernels.tabular.packed import PackedTransition
 
 READ_PAST = 16  # elements that a reader of a row of `cumulative` may load past its end
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _attention, _checks, _registry
-from icrl_kernels._attention import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+from icrl_kernels import _C, _checks, _registry
+from icrl_kernels.linear_attention import common
+from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 L2_EPSILON = 1e-6
 """qk_l2norm divides by sqrt(sum of squares + this). As kNormEpsilon in csrc/cpu/gated_delta_rule.inl."""
@@ -42,7 +43,7 @@ def gated_delta_rule_reference(
     H, group = v.shape[2], v.shape[2] // k.shape[2]
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     outputs, states = [], []
-    for n, (batch, first, last) in enumerate(_attention.spans(q, cu_seqlens)):
+    for n, (batch, first, last) in enumerate(common.spans(q, cu_seqlens)):
         state = q.new_zeros(H, k.shape[3], v.shape[3], dtype=wide)
         if initial_state is not None:
             state = initial_state[n].to(wide)
@@ -113,14 +114,14 @@ def gated_delta_rule(
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    scale = _attention.default_scale(scale, q)
+    scale = common.default_scale(scale, q)
     if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
-            _attention.check_values(q, g, cu_seqlens)
+            common.check_values(q, g, cu_seqlens)
         return gated_delta_rule_reference(
             q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, qk_l2norm
         )
-    _attention.refuse_transforms("gated_delta_rule", q, k, v, g, beta, initial_state)
+    common.refuse_transforms("gated_delta_rule", q, k, v, g, beta, initial_state)
     o, final_state = torch.ops.icrl.gated_delta_rule(
         q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend
     )
@@ -150,13 +151,13 @@ def gated_delta_rule_step(
         ValueError: as `gated_delta_rule`, and where an input requires a gradient while gradients are on. When a gate is
             refused the state has changed all the same.
     """
-    o = _attention.plain_step(_C.delta_step_plain, backend, q, k, v, g, beta, state, qk_l2norm, scale)
+    o = common.plain_step(_C.delta_step_plain, backend, q, k, v, g, beta, state, qk_l2norm, scale)
     if o is not None:
         return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "Hk", "K"))
-    scale = _attention.default_scale(scale, q)
-    _attention.refuse_transforms("gated_delta_rule_step", q, k, v, g, beta, state)
+    scale = common.default_scale(scale, q)
+    common.refuse_transforms("gated_delta_rule_step", q, k, v, g, beta, state)
     _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, state=state)
     return torch.ops.icrl.gated_delta_rule_step(q, k, v, g, beta, state, scale, qk_l2norm, backend)
 
@@ -175,7 +176,7 @@ def _check(
     _checks.shape("k", k, ("B", "T", "Hk", "K"), B=B, T=T, Hk=Hk, K=K)
     _checks.shape("v", v, ("B", "T", "H", "V"), B=B, T=T)
     H, V = v.shape[2:]
-    _attention.check_heads("v", "k", H, Hk, K, V)
+    common.check_heads("v", "k", H, Hk, K, V)
     _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _checks.dtype("q", q, (*DTYPES, torch.float64))
     _checks.same_dtype(q=q, k=k, v=v)
@@ -185,7 +186,7 @@ def _check(
     if beta is not None:
         _checks.shape("beta", beta, ("B", "T", "H"), B=B, T=T, H=H)
         _checks.dtype("beta", beta, tuple({q.dtype: 0, torch.float32: 0}))
-    _attention.check_sequences(q, initial_state, cu_seqlens, H=H, K=K, V=V)
+    common.check_sequences(q, initial_state, cu_seqlens, H=H, K=K, V=V)
 
 
 # CPU backend
@@ -212,14 +213,14 @@ def _cpu_forward(
     cu_seqlens: Tensor | None,
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    _attention.native("gated_delta_rule", q)
+    common.native("gated_delta_rule", q)
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    bounds = _attention.bounds(q, cu_seqlens)
+    bounds = common.bounds(q, cu_seqlens)
     o, final = _outputs(q, v, cu_seqlens)
     shape = _shape(q, v, g, beta, scale, bounds, qk_l2norm, 0)
-    inputs = [_attention.contiguous(t) for t in (q, k, v, g, beta, initial_state)]
-    if not _C.delta_forward(shape, *map(_attention.pointer, (*inputs, o, final))):
-        raise _attention.gate_error()
+    inputs = [common.contiguous(t) for t in (q, k, v, g, beta, initial_state)]
+    if not _C.delta_forward(shape, *map(common.pointer, (*inputs, o, final))):
+        raise common.gate_error()
     return o, final
 
 
@@ -236,19 +237,19 @@ def _cpu_backward(
     cu_seqlens: Tensor | None,
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    code = _attention.native("gated_delta_rule", q)
+    code = common.native("gated_delta_rule", q)
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     group = v.shape[2] // q.shape[2]
-    bounds = _attention.bounds(q, cu_seqlens)
+    bounds = common.bounds(q, cu_seqlens)
     N, (H, V) = bounds.numel() - 1, v.shape[2:]
-    _attention.check_output_gradients(q, do, v.shape, dfinal_state=(dfinal_state, (N, H, q.shape[3], V)))
-    dq, dk, dv, dg, dbeta, dinitial = _attention.gradients_like(q, k, v, g, beta, initial_state)
+    common.check_output_gradients(q, do, v.shape, dfinal_state=(dfinal_state, (N, H, q.shape[3], V)))
+    dq, dk, dv, dg, dbeta, dinitial = common.gradients_like(q, k, v, g, beta, initial_state)
     if group > 1:  # each value head writes its own, and these are summed in their order
         dq, dk = (q.new_empty((*v.shape[:3], q.shape[3]), dtype=torch.float32) for _ in range(2))
     shape = _shape(q, v, g, beta, scale, bounds, qk_l2norm, code if group == 1 else 0)
-    inputs = [_attention.contiguous(t) for t in (do, dfinal_state, q, k, v, g, beta, initial_state)]
+    inputs = [common.contiguous(t) for t in (do, dfinal_state, q, k, v, g, beta, initial_state)]
     optional = (None if t is None else d for t, d in ((g, dg), (beta, dbeta), (initial_state, dinitial)))
-    _C.delta_backward(shape, *map(_attention.pointer, (*inputs, dq, dk, dv, *optional)))
+    _C.delta_backward(shape, *map(common.pointer, (*inputs, dq, dk, dv, *optional)))
     if group > 1:
         dq, dk = (t.unflatten(2, (-1, group)).sum(3).to(q.dtype) for t in (dq, dk))
     return dq, dk, dv, dg, dbeta, dinitial
@@ -265,13 +266,13 @@ def _cpu_step(
     qk_l2norm: bool,
 ) -> Tensor:
     B, Hk, H, K, V = _check_step(q, k, v, g, beta, state)
-    q, k, v, g, beta = q.contiguous(), k.contiguous(), v.contiguous(), *map(_attention.contiguous, (g, beta))
+    q, k, v, g, beta = q.contiguous(), k.contiguous(), v.contiguous(), *map(common.contiguous, (g, beta))
     o = torch.empty((B, H, V), dtype=q.dtype)
     gate, gate_dtype = (0, 0) if g is None else (g.dim() - 1, DTYPES[g.dtype])
     dtypes = (DTYPES[q.dtype], gate_dtype, 0 if beta is None else DTYPES[beta.dtype], 0)
     shape = (B, H, Hk, K, V, 0, *dtypes, gate, qk_l2norm, scale, GATE_ALLOWANCE, torch.get_num_threads())
-    if not _C.delta_step(shape, *map(_attention.pointer, (q, k, v, g, beta, state, o))):
-        raise _attention.gate_error()
+    if not _C.delta_step(shape, *map(common.pointer, (q, k, v, g, beta, state, o))):
+        raise common.gate_error()
     return o
 
 
@@ -317,7 +318,7 @@ def _check_step(
     _checks.shape("k", k, ("B", "Hk", "K"), B=B, Hk=Hk, K=K)
     _checks.shape("v", v, ("B", "H", "V"), B=B)
     H, V = v.shape[1:]
-    _attention.check_heads("v", "k", H, Hk, K, V)
+    common.check_heads("v", "k", H, Hk, K, V)
     _checks.shape("state", state, ("B", "H", "K", "V"), B=B, H=H, K=K, V=V)
     _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, state=state)
     _checks.dtype("q", q, tuple(DTYPES))
@@ -338,14 +339,14 @@ def _check_step(
 
 
 def _triton_forward(q: Tensor, *args):
-    _attention.native("gated_delta_rule", q)
-    from icrl_kernels._triton import gated_delta_rule as kernels
+    common.native("gated_delta_rule", q)
+    from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
 
     return kernels.forward(q, *args)
 
 
 def _triton_backward(do: Tensor, *args):
-    from icrl_kernels._triton import gated_delta_rule as kernels
+    from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
 
     # where there is no input: an empty tensor, as the schema wants one
     return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
@@ -361,7 +362,7 @@ def _triton_step(
     scale: float,
     qk_l2norm: bool,
 ) -> Tensor:
-    from icrl_kernels._triton import gated_delta_rule as kernels
+    from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
 
     _check_step(q, k, v, g, beta, state)
     return kernels.step(q, k, v, g, beta, state, scale, qk_l2norm)
@@ -381,7 +382,7 @@ def _reference_step(
     qk_l2norm: bool,
 ) -> Tensor:
     _check_step(q, k, v, g, beta, state)
-    _attention.check_gates(g)
+    common.check_gates(g)
     tokens = [None if t is None else t[:, None] for t in (q, k, v, g, beta)]
     q, k, v, g, beta = tokens  # pyright: ignore[reportAssignmentType]
     o, final = gated_delta_rule_reference(q, k, v, g, beta, scale, state, True, None, qk_l2norm)
@@ -413,7 +414,7 @@ _registry.define(
     f"gated_delta_rule_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda do, dfinal_state, q, k, v, g, beta, scale, initial_state, *rest: _attention.gradients_like(
+    lambda do, dfinal_state, q, k, v, g, beta, scale, initial_state, *rest: common.gradients_like(
         q, k, v, g, beta, initial_state
     ),
 )
@@ -450,4 +451,4 @@ torch.library.register_autograd(
     "icrl::gated_delta_rule", _backward, setup_context=_setup_context, lib=_registry.LIBRARY
 )
 
-_attention.refuse_second_derivative("gated_delta_rule")
+common.refuse_second_derivative("gated_delta_rule")

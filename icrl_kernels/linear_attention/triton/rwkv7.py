@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from icrl_kernels._triton.gated_delta_rule import COLUMNS, _Plan, _plan
-from icrl_kernels._triton.plan import contiguous, pow2
-from icrl_kernels._triton.rwkv7_kernels import _forward, _gradients, _prepare, _reverse, _step
+from icrl_kernels.linear_attention.triton.gated_delta_rule import COLUMNS, _Plan, _plan
+from icrl_kernels.linear_attention.triton.plan import contiguous, pow2
+from icrl_kernels.linear_attention.triton.rwkv7_kernels import _forward, _gradients, _prepare, _reverse, _step
 
 
 def _sizes(plan: _Plan) -> dict:

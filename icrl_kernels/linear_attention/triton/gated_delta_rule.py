@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from icrl_kernels._triton.gated_delta_rule_kernels import (
+from icrl_kernels.linear_attention.triton.gated_delta_rule_kernels import (
     _forward,
     _gather_heads,
     _gradients,
@@ -16,7 +16,17 @@ from icrl_kernels._triton.gated_delta_rule_kernels import (
     _reverse,
     _step,
 )
-from icrl_kernels._triton.plan import SMS, chunk_length, contiguous, cut, levels, limit, passes, pow2, products
+from icrl_kernels.linear_attention.triton.plan import (
+    SMS,
+    chunk_length,
+    contiguous,
+    cut,
+    levels,
+    limit,
+    passes,
+    pow2,
+    products,
+)
 
 COLUMNS = 64  # of the state, that one program carries along the sequence: the rows of its products
 

@@ -8,11 +8,19 @@ import torch
 import triton
 from torch import Tensor
 
-from icrl_kernels._triton import gla
-from icrl_kernels._triton.gla import STATE_TILE, _Plan, _warps
-from icrl_kernels._triton.gla_kernels import _outputs as _gla_outputs
-from icrl_kernels._triton.gsa_kernels import _grad_kv, _grad_logits, _local_states, _logits, _outputs, _scan, _step
-from icrl_kernels._triton.plan import contiguous, levels, pow2
+from icrl_kernels.linear_attention.triton import gla
+from icrl_kernels.linear_attention.triton.gla import STATE_TILE, _Plan, _warps
+from icrl_kernels.linear_attention.triton.gla_kernels import _outputs as _gla_outputs
+from icrl_kernels.linear_attention.triton.gsa_kernels import (
+    _grad_kv,
+    _grad_logits,
+    _local_states,
+    _logits,
+    _outputs,
+    _scan,
+    _step,
+)
+from icrl_kernels.linear_attention.triton.plan import contiguous, levels, pow2
 
 State = tuple[Tensor, Tensor]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _attention, _checks, _registry
-from icrl_kernels._attention import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+from icrl_kernels import _C, _checks, _registry
+from icrl_kernels.linear_attention import common
+from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 
 def gla_reference(
@@ -33,7 +34,7 @@ def gla_reference(
     group = q.shape[2] // k.shape[2]
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     outputs, states = [], []
-    for n, (batch, first, last) in enumerate(_attention.spans(q, cu_seqlens)):
+    for n, (batch, first, last) in enumerate(common.spans(q, cu_seqlens)):
         state = q.new_zeros(k.shape[2], k.shape[3], v.shape[3], dtype=wide)  # [Hk, K, V]
         if initial_state is not None:
             state = initial_state[n].to(wide)
@@ -93,12 +94,12 @@ def gla(
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
     """
     _check(q, k, v, g, initial_state, cu_seqlens)
-    scale = _attention.default_scale(scale, q)
+    scale = common.default_scale(scale, q)
     if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
-            _attention.check_values(q, g, cu_seqlens)
+            common.check_values(q, g, cu_seqlens)
         return gla_reference(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
-    _attention.refuse_transforms("gla", q, k, v, g, initial_state)
+    common.refuse_transforms("gla", q, k, v, g, initial_state)
     o, final_state = torch.ops.icrl.gla(q, k, v, g, scale, initial_state, cu_seqlens, backend)
     return o, final_state if output_final_state else None
 
@@ -119,14 +120,14 @@ def gla_step(
         ValueError: as `gla`, and where an input requires a gradient while gradients are on. When a gate is refused the
             state has changed all the same.
     """
-    o = _attention.plain_step(_C.gla_step_plain, backend, q, k, v, g, state, scale)
+    o = common.plain_step(_C.gla_step_plain, backend, q, k, v, g, state, scale)
     if o is not None:
         return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
-    _attention.refuse_transforms("gla_step", q, k, v, g, state)
+    common.refuse_transforms("gla_step", q, k, v, g, state)
     _checks.same_device(q=q, k=k, v=v, g=g, state=state)
-    return torch.ops.icrl.gla_step(q, k, v, g, state, _attention.default_scale(scale, q), backend)
+    return torch.ops.icrl.gla_step(q, k, v, g, state, common.default_scale(scale, q), backend)
 
 
 def _check(
@@ -137,7 +138,7 @@ def _check(
     _checks.shape("k", k, ("B", "T", "Hk", "K"), B=B, T=T, K=K)
     Hk = k.shape[2]
     _checks.shape("v", v, ("B", "T", "Hk", "V"), B=B, T=T, Hk=Hk)
-    _attention.check_heads("q", "k", H, Hk, K, v.shape[3])
+    common.check_heads("q", "k", H, Hk, K, v.shape[3])
     _checks.same_device(q=q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _checks.dtype("q", q, (*DTYPES, torch.float64))
     _checks.same_dtype(q=q, k=k, v=v)
@@ -145,7 +146,7 @@ def _check(
         wanted = ("B", "T", "Hk") if g.dim() == 3 else ("B", "T", "Hk", "K")
         _checks.shape("g", g, wanted, B=B, T=T, Hk=Hk, K=K)
         _checks.dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}))
-    _attention.check_sequences(q, initial_state, cu_seqlens, Hk=Hk, K=K, V=v.shape[3])
+    common.check_sequences(q, initial_state, cu_seqlens, Hk=Hk, K=K, V=v.shape[3])
 
 
 # CPU backend
@@ -158,7 +159,7 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, boun
     return (
         *sizes,
         bounds.data_ptr(),
-        _attention.native("gla", q),
+        common.native("gla", q),
         gate_dtype,
         gate,
         scale,
@@ -176,21 +177,21 @@ def _cpu_forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _attention.native("gla", q)
+    common.native("gla", q)
     _check(q, k, v, g, initial_state, cu_seqlens)
     q, k, v, g, initial_state = (
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        _attention.contiguous(g),
-        _attention.contiguous(initial_state),
+        common.contiguous(g),
+        common.contiguous(initial_state),
     )
-    bounds = _attention.bounds(q, cu_seqlens)
+    bounds = common.bounds(q, cu_seqlens)
     o, final = _outputs(q, k, v, cu_seqlens)
     shape = _shape(q, k, v, g, scale, bounds)
-    pointers = map(_attention.pointer, (q, k, v, g, initial_state, o, final))
+    pointers = map(common.pointer, (q, k, v, g, initial_state, o, final))
     if not _C.gla_forward(shape, *pointers):
-        raise _attention.gate_error()
+        raise common.gate_error()
     return o, final
 
 
@@ -205,37 +206,37 @@ def _cpu_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    _attention.native("gla", q)
+    common.native("gla", q)
     _check(q, k, v, g, initial_state, cu_seqlens)
     q, k, v, g, initial_state = (
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        _attention.contiguous(g),
-        _attention.contiguous(initial_state),
+        common.contiguous(g),
+        common.contiguous(initial_state),
     )
     do, dfinal_state = do.contiguous(), dfinal_state.contiguous()
-    bounds = _attention.bounds(q, cu_seqlens)
+    bounds = common.bounds(q, cu_seqlens)
     N, V = bounds.numel() - 1, v.shape[3]
-    _attention.check_output_gradients(q, do, (*q.shape[:3], V), dfinal_state=(dfinal_state, (N, *k.shape[2:], V)))
-    grads = _attention.gradients_like(q, k, v, g, initial_state)
+    common.check_output_gradients(q, do, (*q.shape[:3], V), dfinal_state=(dfinal_state, (N, *k.shape[2:], V)))
+    grads = common.gradients_like(q, k, v, g, initial_state)
     dq, dk, dv, dg, dinitial = grads
     shape = _shape(q, k, v, g, scale, bounds)
-    inputs = map(_attention.pointer, (do, dfinal_state, q, k, v, g, initial_state))
+    inputs = map(common.pointer, (do, dfinal_state, q, k, v, g, initial_state))
     wanted = (dq, dk, dv, None if g is None else dg, None if initial_state is None else dinitial)
-    _C.gla_backward(shape, *inputs, *map(_attention.pointer, wanted))
+    _C.gla_backward(shape, *inputs, *map(common.pointer, wanted))
     return grads
 
 
 def _cpu_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
     B, H, Hk, K, V = _check_step(q, k, v, g, state)
-    q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), _attention.contiguous(g)
+    q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), common.contiguous(g)
     o = torch.empty((B, H, V), dtype=q.dtype)
     gate, gate_dtype = (0, 0) if g is None else (g.dim() - 1, DTYPES[g.dtype])
     sizes = (B, H, Hk, K, V, 0, DTYPES[q.dtype], gate_dtype, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
     gates = 0 if g is None else g.data_ptr()
     if not _C.gla_step(sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), gates, state.data_ptr(), o.data_ptr()):
-        raise _attention.gate_error()
+        raise common.gate_error()
     return o
 
 
@@ -272,7 +273,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
     B, H, K = q.shape
     _checks.shape("k", k, ("B", "Hk", "K"), B=B, K=K)
     _checks.shape("v", v, ("B", "Hk", "V"), B=B, Hk=k.shape[1])
-    _attention.check_heads("q", "k", H, k.shape[1], K, v.shape[2])
+    common.check_heads("q", "k", H, k.shape[1], K, v.shape[2])
     _checks.shape("state", state, ("B", "Hk", "K", "V"), B=B, Hk=k.shape[1], K=K, V=v.shape[2])
     _checks.same_device(q=q, k=k, v=v, g=g, state=state)
     _checks.dtype("q", q, tuple(DTYPES))
@@ -291,7 +292,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
 
 def _reference_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
     _check_step(q, k, v, g, state)
-    _attention.check_gates(g)
+    common.check_gates(g)
     with torch.no_grad():
         tokens = [None if t is None else t[:, None] for t in (q, k, v, g)]
         q, k, v, g = tokens  # pyright: ignore[reportAssignmentType]
@@ -305,21 +306,21 @@ def _reference_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Te
 
 
 def _triton_forward(q: Tensor, *args):
-    _attention.native("gla", q)
-    from icrl_kernels._triton import gla as kernels
+    common.native("gla", q)
+    from icrl_kernels.linear_attention.triton import gla as kernels
 
     return kernels.forward(q, *args)
 
 
 def _triton_backward(do: Tensor, *args):
-    from icrl_kernels._triton import gla as kernels
+    from icrl_kernels.linear_attention.triton import gla as kernels
 
     # where there is no input: an empty tensor, as the schema wants one
     return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
 
 
 def _triton_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
-    from icrl_kernels._triton import gla as kernels
+    from icrl_kernels.linear_attention.triton import gla as kernels
 
     _check_step(q, k, v, g, state)
     return kernels.step(q, k, v, g, state, scale)
@@ -345,9 +346,7 @@ _registry.define(
     f"gla_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda do, dfinal_state, q, k, v, g, scale, initial_state, *rest: _attention.gradients_like(
-        q, k, v, g, initial_state
-    ),
+    lambda do, dfinal_state, q, k, v, g, scale, initial_state, *rest: common.gradients_like(q, k, v, g, initial_state),
 )
 _registry.define(
     "gla_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, str backend) -> Tensor",
@@ -378,4 +377,4 @@ def _backward(ctx, do: Tensor, dfinal_state: Tensor):
 torch.library.register_autograd("icrl::gla", _backward, setup_context=_setup_context, lib=_registry.LIBRARY)
 
 
-_attention.refuse_second_derivative("gla")
+common.refuse_second_derivative("gla")

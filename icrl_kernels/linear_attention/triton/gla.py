@@ -8,8 +8,19 @@ import torch
 import triton
 from torch import Tensor
 
-from icrl_kernels._triton.gla_kernels import _grad_kv, _grad_q, _local_states, _outputs, _scan, _step
-from icrl_kernels._triton.plan import CHUNK, SMS, chunk_length, contiguous, cut, levels, limit, passes, pow2, products
+from icrl_kernels.linear_attention.triton.gla_kernels import _grad_kv, _grad_q, _local_states, _outputs, _scan, _step
+from icrl_kernels.linear_attention.triton.plan import (
+    CHUNK,
+    SMS,
+    chunk_length,
+    contiguous,
+    cut,
+    levels,
+    limit,
+    passes,
+    pow2,
+    products,
+)
 
 STATE_TILE = 16384  # entries of the state that one program of 8 warps holds: 64 registers a thread
 ANCHOR = 1024  # most tokens over which the backward of gates sums what cancels, before it looks at a state again

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from icrl_kernels import _C, _checks
 from icrl_kernels._registry import define
-from icrl_kernels.behaviours import BUILTIN, Behaviours, check_behaviours, constant_behaviours
-from icrl_kernels.rollout_reference import OUT_DTYPES, thresholds
-from icrl_kernels.rollout_tables import RolloutTables
+from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours, check_behaviours, constant_behaviours
+from icrl_kernels.tabular.rollout_reference import OUT_DTYPES, thresholds
+from icrl_kernels.tabular.rollout_tables import RolloutTables
 
 MOST_POLICIES = 255 - len(BUILTIN)  # Rollout.behaviour is uint8, and 255 is taken
 

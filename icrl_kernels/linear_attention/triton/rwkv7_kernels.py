@@ -20,8 +20,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from icrl_kernels._triton.common import LOG2E, _after, _gates, _load, _rows, _scores_any_gate, _span, _store
-from icrl_kernels._triton.gated_delta_rule_kernels import _decayed, _inverse, _sequence, _shrink, _turned
+from icrl_kernels.linear_attention.triton.common import (
+    LOG2E,
+    _after,
+    _gates,
+    _load,
+    _rows,
+    _scores_any_gate,
+    _span,
+    _store,
+)
+from icrl_kernels.linear_attention.triton.gated_delta_rule_kernels import (
+    _decayed,
+    _inverse,
+    _sequence,
+    _shrink,
+    _turned,
+)
 
 
 @triton.jit

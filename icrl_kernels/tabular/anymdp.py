@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks
-from icrl_kernels.packed import PackedTransition
+from icrl_kernels.tabular.packed import PackedTransition
 
 
 class AnymdpWindows(NamedTuple):

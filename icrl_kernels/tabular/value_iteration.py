@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks, _registry
-from icrl_kernels import _value_iteration_reference as specification
-from icrl_kernels.packed import PackedTransition
+from icrl_kernels.tabular import value_iteration_reference as specification
+from icrl_kernels.tabular.packed import PackedTransition
 
 # The number is csrc/cpu/policy_iteration.h's Method.
 METHODS = {"auto": 0, "policy_iteration": 0, "value_iteration": 1, "modified_policy_iteration": 2}
@@ -316,7 +316,7 @@ def _triton(
         )
     if s * a >= 2**31:
         raise ValueError(f"transition: the triton backend serves up to 2**31 rows a task, got S={s}, A={a}")
-    from icrl_kernels._triton import value_iteration as kernels
+    from icrl_kernels.tabular import value_iteration_triton as kernels
 
     transition, reward = transition.contiguous(), reward.contiguous()
     windows = [x.contiguous() for x in windows]

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from icrl_kernels._triton.common import (
+from icrl_kernels.linear_attention.triton.common import (
     LOG2E,
     _after,
     _apply_any_gate,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _attention, _checks, _registry
-from icrl_kernels._attention import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+from icrl_kernels import _C, _checks, _registry
+from icrl_kernels.linear_attention import common
+from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 State = tuple[Tensor, Tensor]
 
@@ -34,7 +35,7 @@ def gsa_reference(
         wide = torch.promote_types(wide, g.dtype)
     Hk, K, V, M = k.shape[2], k.shape[3], v.shape[3], s.shape[3]
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    spans = _attention.spans(q, cu_seqlens)
+    spans = common.spans(q, cu_seqlens)
     outputs, all_keys, all_values = [], [], []
     for n, (batch, first, last) in enumerate(spans):
         keys = q.new_zeros(Hk, K, M, dtype=wide)
@@ -106,12 +107,12 @@ def gsa(
     """
     keys, values = _pair("initial_state", initial_state)
     _check(q, k, v, s, g, keys, values, cu_seqlens)
-    scale = _attention.default_scale(scale, q)
+    scale = common.default_scale(scale, q)
     if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
         if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
-            _attention.check_values(q, g, cu_seqlens)
+            common.check_values(q, g, cu_seqlens)
         return gsa_reference(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens)
-    _attention.refuse_transforms("gsa", q, k, v, s, g, keys, values)
+    common.refuse_transforms("gsa", q, k, v, s, g, keys, values)
     o, keys, values = torch.ops.icrl.gsa(q, k, v, s, g, scale, keys, values, cu_seqlens, backend)
     return o, (keys, values) if output_final_state else None
 
@@ -140,13 +141,13 @@ def gsa_step(
             state has changed all the same.
     """
     keys, values = _pair("state", state)
-    o = _attention.plain_step(_C.gsa_step_plain, backend, q, k, v, s, g, keys, values, scale)
+    o = common.plain_step(_C.gsa_step_plain, backend, q, k, v, s, g, keys, values, scale)
     if o is not None:
         return o
     if q.dim() != 3:
         _checks.shape("q", q, ("B", "H", "K"))
-    scale = _attention.default_scale(scale, q)
-    _attention.refuse_transforms("gsa_step", q, k, v, s, g, keys, values)
+    scale = common.default_scale(scale, q)
+    common.refuse_transforms("gsa_step", q, k, v, s, g, keys, values)
     _checks.same_device(q=q, k=k, v=v, s=s, g=g, **{"state[0]": keys, "state[1]": values})
     return torch.ops.icrl.gsa_step(q, k, v, s, g, keys, values, scale, backend)
 
@@ -176,7 +177,7 @@ def _check(
     _checks.shape("v", v, ("B", "T", "Hk", "V"), B=B, T=T, Hk=Hk)
     _checks.shape("s", s, ("B", "T", "Hk", "M"), B=B, T=T, Hk=Hk)
     V, M = v.shape[3], s.shape[3]
-    _attention.check_heads("q", "k", H, Hk, K, V)
+    common.check_heads("q", "k", H, Hk, K, V)
     _slots(M)
     states = {"initial_state[0]": keys, "initial_state[1]": values}
     _checks.same_device(q=q, k=k, v=v, s=s, g=g, cu_seqlens=cu_seqlens, **states)
@@ -186,7 +187,7 @@ def _check(
         _checks.shape("g", g, ("B", "T", "Hk", "M"), B=B, T=T, Hk=Hk, M=M)
         _checks.dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}))
     wanted = {"initial_state[0]": (keys, ("Hk", "K", "M")), "initial_state[1]": (values, ("Hk", "M", "V"))}
-    _attention.check_states(q, wanted, cu_seqlens, Hk=Hk, K=K, V=V, M=M)
+    common.check_states(q, wanted, cu_seqlens, Hk=Hk, K=K, V=V, M=M)
 
 
 def _slots(M: int) -> None:
@@ -200,7 +201,7 @@ def _slots(M: int) -> None:
 def _shape(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, scale: float, n: int, bounds: int) -> tuple:
     gate, gate_dtype = (0, 0) if g is None else (2, DTYPES[g.dtype])  # the codes of csrc/cpu/gate.h
     sizes = (n, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], s.shape[-1])
-    dtypes = (_attention.native("gsa", q), gate_dtype)
+    dtypes = (common.native("gsa", q), gate_dtype)
     return (*sizes, bounds, *dtypes, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())
 
 
@@ -215,14 +216,14 @@ def _cpu_forward(
     initial_values: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _attention.native("gsa", q)
+    common.native("gsa", q)
     _check(q, k, v, s, g, initial_keys, initial_values, cu_seqlens)
-    inputs = [_attention.contiguous(t) for t in (q, k, v, s, g, initial_keys, initial_values)]
-    bounds = _attention.bounds(q, cu_seqlens)
+    inputs = [common.contiguous(t) for t in (q, k, v, s, g, initial_keys, initial_values)]
+    bounds = common.bounds(q, cu_seqlens)
     outputs = _outputs(q, k, v, s, cu_seqlens)
     shape = _shape(q, k, v, s, g, scale, bounds.numel() - 1, bounds.data_ptr())
-    if not _C.gsa_forward(shape, *map(_attention.pointer, (*inputs, *outputs))):
-        raise _attention.gate_error()
+    if not _C.gsa_forward(shape, *map(common.pointer, (*inputs, *outputs))):
+        raise common.gate_error()
     return outputs
 
 
@@ -240,18 +241,18 @@ def _cpu_backward(
     initial_values: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    _attention.native("gsa", q)
+    common.native("gsa", q)
     _check(q, k, v, s, g, initial_keys, initial_values, cu_seqlens)
     states = (initial_keys, initial_values)
-    inputs = [_attention.contiguous(t) for t in (do, dfinal_keys, dfinal_values, q, k, v, s, g, *states)]
-    bounds = _attention.bounds(q, cu_seqlens)
+    inputs = [common.contiguous(t) for t in (do, dfinal_keys, dfinal_values, q, k, v, s, g, *states)]
+    bounds = common.bounds(q, cu_seqlens)
     N, Hk, K, V, M = bounds.numel() - 1, *k.shape[2:], v.shape[3], s.shape[3]
     finals = {"dfinal_keys": (dfinal_keys, (N, Hk, K, M)), "dfinal_values": (dfinal_values, (N, Hk, M, V))}
-    _attention.check_output_gradients(q, do, (*q.shape[:3], V), **finals)
+    common.check_output_gradients(q, do, (*q.shape[:3], V), **finals)
     shape = _shape(q, k, v, s, g, scale, bounds.numel() - 1, bounds.data_ptr())
-    grads = _attention.gradients_like(q, k, v, s, g, *states)
+    grads = common.gradients_like(q, k, v, s, g, *states)
     wanted = [None if t is None else grad for t, grad in zip((q, k, v, s, g, *states), grads, strict=True)]
-    _C.gsa_backward(shape, *map(_attention.pointer, (*inputs, *wanted)))
+    _C.gsa_backward(shape, *map(common.pointer, (*inputs, *wanted)))
     return grads
 
 
@@ -260,10 +261,10 @@ def _cpu_step(
 ) -> Tensor:
     _check_step(q, k, v, s, g, keys, values)
     o = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype)
-    inputs = [_attention.contiguous(t) for t in (q, k, v, s, g)]
+    inputs = [common.contiguous(t) for t in (q, k, v, s, g)]
     shape = _shape(q, k, v, s, g, scale, q.shape[0], 0)
-    if not _C.gsa_step(shape, *map(_attention.pointer, (*inputs, keys, values, o))):
-        raise _attention.gate_error()
+    if not _C.gsa_step(shape, *map(common.pointer, (*inputs, keys, values, o))):
+        raise common.gate_error()
     return o
 
 
@@ -305,7 +306,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, ke
     _checks.shape("v", v, ("B", "Hk", "V"), B=B, Hk=Hk)
     _checks.shape("s", s, ("B", "Hk", "M"), B=B, Hk=Hk)
     V, M = v.shape[2], s.shape[2]
-    _attention.check_heads("q", "k", H, Hk, K, V)
+    common.check_heads("q", "k", H, Hk, K, V)
     _slots(M)
     states = {"state[0]": keys, "state[1]": values}
     _checks.shape("state[0]", keys, ("B", "Hk", "K", "M"), B=B, Hk=Hk, K=K, M=M)
@@ -327,14 +328,14 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, ke
 
 
 def _triton_forward(q: Tensor, *args):
-    _attention.native("gsa", q)
-    from icrl_kernels._triton import gsa as kernels
+    common.native("gsa", q)
+    from icrl_kernels.linear_attention.triton import gsa as kernels
 
     return kernels.forward(q, *args)
 
 
 def _triton_backward(do: Tensor, *args):
-    from icrl_kernels._triton import gsa as kernels
+    from icrl_kernels.linear_attention.triton import gsa as kernels
 
     # where there is no input: an empty tensor, as the schema wants one
     return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
@@ -343,7 +344,7 @@ def _triton_backward(do: Tensor, *args):
 def _triton_step(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
-    from icrl_kernels._triton import gsa as kernels
+    from icrl_kernels.linear_attention.triton import gsa as kernels
 
     _check_step(q, k, v, s, g, keys, values)
     return kernels.step(q, k, v, s, g, keys, values, scale)
@@ -356,7 +357,7 @@ def _reference_step(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
     _check_step(q, k, v, s, g, keys, values)
-    _attention.check_gates(g)
+    common.check_gates(g)
     with torch.no_grad():
         tokens = [None if t is None else t[:, None] for t in (q, k, v, s, g)]
         q, k, v, s, g = tokens  # pyright: ignore[reportAssignmentType]
@@ -394,7 +395,7 @@ _registry.define(
     "Tensor dk, Tensor dv, Tensor ds, Tensor dg, Tensor dinitial_keys, Tensor dinitial_values)",
     {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
     lambda do, dfinal_keys, dfinal_values, q, k, v, s, g, scale, initial_keys, initial_values, *rest: (
-        _attention.gradients_like(q, k, v, s, g, initial_keys, initial_values)
+        common.gradients_like(q, k, v, s, g, initial_keys, initial_values)
     ),
 )
 _registry.define(
@@ -427,4 +428,4 @@ def _backward(ctx, do: Tensor, dfinal_keys: Tensor, dfinal_values: Tensor):
 
 torch.library.register_autograd("icrl::gsa", _backward, setup_context=_setup_context, lib=_registry.LIBRARY)
 
-_attention.refuse_second_derivative("gsa")
+common.refuse_second_derivative("gsa")

@@ -1,0 +1,1 @@
+"""Batched tabular control: packed tables, value iteration, simulation, model-based labels, samplers' kernels."""
