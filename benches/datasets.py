@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from benches.common import write
-from icrl.datasets import RecordStream, distill, records_dataset, write_records
-from icrl.distill import PUBLISHED_BEHAVIOURS, DPDConfig, DPDStream
-from icrl.shards import read_index
-from icrl.worlds.shards import TaskSet, write_tasks
+from icrl.commands.dataset import distill
+from icrl.data.shards import read_index
+from icrl.omnirl.distill import PUBLISHED_BEHAVIOURS, DPDConfig, DPDStream
+from icrl.omnirl.record_shards import RecordStream, records_dataset, write_records
+from icrl.worlds.task_shards import TaskSet, write_tasks
 
 WORKERS = 2
 LARGE = DPDConfig(

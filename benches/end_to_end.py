@@ -50,17 +50,17 @@ STUDIES = {
 def main() -> int:
     which = sys.argv[1:]
     if which == ["demo"]:
-        from icrl.demo import demo
+        from icrl.commands.demo import demo
 
         numbers = demo(out=RESULTS / "demo.png")
         del numbers["picture"]
         print(write("demo", [], **numbers))
     elif which == ["context"]:
-        from icrl.context import context
+        from icrl.commands.context import context
 
         print(write("context", [], **context(compile=True)))
     elif which == ["difficulty"]:
-        from icrl.worlds.commands import difficulty
+        from icrl.commands.worlds import difficulty
         from icrl.worlds.draw import draw_task
         from icrl.worlds.samplers import sample_anymdp
 
@@ -68,7 +68,7 @@ def main() -> int:
         print(write("difficulty", **numbers))
         draw_task(sample_anymdp(1, 20, seed=3)).savefig(RESULTS / "task.png", dpi=90)
     elif which[:1] == ["sicql"] and len(which) == 3 and which[1] in STUDIES:
-        from icrl.sicql.suite import suite
+        from icrl.offline.suite import suite
 
         study, folder = STUDIES[which[1]], Path(which[2])
         runs = study.runs or which[1]

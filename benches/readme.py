@@ -1,4 +1,4 @@
-"""`python -m benches.readme`: write the tables of README.md and icrl/SICQL.md from benches/results/; `--check` fails where they
+"""`python -m benches.readme`: write the tables of README.md and docs/SICQL.md from benches/results/; `--check` fails where they
 differ."""
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ SICQL_TABLES: dict[str, Callable[[], str]] = {
 
 def main() -> int:
     same = True
-    for path, tables in ((README, TABLES), (README.parent / "icrl" / "SICQL.md", SICQL_TABLES)):
+    for path, tables in ((README, TABLES), (README.parent / "docs" / "SICQL.md", SICQL_TABLES)):
         old = new = path.read_text()
         for name, make in tables.items():
             block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)

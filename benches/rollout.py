@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benches.common import interleaved, write
-from icrl.distill import PUBLISHED_BEHAVIOURS, DPDConfig, DPDStream, draw_behaviours
+from icrl.omnirl.distill import PUBLISHED_BEHAVIOURS, DPDConfig, DPDStream, draw_behaviours
 from icrl.worlds import TabularTasks, sample_anymdp
 from icrl_kernels import constant_behaviours, rollout, rollout_start, rollout_step
 

@@ -58,7 +58,7 @@ def demo(
         out: the picture.
         json: also write the numbers here.
     """
-    from icrl.demo import demo as run
+    from icrl.commands.demo import demo as run
 
     _new_file("out", out, PICTURES)
     _new_file("json", json)
@@ -83,7 +83,7 @@ def context(
         compile: compile the model's step first, which about doubles the pace.
         json: also write the numbers here.
     """
-    from icrl.context import context as run
+    from icrl.commands.context import context as run
 
     _new_file("json", json)
     _write_json(json, run(steps, num_states, seed, checkpoint, compile))
@@ -114,9 +114,10 @@ def train_omnirl(
     """
     import torch
 
-    from icrl.omnirl_training import OmniRLLearner, OmniRLTraining
+    from icrl.omnirl.training import OmniRLLearner, OmniRLTraining
     from icrl.plots import training_picture
-    from icrl.train import LoopConfig, configured, rank, start_processes, train
+    from icrl.training.config import LoopConfig, configured
+    from icrl.training.loop import rank, start_processes, train
 
     _new_file("json", json)
     given: dict[str, Any] = {}
@@ -182,9 +183,9 @@ def distill(
         full: read finished shards against their checksums, instead of their headers and lengths alone.
         json: also write what was printed here.
     """
-    from icrl.datasets import distill as run
-    from icrl.distill import PUBLISHED_BEHAVIOURS, DPDConfig
-    from icrl.train import configured
+    from icrl.commands.dataset import distill as run
+    from icrl.omnirl.distill import PUBLISHED_BEHAVIOURS, DPDConfig
+    from icrl.training.config import configured
 
     _new_file("json", json)
     given: dict[str, Any] = {"steps": 12_000} if config is None else read_json("config", config)
@@ -206,7 +207,7 @@ def dataset(folder: Positional[Path], full: bool = False, json: Path | None = No
         full: read every byte against the checksums.
         json: also write what was printed here.
     """
-    from icrl.datasets import describe
+    from icrl.commands.dataset import describe
 
     _new_file("json", json)
     numbers = describe(folder, full)
@@ -226,7 +227,7 @@ def train_world_model(
         seed: over the configuration.
         json: write the errors here.
     """
-    from icrl.sicql.suite import train_world_model as train
+    from icrl.offline.experiment import train_world_model as train
 
     _new_file("json", json)
     run = _offline_run(config, None, None, seed, None)
@@ -252,14 +253,15 @@ def train_offline(
     Args:
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
-        environment: of SICQL.md's table, as darkroom or reach; over the configuration.
-        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
+        environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
+        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), over the defaults.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
         updates: over the configuration.
         evaluate: episodes in each test task, after training.
     """
-    from icrl.sicql.suite import describe_best, evaluate_method, train_method
+    from icrl.offline.experiment import evaluate_method, train_method
+    from icrl.offline.suite import describe_best
 
     if evaluate < 1:
         raise ValueError(f"evaluate: wanted at least 1 episode, got {evaluate}")
@@ -286,12 +288,12 @@ def collect(
 
     Args:
         out: the data set's folder.
-        environment: of SICQL.md's table, as darkroom or reach; over the configuration.
-        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), whose "environment" and "data" count.
+        environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
+        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), whose "environment" and "data" count.
         teacher: the teacher's folder, OUT-teacher unless given; one teacher serves data of each quality.
         json: also write what was printed here.
     """
-    from icrl.sicql.suite import collect_data
+    from icrl.offline.experiment import collect_data
 
     _new_file("json", json)
     numbers = collect_data(_offline_run(config, None, environment, None, None), out, teacher)
@@ -304,8 +306,8 @@ def collect(
 def _offline_run(
     config: Path | None, method: str | None, environment: str | None, seed: int | None, updates: int | None
 ) -> Any:
-    from icrl.sicql.suite import OfflineRun
-    from icrl.train import configured
+    from icrl.offline.experiment import OfflineRun
+    from icrl.training.config import configured
 
     run = configured(OfflineRun, {} if config is None else read_json("config", config), "config")
     run = replace(run, **{k: v for k, v in {"method": method, "environment": environment}.items() if v is not None})
@@ -331,15 +333,15 @@ def evaluate_sicql(
 
     Args:
         out: the suite's folder.
-        environment: of SICQL.md's table, as darkroom or reach; over the configuration.
+        environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
         methods: of icrl train offline.
         seeds: of each method, 0, 1, ...; of weights, batches and evaluation.
         episodes: in a row in each test task, the one before being the prompt.
         jobs: processes at a time.
-        config: a JSON file of OfflineRun's fields (icrl.sicql.suite), over the defaults.
+        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), over the defaults.
         json: also write the numbers here.
     """
-    from icrl.sicql.suite import suite
+    from icrl.offline.suite import suite
 
     _new_file("json", json)
     given = {} if config is None else read_json("config", config)
@@ -380,7 +382,7 @@ def evaluate(
         json: also write the numbers here.
         prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
     """
-    from icrl.evaluation_table import evaluation_table
+    from icrl.commands.evaluate import evaluation_table
 
     _new_file("json", json)
     _write_json(json, evaluation_table(tasks, checkpoint, kind, num_tasks, num_states, steps, seed, prompt))
@@ -411,7 +413,7 @@ def worlds_sample(
         overwrite: replace an existing file.
         json: also write what was printed here.
     """
-    from icrl.worlds import commands
+    from icrl.commands import worlds
 
     _new_file("json", json)
     sizes = num_tasks, num_states, num_actions, branching
@@ -420,7 +422,7 @@ def worlds_sample(
         "observation_tokens": observation_tokens,
         "action_tokens": action_tokens,
     }
-    _write_json(json, commands.sample(out, kind, *sizes, seed, overwrite, **tokens))
+    _write_json(json, worlds.sample(out, kind, *sizes, seed, overwrite, **tokens))
 
 
 def worlds_filter(
@@ -443,18 +445,18 @@ def worlds_filter(
         overwrite: replace an existing file.
         json: also write what was printed here.
     """
-    from icrl.worlds import commands
+    from icrl.commands import worlds
 
     _new_file("json", json)
-    _write_json(json, commands.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite))
+    _write_json(json, worlds.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite))
 
 
 def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:
     """Sizes, rewards, terminals and values of the tasks in a file."""
-    from icrl.worlds import commands
+    from icrl.commands import worlds
 
     _new_file("json", json)
-    _write_json(json, commands.inspect(tasks))
+    _write_json(json, worlds.inspect(tasks))
 
 
 def worlds_draw(
@@ -468,11 +470,11 @@ def worlds_draw(
         index: of the task.
         json: also write what was printed here.
     """
-    from icrl.worlds import commands
+    from icrl.commands import worlds
 
     _new_file("json", json)
     _new_file("out", out, PICTURES)
-    _write_json(json, commands.draw(tasks, out, index))
+    _write_json(json, worlds.draw(tasks, out, index))
 
 
 def worlds_shards(
@@ -508,15 +510,15 @@ def worlds_shards(
         full: read finished shards against their checksums, instead of their headers and lengths alone.
         json: also write what was printed here.
     """
-    from icrl.worlds import commands
-    from icrl.worlds.shards import TaskSet
+    from icrl.commands import worlds
+    from icrl.worlds.task_shards import TaskSet
 
     _new_file("json", json)
     tokens = (num_observations, observation_tokens, action_tokens)
     config = TaskSet(kind, num_states, num_actions, branching, discounts, *tokens)
     options = {"workers": _workers(workers), "full": full}
     options["shards"] = None if shard_range is None else range(*shard_range)
-    _write_json(json, commands.shards(out, config, num_tasks, seed, **options))
+    _write_json(json, worlds.shards(out, config, num_tasks, seed, **options))
 
 
 def worlds_difficulty(
@@ -537,11 +539,11 @@ def worlds_difficulty(
         branching: successors of each state and action (Garnet).
         json: also write the numbers here.
     """
-    from icrl.worlds import commands
+    from icrl.commands import worlds
 
     _new_file("json", json)
     _new_file("out", out, PICTURES)
-    _write_json(json, commands.difficulty(out, num_tasks, num_states, num_actions, branching, seed))
+    _write_json(json, worlds.difficulty(out, num_tasks, num_states, num_actions, branching, seed))
 
 
 COMMANDS = {

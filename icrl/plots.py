@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 
@@ -12,7 +12,14 @@ matplotlib.use("Agg")  # files only: no display is asked for
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from icrl.evaluate import Curve
+
+class Curve(Protocol):
+    """A score over a context: steps, the mean over tasks at each, half a 95% interval."""
+
+    steps: list[int]
+    mean: list[float]
+    ci95: list[float]
+
 
 COLOURS = {
     "OmniRL (in context)": "#d1495b",

@@ -1,10 +1,10 @@
 """Tabular worlds: batches of tasks, their samplers, and environments over them."""
 
+from icrl.worlds.filters import Quality, quality
 from icrl.worlds.gym_env import TabularEnv, TabularVectorEnv
 from icrl.worlds.pomdp import EnvironmentSteps, regroup, sample_pomdp
-from icrl.worlds.quality import Quality, quality
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
-from icrl.worlds.tables import TabularTasks
+from icrl.worlds.tasks import TabularTasks
 
 __all__ = [
     "EnvironmentSteps",

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from icrl.worlds.samplers import sample_anymdp, sample_garnet
-from icrl.worlds.tables import TabularTasks
+from icrl.worlds.tasks import TabularTasks
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 NAMES = {"anymdp": "AnyMDP", "garnet": "Garnet"}

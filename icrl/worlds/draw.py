@@ -15,7 +15,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import Normal, Stroke
 
-from icrl.worlds.tables import TabularTasks
+from icrl.worlds.tasks import TabularTasks
 
 INK, FAINT, START, HERE = "#222831", "#9aa3ad", "#e8871e", "#d6006c"
 REWARDS = LinearSegmentedColormap.from_list("rewards", ["#a50f15", "#e34a33", "#a3a8ae", "#3182bd", "#08306b"])

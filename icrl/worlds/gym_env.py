@@ -11,10 +11,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from icrl.worlds import counter
 from icrl.worlds.samplers import Sizes, sample_anymdp
-from icrl.worlds.tables import TabularTasks
+from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import RolloutState, rollout_start, rollout_step
+from icrl_kernels.tabular import counter_rng
 
 
 def _space(size: int, tokens: int) -> spaces.Discrete | spaces.MultiDiscrete:
@@ -209,9 +209,9 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if self._keys is None:
             fresh = np.random.SeedSequence().generate_state(self.num_envs, np.uint64)
             self._keys = torch.from_numpy(fresh.view(np.int64))
-        following = counter.mix(self._keys + counter.GOLDEN)
+        following = counter_rng.mix(self._keys + counter_rng.GOLDEN)
         given = torch.tensor([s is not None for s in seeds])
-        wanted = counter.keys_of(0, torch.tensor([counter.wrap(s or 0) for s in seeds]))
+        wanted = counter_rng.keys_of(0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds]))
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from icrl.worlds import counter, windows
 from icrl.worlds.samplers import Sizes, sample_anymdp
-from icrl.worlds.tables import TabularTasks
+from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import Rollout
+from icrl_kernels.tabular import counter_rng
+from icrl_kernels.tabular import packed as packed_tables
 
 STREAM = 4  # of keys; AnyMDP's, Garnet's and the bandits' come before
 
@@ -56,7 +57,7 @@ def sample_pomdp(
     if "num_observations" not in options and isinstance(num_states, tuple):
         options["num_observations"] = num_states[1]  # of the states' ids, which must not depend on the batch
     tasks = sample_anymdp(n, num_states, num_actions, seed=seed, first=first, **options)
-    keys = counter.keys_of(seed, torch.arange(first, first + n, device=tasks.device), STREAM)
+    keys = counter_rng.keys_of(seed, torch.arange(first, first + n, device=tasks.device), STREAM)
     emission = _emissions(keys, tasks.num_states, tasks.shape[1], num_observations, observation_tokens, density, most)
     return replace(tasks, emission=emission, num_observations=num_observations, action_tokens=action_tokens)
 
@@ -73,13 +74,13 @@ def _emissions(keys: Tensor, sizes: Tensor, states: int, ids: int, tokens: int, 
         places = ns * ids
         count = round(density * places)
         of_size = (sizes == ns).nonzero()[:, 0]
-        for some in of_size.split(max(1, windows.ENTRIES // places)):
+        for some in of_size.split(max(1, packed_tables.ENTRIES // places)):
             for k in range(tokens):
-                u = counter.uniforms(keys[some], 2 * k, places)
+                u = counter_rng.uniforms(keys[some], 2 * k, places)
                 if count < places:
                     u = torch.where(u < u.kthvalue(count + 1).values[:, None], u, 0.0)
                 u = u.view(-1, ns, ids)
-                random_id = counter.integers(keys[some], 2 * k + 1, ns, ids)
+                random_id = counter_rng.integers(keys[some], 2 * k + 1, ns, ids)
                 empty = (u.sum(-1) == 0).double()
                 u = u.scatter_add(2, random_id[..., None], empty[..., None])
                 out[some, k, :ns] = (u / u.sum(-1, keepdim=True)).float()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icrl.worlds import anymdp_torch
-from icrl.worlds.counter import exponential, integers, keys_of, normals, uniforms
-from icrl.worlds.tables import TabularTasks
-from icrl.worlds.windows import compact, concatenate
+from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import PackedTransition
+from icrl_kernels.tabular import anymdp_reference
 from icrl_kernels.tabular.anymdp import sample_anymdp_tables, sample_anymdp_windows
+from icrl_kernels.tabular.counter_rng import exponential, integers, keys_of, normals, uniforms
+from icrl_kernels.tabular.packed import compact, concatenate
 
 Sizes = int | tuple[int, int] | Tensor
 Device = torch.device | str
@@ -93,10 +93,10 @@ _WRITTEN = ("noise_state", "noise_action", "start", "terminal", "state_mapping",
 def _by_torch(
     keys: Tensor, sizes: Tensor, states: int, actions: int, ids: int, max_attempts: int, progress: bool
 ) -> TabularTasks:
-    steps = anymdp_torch.max_steps_of(keys, sizes)
-    found = anymdp_torch.sample(keys, sizes, steps, states, actions, max_attempts, progress)
+    steps = anymdp_reference.max_steps_of(keys, sizes)
+    found = anymdp_reference.sample(keys, sizes, steps, states, actions, max_attempts, progress)
     order = found.task.argsort()
-    rows = anymdp_torch.as_transition(found)
+    rows = anymdp_reference.as_transition(found)
     transition, reward = compact(PackedTransition(rows[0], *(x[order] for x in rows[1:])), found.reward)
     return TabularTasks(
         transition=transition,
@@ -106,7 +106,7 @@ def _by_torch(
         start=found.start[order],
         terminal=found.terminal[order],
         max_steps=steps,
-        state_mapping=anymdp_torch.state_mapping_of(keys, sizes, states, ids),
+        state_mapping=anymdp_reference.state_mapping_of(keys, sizes, states, ids),
         num_states=sizes,
         num_actions=torch.full_like(sizes, actions),
         num_observations=ids,

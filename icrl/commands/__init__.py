@@ -1,0 +1,1 @@
+"""What each `icrl` command does and prints; `icrl.cli` has their options."""

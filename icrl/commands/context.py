@@ -1,0 +1,101 @@
+"""`icrl context`: one context of half a million steps, acting all the way, in constant memory and at a constant pace."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from icrl.commands.demo import TEMPERATURE, UNSEEN
+from icrl.omnirl import evaluate
+from icrl.omnirl.agent import Agent
+from icrl.omnirl.evaluate import Context
+from icrl.omnirl.model import OmniRL, shipped
+from icrl.worlds import sample_anymdp
+from icrl_kernels import rollout_start, rollout_step
+
+
+def context(
+    steps: int = 500_000, num_states: int = 16, seed: int = 0, checkpoint: Path | None = None, compile: bool = False
+) -> dict[str, Any]:
+    """Act `steps` steps in one unseen AnyMDP task; prints a report, returns the numbers."""
+    if steps < 100:
+        raise ValueError(f"steps: wanted at least 100, got {steps}")
+    model = OmniRL.load(checkpoint or shipped())
+    task = sample_anymdp(1, num_states, seed=UNSEEN + seed)
+    tables = task.tables()
+    reference = evaluate.references(task)
+    simulator = rollout_start(tables, seed=seed)
+    agent = Agent(model, 1, num_states, temperature=TEMPERATURE, seed=seed)
+    if compile:
+        agent.model = torch.compile(model, dynamic=False)
+        print("compiling the model's step takes half a minute ...")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one task a step: threads only cost
+    reward, done = torch.zeros(1, steps), torch.zeros(1, steps, dtype=torch.uint8)
+    seconds = torch.zeros(steps, dtype=torch.float64)
+    process = psutil.Process()
+    memory: list[int] = []
+    began = time.perf_counter()
+    bar = tqdm(total=steps, unit="step", unit_scale=True, desc=f"context, {num_states} states", mininterval=0.5)
+    try:
+        for t in range(steps):
+            start = time.perf_counter()
+            observation = task.state_mapping[0, simulator.state]
+            action = agent.act(observation)
+            r, d, _ = rollout_step(tables, simulator, action)
+            agent.observe(r, d)
+            reward[0, t], done[0, t] = r[0], d[0]
+            seconds[t] = time.perf_counter() - start
+            if t % 1000 == 0:
+                memory.append(process.memory_info().rss)
+                bar.update(t - bar.n)
+                bar.set_postfix_str(f"{memory[-1] / 2**20:.0f} MB")
+        bar.update(steps - bar.n)
+    finally:
+        bar.close()
+        torch.set_num_threads(threads)
+    memory.append(process.memory_info().rss)
+    total = time.perf_counter() - began
+
+    run = Context(reward, done)
+    tenth = max(1, steps // 10)
+    first, last = seconds[:tenth], seconds[-tenth:]
+    warm = min(len(memory) - 1, 2)  # the first steps allocate what the loop keeps
+    scores = {
+        f"{b}-{b + tenth}": float(evaluate.normalized(run, reference, b, b + tenth))
+        for b in range(0, steps - tenth + 1, tenth)
+    }
+    state_bytes = sum(x.numel() * x.element_size() for f in agent.state for x in (f if isinstance(f, list) else [f]))
+    report = {
+        "steps": steps,
+        "num_states": num_states,
+        "seconds": round(total, 1),
+        "steps_per_s": round(steps / total, 1),
+        "step_time_ratio": float(last.median() / first.median()),
+        "step_time_ratio_10k": float(seconds[-10_000:].median() / seconds[:10_000].median()),
+        "step_us_median": round(statistics.median(seconds.tolist()) * 1e6, 1),
+        "rss_growth_mb": round((memory[-1] - memory[warm]) / 2**20, 2),
+        "rss_mb": round(memory[-1] / 2**20, 1),
+        "state_bytes": state_bytes,
+        "normalized_by_tenth": scores,
+        "reward_per_step": float(reward.double().mean()),
+        "oracle_reward_per_step": float(reference.oracle_reward[0]),
+        "random_reward_per_step": float(reference.random_reward[0]),
+    }
+    print(
+        f"\n{steps:,} steps in one context: {report['steps_per_s']:,.0f} steps/s, {report['step_us_median']:.0f} µs a step"
+    )
+    print(
+        f"time per step, last tenth over first: {report['step_time_ratio']:.3f}   (last 10K over first: {report['step_time_ratio_10k']:.3f})"
+    )
+    print(
+        f"memory: {report['rss_mb']:.0f} MB, grown by {report['rss_growth_mb']:.1f} MB; the context itself is {state_bytes:,} bytes"
+    )
+    print("normalised reward by tenth: " + " ".join(f"{s:.2f}" for s in scores.values()))
+    return report

@@ -1,0 +1,1 @@
+"""Data sets in shards on disk, and batches made ahead of their use."""

@@ -1,0 +1,541 @@
+"""Data sets on disk: a folder of safetensors shards beside an index that says what they hold (see docs/DATA.md).
+
+Row i of a data set is a function of (configuration, seed, i's shard) alone, so shards can be made in any order, by any
+number of threads and processes, and made again. A shard is written under a partial name that its writer holds locked,
+synced and renamed: a kill at any moment costs the shards in hand. Nothing here knows what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from icrl.data.seeds import hash_seed
+from icrl.training.checkpoint import checksum
+from icrl_kernels import set_threads_here
+
+FORMAT, VERSION = "icrl.shards", 1
+INDEX, LOCK = "index.json", ".lock"
+SHARD_BYTES = 64 << 20  # about as many as a shard should have
+Maker = Callable[[int, int], dict[str, Tensor]]
+
+
+class Field(NamedTuple):
+    """A tensor that every shard holds.
+
+    Symbols of its shape: "N", the shard's rows; those in the data set's `sizes`; any other is a shard's own.
+    """
+
+    dtype: str  # torch's name
+    shape: tuple[str, ...]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a folder holds: all of index.json but the list of finished shards."""
+
+    kind: str
+    fields: dict[str, Field]
+    sizes: dict[str, int]
+    config: dict[str, Any]
+    """Plain JSON values: with the seed, what made the rows."""
+    seed: int
+    rows: int
+    rows_per_shard: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    def rows_of(self, shard: int) -> range:
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.rows))
+
+    def facts(self) -> dict[str, Any]:
+        """What two writers of one data set must agree on: all but how many rows there are."""
+        schema = {n: {"dtype": f.dtype, "shape": list(f.shape), "meaning": f.meaning} for n, f in self.fields.items()}
+        facts = {"kind": self.kind, "schema": schema, "sizes": self.sizes, "config": self.config, "seed": self.seed}
+        return json.loads(json.dumps({**facts, "rows_per_shard": self.rows_per_shard}))
+
+    def identity(self) -> str:
+        return f"{_crc(self.facts()):08x}"
+
+
+class Shard(NamedTuple):
+    """A finished shard, as index.json lists it."""
+
+    file: str
+    rows: int
+    bytes: int
+    crc32: int
+
+
+class Written(NamedTuple):
+    made: int
+    found: int
+    left: int
+    """Not finished: outside the range asked for, or in another process's hands."""
+    remade: list[str]
+    """What was wrong with the shards that were there and had to be made again."""
+    bytes: int
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def read_index(folder: Path) -> tuple[DataSet, list[Shard]]:
+    """The data set in a folder and its finished shards; ValueError where there is none, or its index is damaged."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+        if index.get("format") != FORMAT or index.get("version") != VERSION:
+            got = f"{index.get('format')!r} version {index.get('version')!r}"
+            raise ValueError(f"{path}: wanted {FORMAT!r} version {VERSION}, got {got}")
+        fields = {n: Field(f["dtype"], tuple(f["shape"]), f["meaning"]) for n, f in index["schema"].items()}
+        rest = {name: index[name] for name in ("kind", "sizes", "config", "seed", "rows", "rows_per_shard")}
+        shards = [Shard(**s) for s in index["shards"]]
+    except FileNotFoundError as e:
+        raise ValueError(f"{folder}: holds no data set (no {INDEX})") from e
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: damaged ({e!r}); delete it and run the command again, whole shards are kept") from e
+    return DataSet(fields=fields, **rest), shards
+
+
+# --- one shard --------------------------------------------------------------------------------------------------------
+
+
+class ForeignShard(ValueError):
+    """A sound shard of another data set, which is not to be overwritten."""
+
+
+def check_shard(folder: Path, dataset: DataSet, shard: int, *, full: bool = False) -> Shard:
+    """Facts of a whole shard. `full` reads every byte against its checksum; else header, names, shapes and length.
+
+    Raises:
+        ValueError: what is wrong with the file; ForeignShard: it is sound, but belongs to another data set.
+    """
+    path = shard_path(folder, shard)
+    try:
+        with safe_open(path, framework="pt") as f:  # refuses a file that is not as long as its header says
+            metadata = f.metadata() or {}
+            about = json.loads(metadata.get("icrl", "{}"))
+            rows = len(dataset.rows_of(shard))
+            if about.pop("facts_crc32", None) != _crc(about):
+                raise ValueError(f"{path}: damaged (its header's facts are not those that were written)")
+            if about["format"] != FORMAT or about["identity"] != dataset.identity():
+                raise ForeignShard(f"{path}: belongs to another data set")
+            if (about["shard"], about["rows"]) != (shard, rows):
+                got = f"shard {about['shard']} of {about['rows']} rows"
+                raise ValueError(f"{path}: holds {got}, wanted shard {shard} of {rows}")
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            shapes = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+            _check_shapes(str(path), dataset, rows, shapes)
+            if full and checksum({name: f.get_tensor(name) for name in slices}) != about["crc32"]:
+                raise ValueError(f"{path}: damaged (its bytes are not those that were written)")
+    except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: cut short or damaged ({e})") from e
+    return Shard(path.name, rows, path.stat().st_size, about["crc32"])
+
+
+_NAMES = {"BOOL": "bool", "U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_NAMES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+
+
+def _check_shapes(what: str, dataset: DataSet, rows: int, found: dict[str, tuple[str, list[int]]]) -> None:
+    if found.keys() != dataset.fields.keys():
+        raise ValueError(f"{what}: wanted tensors {', '.join(sorted(dataset.fields))}, got {', '.join(sorted(found))}")
+    sizes = {**dataset.sizes, "N": rows}
+    for name, (dtype, shape) in found.items():
+        field = dataset.fields[name]
+        wanted = [sizes.get(symbol, symbol) for symbol in field.shape]
+        if len(shape) == len(wanted):
+            for symbol, size in zip(field.shape, shape, strict=True):
+                sizes.setdefault(symbol, size)  # a shard's own
+            wanted = [sizes[symbol] for symbol in field.shape]
+        if _NAMES.get(dtype, dtype) != field.dtype or list(shape) != wanted:
+            got = f"{_NAMES.get(dtype, dtype)} {list(shape)}"
+            raise ValueError(f"{what}: {name}: wanted {field.dtype} {list(field.shape)} = {wanted}, got {got}")
+
+
+def _bytes_of(dataset: DataSet, shard: int, tensors: dict[str, Tensor]) -> bytes:
+    rows = len(dataset.rows_of(shard))
+    found = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+    _check_shapes(f"shard {shard}", dataset, rows, found)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    about = {"format": FORMAT, "version": VERSION, "kind": dataset.kind, "identity": dataset.identity()}
+    about |= {"shard": shard, "first_row": dataset.rows_of(shard).start, "rows": rows, "crc32": checksum(tensors)}
+    about["facts_crc32"] = _crc(about)
+    return save(tensors, {"icrl": json.dumps(about)})  # one key: the order of several is not the same in every process
+
+
+def _crc(facts: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
+def _claim(part: Path) -> IO[bytes] | None:
+    """The partial file, locked; None where somebody else is writing it. The lock ends with its holder, however that ends."""
+    file = open(part, "ab")  # noqa: SIM115 (the caller's)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(file.fileno()), os.stat(part))  # not renamed since it was opened
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    if not mine:
+        file.close()
+        return None
+    file.truncate(0)
+    return file
+
+
+def _write_shard(folder: Path, dataset: DataSet, shard: int, make: Maker, full: bool) -> Shard | None:
+    """Make and write one shard, whole or not at all; None where another process is at it or has just done it."""
+    path = shard_path(folder, shard)
+    part = path.with_name(path.name + ".part")
+    file = _claim(part)
+    if file is None:
+        return None
+    with file:
+        if _state(folder, dataset, shard, full) is True:  # finished between the caller's look and the claim
+            part.unlink()
+            return None
+        try:
+            rows = dataset.rows_of(shard)
+            file.write(_bytes_of(dataset, shard, make(rows.start, len(rows))))
+            _sync(file)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    _sync_folder(folder)
+    return check_shard(folder, dataset, shard)
+
+
+def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> bool | str:
+    """Whether the shard is there and whole; else what is wrong with it."""
+    if not shard_path(folder, shard).exists():
+        return False
+    try:
+        check_shard(folder, dataset, shard, full=full)
+    except ForeignShard:
+        raise
+    except ValueError as e:
+        return str(e)
+    return True
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the rename itself
+    finally:
+        os.close(handle)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
+    """List what is whole now; the caller holds the lock."""
+    if (folder / INDEX).exists():  # another writer may have asked for more rows since
+        dataset = replace(dataset, rows=max(dataset.rows, read_index(folder)[0].rows))
+    whole = []
+    for shard in range(dataset.num_shards):
+        if shard_path(folder, shard).exists():
+            try:
+                whole.append(check_shard(folder, dataset, shard))
+            except ForeignShard:
+                raise
+            except ValueError:
+                continue  # a damaged one is not finished
+    facts = {"format": FORMAT, "version": VERSION, "identity": dataset.identity(), **dataset.facts()}
+    facts |= {"rows": dataset.rows, "num_shards": dataset.num_shards, "complete": len(whole) == dataset.num_shards}
+    part = folder / f"{INDEX}.part"
+    with open(part, "wb") as file:
+        file.write(_index_text({**facts, "shards": [s._asdict() for s in whole]}).encode())
+        _sync(file)
+    os.replace(part, folder / INDEX)
+    _sync_folder(folder)
+    return whole
+
+
+def _index_text(index: dict[str, Any]) -> str:
+    """Indented, a shard a line."""
+    shards = index.pop("shards")
+    text = json.dumps({**index, "shards": []}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(s)}" for s in shards)
+    return text[: text.rindex("[]")] + (f"[\n{lines}\n ]" if shards else "[]") + "\n}\n"
+
+
+def _enter(folder: Path, dataset: DataSet) -> DataSet:
+    """Begin the folder, or join it; the data set with as many rows as any writer has asked for."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is not a folder")
+    if folder.is_dir() and not (folder / INDEX).exists():
+        others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(("shard-", INDEX))]
+        if others:
+            raise ValueError(f"out: {folder} is not empty and holds no data set ({min(others)}); choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if (folder / INDEX).exists():
+            old, _ = read_index(folder)
+            changed = _differences(old.facts(), dataset.facts())
+            if changed:
+                more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+                what = "; ".join(changed[:4]) + more
+                raise ValueError(f"out: {folder} holds another data set ({what}); choose another folder")
+            if dataset.rows < old.rows:
+                raise ValueError(f"out: {folder} holds a data set of {old.rows} rows, more than {dataset.rows}")
+            if dataset.rows == old.rows:
+                return dataset
+        _write_index(folder, dataset)
+    return dataset
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: there {json.dumps(a)}, asked for {json.dumps(b)}")
+    return found
+
+
+def write_shards(
+    folder: Path,
+    dataset: DataSet,
+    make: Maker,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    shards: range | None = None,
+    full: bool = False,
+    progress: bool = False,
+    unit: str = "row",
+) -> Written:
+    """Make the shards that are not there yet. Call it again after a kill, or at the same time elsewhere, to go on.
+
+    A finished shard that is cut short or damaged is made again, the others are kept. A data set may grow: `rows` may be
+    more than before.
+
+    Args:
+        make: (first row, number of rows) -> tensors as `dataset.fields` has them; a function of these numbers alone, called
+            from several threads.
+        workers: shards made at once. threads: of each.
+        shards: only these, where processes cannot see one another's file locks. full: read what is there against its
+            checksums, instead of headers and lengths alone.
+        progress: show a bar of rows, where it takes over two seconds.
+    Raises:
+        ValueError: the folder holds something else, or another configuration's data (what differs is named).
+    """
+    if workers < 1 or threads < 1:
+        raise ValueError(f"workers, threads: wanted at least 1, got {workers}, {threads}")
+    shards = range(dataset.num_shards) if shards is None else shards
+    if not shards or not 0 <= min(shards) <= max(shards) < dataset.num_shards:
+        got = f"{min(shards)} to {max(shards)}" if shards else f"none ({shards.start} to {shards.stop}, exclusive)"
+        raise ValueError(f"shards: wanted some of 0 to {dataset.num_shards - 1}, got {got}")
+    dataset = _enter(folder, dataset)
+    states = {shard: _state(folder, dataset, shard, full) for shard in shards}
+    found = [shard for shard, state in states.items() if state is True]
+    remade = [state for state in states.values() if isinstance(state, str)]
+    for wrong in remade:
+        tqdm.write(f"{wrong}: it is made again")
+    todo = iter([shard for shard, state in states.items() if state is not True])
+    rows_found = sum(len(dataset.rows_of(s)) for s in found)
+    total = sum(len(dataset.rows_of(s)) for s in shards)
+    made: list[Shard] = []
+    failed: list[BaseException] = []
+    lock, stop = threading.Lock(), threading.Event()
+    with tqdm(total=total, initial=rows_found, unit=unit, disable=not progress, delay=2.0, smoothing=0.05) as bar:
+
+        def work() -> None:
+            set_threads_here(threads)
+            while not stop.is_set():
+                with lock:
+                    shard = next(todo, None)
+                if shard is None:
+                    return
+                try:
+                    done = _write_shard(folder, dataset, shard, make, full)
+                except BaseException as e:  # goes to the caller, once the others have stopped
+                    failed.append(e)
+                    stop.set()
+                    return
+                if done is not None:
+                    with lock:
+                        made.append(done)
+                        bar.update(done.rows)
+
+        crew = [threading.Thread(target=work, name=f"shards-{i}") for i in range(workers)]
+        for thread in crew:
+            thread.start()
+        try:
+            for thread in crew:
+                thread.join()
+        except KeyboardInterrupt:
+            stop.set()
+            tqdm.write("stopping after the shards in hand")
+            for thread in crew:
+                thread.join()
+            raise
+    with _locked(folder):
+        whole = _write_index(folder, dataset)
+        if failed and not any(folder.glob("shard-*")):
+            (folder / INDEX).unlink()  # nothing could be made of it: the folder is free for a better configuration
+    if failed:
+        raise failed[0]
+    return Written(len(made), len(found), dataset.num_shards - len(whole), remade, sum(s.bytes for s in whole))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """Rows of a finished data set, read from memory-mapped shards.
+
+    Args:
+        kind: what the folder should hold. full: check every byte first.
+        open_files: how many shards stay mapped.
+    Raises:
+        ValueError: there is no data set, it is another kind, it is not finished, or a shard is missing, cut short or damaged;
+            the file is named.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, kind: str | None = None, full: bool = False, open_files: int = 2048
+    ) -> None:
+        self.folder, self.open_files = Path(folder), open_files
+        self.dataset, shards = read_index(self.folder)
+        if kind is not None and self.dataset.kind != kind:
+            raise ValueError(f"{self.folder}: holds {self.dataset.kind}, wanted {kind}")
+        if len(shards) != self.dataset.num_shards:
+            left = self.dataset.num_shards - len(shards)
+            raise ValueError(
+                f"{self.folder}: {left} of {self.dataset.num_shards} shards are not finished; run its command again"
+            )
+        for shard in shards:
+            path = self.folder / shard.file
+            size = path.stat().st_size if path.exists() else -1
+            if size != shard.bytes:
+                what = "is missing" if size < 0 else f"is cut short or changed: {size} bytes, wanted {shard.bytes}"
+                raise ValueError(f"{path}: {what}; run the data set's command again")
+        if full:
+            self.check_all()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.dataset.rows
+
+    def check_all(self) -> None:
+        """Read every byte against the checksums; ValueError names the first file that differs."""
+        for shard in range(self.dataset.num_shards):
+            check_shard(self.folder, self.dataset, shard, full=True)
+
+    def read(self, rows: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """These rows `[n]` of the named tensors (by default all that have rows), in the order asked for, as copies."""
+        fields = self.dataset.fields
+        by_row = [
+            n for n, f in fields.items() if f.shape[:1] == ("N",) and set(f.shape[1:]) <= self.dataset.sizes.keys()
+        ]
+        names = by_row if names is None else names
+        if others := set(names) - set(by_row):
+            raise ValueError(
+                f"names: wanted some of {', '.join(by_row)}, which have rows, got {', '.join(sorted(others))}"
+            )
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise ValueError(f"rows: wanted some of 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
+        out: dict[str, Tensor] = {}
+        for name in names:
+            shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]
+            out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype))
+        for begin, shard, first, count in self._runs(rows.tolist()):
+            mapped = self._mapped(shard)
+            for name in names:
+                out[name][begin : begin + count] = mapped[name][first : first + count]
+        return out
+
+    def shard(self, shard: int) -> dict[str, Tensor]:
+        """All tensors of one shard, as copies."""
+        return {name: t.clone() for name, t in self._mapped(shard).items()}
+
+    def _runs(self, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
+        """(position, shard, first row in it, how many) of each stretch of neighbours within one shard."""
+        size, begin = self.dataset.rows_per_shard, 0
+        for i in range(1, len(rows) + 1):
+            if i == len(rows) or rows[i] != rows[i - 1] + 1 or rows[i] % size == 0:
+                yield begin, rows[begin] // size, rows[begin] % size, i - begin
+                begin = i
+
+    def _mapped(self, shard: int) -> dict[str, Tensor]:
+        """The shard's tensors as views of its file: only what is read of them comes into memory."""
+        with self._lock:
+            if shard not in self._open:
+                check_shard(self.folder, self.dataset, shard)
+                if len(self._open) >= self.open_files:
+                    self._open.popitem(last=False)
+                with safe_open(shard_path(self.folder, shard), framework="pt") as f:
+                    self._open[shard] = {name: f.get_tensor(name) for name in self.dataset.fields}
+            self._open.move_to_end(shard)
+            return self._open[shard]
+
+
+def batch_rows(
+    rows: int, batch: int, index: int, *, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1
+) -> Tensor:
+    """Rows of batch `index` of process `rank` of `world`: a function of these numbers alone.
+
+    Every epoch goes through all rows in a new order drawn from the seed (or in theirs), `world` batches side by side; the
+    last rows that do not fill one for every process are left out.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank, world: wanted 0 <= rank < world, got {rank}, {world}")
+    if not 1 <= batch * world <= rows:
+        raise ValueError(f"batch: wanted 1 to {rows // world}, {rows} rows among {world} processes, got {batch}")
+    epoch, step = divmod(index, rows // (batch * world))
+    first = (step * world + rank) * batch
+    if not shuffle:
+        return torch.arange(first, first + batch)
+    return _order(rows, seed, epoch)[first : first + batch]
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(hash_seed(seed, epoch)))

@@ -1,0 +1,1 @@
+"""Sources of offline data: environments and the trajectories that are gathered in them, a file each."""

@@ -1,0 +1,143 @@
+"""What in-context learners from offline data have in common: spaces, prompts, acting. S-ICQL and its rivals build on it.
+
+A `Method` is trained on `Trajectories` by `icrl.offline.learner.OfflineLearner` and judged by `icrl.offline.few_shot`: it has a
+loss, and makes agents that start with no experience of their tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icrl.offline.trajectories import Trajectories
+from icrl.offline.trunk import TrunkConfig
+
+
+class Spaces(NamedTuple):
+    """Of an environment: what a method's networks are made for."""
+
+    environment: str
+    state_size: int
+    num_actions: int  # 0: actions are vectors
+    action_size: int  # channels of an action's features
+
+    @classmethod
+    def of(cls, data: Trajectories) -> Spaces:
+        return cls(data.environment, data.state_size, data.num_actions, data.action_size)
+
+    def features(self, actions: Tensor) -> Tensor:
+        return F.one_hot(actions, self.num_actions).float() if self.num_actions else actions
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Of every method."""
+
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    horizon: int = 100
+    """Steps of an episode: what a prompt, or each episode of a history, holds."""
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+
+
+class Agent(Protocol):
+    """Acts in B tasks at once, from no experience on."""
+
+    def begin(self) -> None:
+        """An episode begins, in every task."""
+        ...
+
+    def act(self, state: Tensor) -> Tensor:
+        """States [B,S] -> actions, [B] int64 or [B,A] float32."""
+        ...
+
+    def observe(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
+        """What the last action brought: rewards [B], states as in `act`."""
+        ...
+
+
+class Method(nn.Module):
+    """An in-context learner. `mean` and `std` [S] of the data's states are kept with the weights."""
+
+    name: str
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Any, spaces: Spaces) -> None:
+        super().__init__()
+        self.config, self.spaces = config, spaces
+        self.register_buffer("mean", torch.zeros(spaces.state_size))
+        self.register_buffer("std", torch.ones(spaces.state_size))
+
+    def prepare(self, data: Trajectories) -> None:
+        """Once before training on this data. Raises ValueError where it does not suit."""
+        data.check_length("horizon", self.config.horizon)
+        mean, std = data.moments()
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
+        """Of one batch drawn from the data, and what to log."""
+        raise NotImplementedError
+
+    def before_update(self) -> None:
+        """Before each batch: moving averages and the like."""
+
+    def agent(self, batch: int) -> Agent:
+        raise NotImplementedError
+
+    def normal(self, states: Tensor) -> Tensor:
+        return (states - self.mean) / self.std
+
+    def transitions(self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor) -> Tensor:
+        """[..., 2S+A+1] features of raw transitions."""
+        a = self.spaces.features(actions)
+        return torch.cat([self.normal(states), a, rewards[..., None], self.normal(next_states)], -1)
+
+    def imitation(self, output: Tensor, actions: Tensor) -> Tensor:
+        """How far a policy's output is from actions [...]: cross-entropy where discrete, squared error where not."""
+        if self.spaces.num_actions:
+            return F.cross_entropy(output.movedim(-1, 1), actions, reduction="none")
+        return (output - actions).square().mean(-1)
+
+    def choose(self, output: Tensor) -> Tensor:
+        """The action of a policy's output: sampled where discrete, the mean where not."""
+        if self.spaces.num_actions:
+            return torch.distributions.Categorical(logits=output).sample()
+        return output
+
+
+def head(width: int, outputs: int) -> nn.Sequential:
+    """A readout with two hidden layers; its last layer starts small."""
+    net = nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+    )
+    nn.init.normal_(net[-1].weight, std=0.02)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(net[-1].bias)  # pyright: ignore[reportArgumentType]
+    return net
+
+
+class Episode:
+    """The steps of the current episode, in every task."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def add(self, *step: Tensor) -> None:
+        self.steps.append(step)  # pyright: ignore[reportArgumentType]
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """states [B,h,S], actions [B,h,...], rewards [B,h], next_states [B,h,S]."""
+        s, a, r, n = (torch.stack(x, 1) for x in zip(*self.steps, strict=True))
+        return s, a, r, n
+
+
+# --- methods with a prompt --------------------------------------------------------------------------------------------

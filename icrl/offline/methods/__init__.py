@@ -1,0 +1,1 @@
+"""S-ICQL and its rivals, a file each."""

@@ -1,0 +1,26 @@
+"""AD, algorithm distillation (Laskin et al. 2022, arXiv 2210.14215): predict the next action of a learning history.
+
+A model that predicts how a learner goes on must know how it improves; acting by it goes on improving, in context.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from icrl.offline.history import HistoryConfig, HistoryMethod, HistoryTrunk
+from icrl.offline.method import Spaces, head
+from icrl.offline.trajectories import Trajectories
+
+
+class AD(HistoryMethod):
+    name = "ad"
+
+    def __init__(self, config: HistoryConfig, spaces: Spaces) -> None:
+        super().__init__(config, spaces)
+        self.trunk = HistoryTrunk(config, spaces)
+        self.pi = head(config.trunk.width, spaces.action_size)
+
+    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
+        h = self.draw(data)
+        loss = self.imitation(self.pi(self.features(h)), h.action).mean()
+        return loss, {"loss": float(loss.detach())}

@@ -1,0 +1,336 @@
+"""OmniRL: a linear-attention sequence model that learns a Markov decision process from its context.
+
+One token an environment step: the observation and the transition that led to it. Every memory is a gated linear attention
+(`icrl_kernels.gla`), so training runs in parallel over the sequence, acting is recurrent with a state of constant size, and
+a sequence of any length is trained by segments.
+
+What differs from the published OmniRL (arXiv 2502.02869), a plain stack of token mixers: the mixers' keys start, and stay,
+where they are of use for a table.
+
+- *Transition memory* (one layer, a head an action): key = the previous observation, in the head of the previous action;
+  value = (1, reward, termination, observation, behaviour tag). Its read at the current observation gives, for each action,
+  how often it was tried, its mean reward and where it led: sums that attention forms exactly, because observations enter as
+  orthonormal vectors.
+- *Value memories* (`layers` of them): key = the current observation, value = what the layer below thinks of it, with a decay
+  on the addressed slot alone (an average that forgets stale estimates). The query is the transition memory's distribution
+  of next states, so that the read is an expectation of values over next states: one layer is one learned Bellman backup.
+- *Blocks* between them: per-action streams `z [B,T,A,d]` whose weights are shared by all actions, and a state stream
+  `x [B,T,D]` that pools over them. Observations have no other embedding, so a checkpoint serves any number of states.
+
+Readouts after every block (trained on all, used from the last): logits and Q-values of five policies, by their tags in
+decoupled policy distillation: 0-3, the optimal one at a discount; 4, the optimistic model-based learner, which says what to
+do under uncertainty. The prompt tag chooses the one that acts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icrl.omnirl.tags import START, TAGS
+from icrl.training import checkpoint
+from icrl_kernels import gla, gla_step
+
+
+@dataclass(frozen=True)
+class OmniRLConfig:
+    actions: int = 5
+    layers: int = 5
+    action_width: int = 32
+    state_width: int = 64
+    value_width: int = 24
+    action_hidden: int = 48
+    state_hidden: int = 96
+    pool_heads: int = 4
+    write_rate: float = 0.3
+    discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
+    explorer_discount: float = 0.9
+
+    @property
+    def policies(self) -> int:
+        """How many policies are read out: the optimal one at each discount, and the explorer (tags 0..4)."""
+        return len(self.policy_discounts)
+
+    @property
+    def policy_discounts(self) -> tuple[float, ...]:
+        """Each policy's discount, by its tag."""
+        return (*self.discounts, self.explorer_discount)
+
+
+class Tokens(NamedTuple):
+    """One token a step, all `[B,T]`: where the agent is, and what brought it there."""
+
+    observation: Tensor  # int64 in [0, states)
+    previous_observation: Tensor  # int64; anything where done is START
+    previous_action: Tensor  # int64; `actions` where done is START
+    previous_reward: Tensor  # float32
+    previous_done: Tensor  # int64: 0 no, 1 terminated, 2 truncated, 3 START
+    previous_tag: Tensor  # int64 in [0, TAGS): who chose previous_action
+
+
+class Readout(NamedTuple):
+    logits: Tensor  # [B,T,A,G] of each policy
+    q: Tensor  # [B,T,A,G] (1-discount)·Q, in units of the rewards' mean and deviation seen so far
+
+
+class Output(NamedTuple):
+    readouts: list[Readout]  # one a block; the last is the model's
+    reward_mean: Tensor  # [B,T] causal statistics that the q readouts are relative to
+    reward_scale: Tensor
+
+
+class Rewards(NamedTuple):
+    """The rewards so far, `[B,T]` each: what they are measured against."""
+
+    mean: Tensor
+    scale: Tensor  # mean absolute deviation
+    rms: Tensor
+    most: Tensor
+    count: Tensor
+
+
+class State(NamedTuple):
+    """All that the model keeps of its context; float32, constant in size."""
+
+    transition: Tensor  # [B,A,S,3+TAGS+S]
+    values: list[Tensor]  # each [B,1,S,1+value_width+G]
+    reward_sum: Tensor  # [B]
+    reward_deviation: Tensor  # [B]
+    reward_square: Tensor  # [B]
+    reward_max: Tensor  # [B], 0 before the first
+    count: Tensor  # [B]
+
+    def detach(self) -> State:
+        rest = (self.reward_sum, self.reward_deviation, self.reward_square, self.reward_max, self.count)
+        return State(self.transition.detach(), [x.detach() for x in self.values], *(x.detach() for x in rest))
+
+
+def _normed(x: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+
+def _linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _compared(x: Tensor, known: Tensor) -> Tensor:
+    """`x [B,T,A,F]` of each action against the mean of the known ones, at three resolutions; zero for unknown actions."""
+    n = known.sum(2, keepdim=True) + 0.1
+    centred = (x - (x * known).sum(2, keepdim=True) / n) * known
+    deviation = ((centred * centred).sum(2, keepdim=True) / n + 1e-5).sqrt()
+    return torch.cat([centred / deviation, torch.tanh(5 * centred), torch.tanh(30 * centred)], -1)
+
+
+class Block(nn.Module):
+    """Pools the actions' streams into the state's and sends it back, each through a gated MLP."""
+
+    def __init__(self, c: OmniRLConfig) -> None:
+        super().__init__()
+        d, width, pooled = c.action_width, c.state_width, 8 * c.pool_heads
+        self.score = _linear(d, c.pool_heads, d**-0.5)
+        self.value = _linear(d, 2 * pooled, d**-0.5)
+        self.pool_out = _linear(2 * pooled, width, 0.3 * (2 * pooled) ** -0.5)
+        self.state_in = _linear(width, 2 * c.state_hidden, width**-0.5)
+        self.state_out = _linear(c.state_hidden, width, 0.3 * c.state_hidden**-0.5)
+        self.action_in = _linear(d, 2 * c.action_hidden, d**-0.5)
+        self.action_state_in = _linear(width, 2 * c.action_hidden, width**-0.5)
+        self.action_out = _linear(c.action_hidden, d, 0.3 * c.action_hidden**-0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        zn = _normed(z)
+        weight = F.softmax(2 * self.score(zn), dim=2)  # over actions
+        mean, best = self.value(zn).unflatten(-1, (2, weight.shape[-1], 8)).unbind(3)
+        pooled = torch.cat([(weight[..., None] * mean).sum(2).flatten(-2), best.amax(2).flatten(-2)], -1)
+        x = x + self.pool_out(pooled)
+        a, b = self.state_in(_normed(x)).chunk(2, -1)
+        x = x + self.state_out(F.silu(a) * b)
+        a, b = (self.action_in(zn) + self.action_state_in(_normed(x))[:, :, None]).chunk(2, -1)
+        return z + self.action_out(F.silu(a) * b), x
+
+
+class OmniRL(nn.Module):
+    """`model(tokens, state) -> (output, state)`; see the module's docstring for what it is."""
+
+    def __init__(self, config: OmniRLConfig | None = None) -> None:
+        super().__init__()
+        c = self.config = config or OmniRLConfig()
+        d, width, G = c.action_width, c.state_width, c.policies
+        self.discounts: Tensor
+        self.register_buffer("discounts", torch.tensor(c.policy_discounts), persistent=False)
+        self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
+        self.state_features = _linear(7, width, 0.5, bias=True)
+        rate = math.log(c.write_rate / (1 - c.write_rate))
+        self.write_rate = nn.Parameter(torch.full((c.layers,), rate))
+        self.bonus = nn.Parameter(torch.tensor([0.0] * len(c.discounts) + [0.2]))  # of rarely tried actions, a policy
+        self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(c.layers))
+        self.read = nn.ModuleList(
+            _linear(c.value_width + 1 + 4 * G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers)
+        )
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers + 1))
+        self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+
+    def initial_state(self, batch: int, states: int) -> State:
+        """An empty context for `batch` sequences of tasks with up to `states` observations."""
+        c, device = self.config, self.write_rate.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        values = [zeros(batch, 1, states, 1 + c.value_width + c.policies) for _ in range(c.layers)]
+        memory = zeros(batch, c.actions, states, 3 + TAGS + states)
+        return State(memory, values, *(zeros(batch) for _ in range(5)))
+
+    def forward(self, tokens: Tokens, state: State) -> tuple[Output, State]:
+        """Tokens `[B,T]` after the context in `state` -> readouts `[B,T,...]` and the state after them.
+
+        With T=1 and gradients off, the state's tensors are updated in place and returned.
+        """
+        c = self.config
+        states = state.transition.shape[2]
+        here = F.one_hot(tokens.observation, states).float()
+        rewards, statistics = self._reward_statistics(tokens.previous_reward, state)
+        mean, scale = rewards.mean, rewards.scale
+        seen, new_transition = self._read_transitions(tokens, here, state.transition)
+        z, x, next_state, mean_reward, known, mass = self._features(tokens, here, seen, rewards)
+        gain = mean_reward[..., None] + self.bonus * rewards.rms[..., None, None] * known
+        z, x = self.blocks[0](z, x)
+        readouts = [self._readout(0, z, x, torch.zeros(()))]
+        new_values = []
+        units = (mean[..., None, None], scale[..., None, None])
+        for i in range(c.layers):
+            best = readouts[-1].q.amax(2) * units[1][..., 0] + units[0][..., 0]
+            value = torch.cat([torch.ones_like(best[..., :1]), self.write[i](_normed(x)), best], -1)[:, :, None]
+            rate = torch.sigmoid(self.write_rate[i]).clamp(max=0.8)
+            key = here[:, :, None]
+            read, new = self._attend(next_state, key * rate, value, key * torch.log1p(-rate), state.values[i])
+            new_values.append(new)
+            weight = read[..., :1]
+            average = read[..., 1:] / (weight + 1e-2)
+            # one Bellman backup at each discount, in raw reward units, then in the units of the readouts
+            backup = (1 - self.discounts) * gain + self.discounts * mass[..., None] * average[..., c.value_width :]
+            backup = ((backup - units[0]) / units[1]).clamp(-8, 8) * (mass[..., None] > 0.02)
+            compared = _compared(backup, (mass[..., None] > 0.02).float())
+            z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
+            z, x = self.blocks[i + 1](z, x)
+            readouts.append(self._readout(i + 1, z, x, backup))
+        output = Output(readouts, mean, scale)
+        return output, State(new_transition, new_values, *statistics)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        if q.shape[1] == 1 and not torch.is_grad_enabled():
+            o = gla_step(q[:, 0], k[:, 0], v[:, 0], None if g is None else g[:, 0], state, scale=1.0)
+            return o[:, None], state
+        o, new = gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+        assert new is not None
+        return o, new
+
+    def _reward_statistics(self, reward: Tensor, state: State) -> tuple[Rewards, tuple[Tensor, ...]]:
+        """What is known of the rewards' scale at each token, and the state that continues it."""
+        steps = torch.arange(reward.shape[1], device=reward.device, dtype=torch.float32)
+        count = state.count[:, None] + steps  # rewards seen; the first token of a context brings none
+        n = count.clamp(min=1)
+        total = state.reward_sum[:, None] + reward.cumsum(1)
+        mean = total / n
+        deviation = state.reward_deviation[:, None] + (reward - mean).abs().cumsum(1)
+        square = state.reward_square[:, None] + reward.square().cumsum(1)
+        unseen = torch.full_like(state.reward_max, -math.inf)
+        most = torch.where(count > 0, reward, unseen[:, None]).cummax(1).values
+        most = torch.maximum(most, torch.where(state.count > 1, state.reward_max, unseen)[:, None]).nan_to_num(
+            neginf=0.0
+        )
+        found = Rewards(mean, deviation / n + 1e-2, (square / n).sqrt(), most, count)
+        return found, (total[:, -1], deviation[:, -1], square[:, -1], most[:, -1], count[:, -1] + 1)
+
+    def _read_transitions(self, t: Tokens, here: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        A, done = self.config.actions, t.previous_done
+        head = (
+            F.one_hot(t.previous_action, A + 1)[..., :A] * (done != START)[..., None]
+        )  # head a is written when a was taken
+        key = F.one_hot(t.previous_observation, here.shape[-1]).float()[:, :, None] * head[..., None]
+        value = torch.cat(
+            [
+                torch.ones_like(here[..., :1]),
+                t.previous_reward[..., None],
+                (done == 1).float()[..., None],
+                F.one_hot(t.previous_tag, TAGS).float(),
+                (done == 0).float()[..., None] * here,  # where an episode ended, the observation is no next state
+            ],
+            -1,
+        )
+        query = here[:, :, None].expand(-1, -1, A, -1)
+        return self._attend(query, key, value[:, :, None].expand(-1, -1, A, -1), None, memory)
+
+    def _features(self, t: Tokens, here: Tensor, seen: Tensor, rewards: Rewards) -> tuple[Tensor, ...]:
+        """What the transition memory knows of each action here.
+
+        Streams z and x; then, of each action: frequencies of next states, mean reward, 1/√visits (0 where untried), and
+        the share of its outcomes that went on.
+        """
+        n = seen[..., :1].clamp(min=0)
+        average = seen[..., 1:] / (n + 1e-2)
+        reward, end, tags, next_state = average.split([1, 1, TAGS, here.shape[-1]], -1)
+        mean, scale = rewards.mean, rewards.scale
+        known = n / (n + 0.1)
+        r = (reward - mean[..., None, None]) / scale[..., None, None] * known
+        stays, spread = (next_state * here[:, :, None]).sum(-1, keepdim=True), (next_state**2).sum(-1, keepdim=True)
+        visits = [known, 0.5 * torch.log1p(n), 1 / (1 + n)]
+        gains = [0.5 * r.clamp(-8, 8), torch.tanh(r), torch.tanh(4 * r), _compared(r, known)]
+        z = self.action_features(torch.cat([*visits, *gains, end, stays, spread, tags], -1))
+        parts = [
+            0.3 * torch.log1p(rewards.count),
+            0.3 * torch.log(scale),
+            (mean / scale).clamp(-5, 5),
+            (t.previous_done == 1).float(),
+            (t.previous_done == 2).float(),
+            0.5 * (rewards.rms / scale).clamp(max=8),
+            0.3 * ((rewards.most - mean) / scale).clamp(-8, 8),
+        ]
+        x = self.state_features(torch.stack(parts, -1))
+        return z, x, next_state, reward[..., 0], known * (n + 1e-2).rsqrt(), (known * (1 - end))[..., 0]
+
+    def _readout(self, i: int, z: Tensor, x: Tensor, backup: Tensor) -> Readout:
+        zn = _normed(z)
+        q = backup + self.q_heads[i](zn) + self.q_state_heads[i](_normed(x))[:, :, None]
+        return Readout(self.policy_heads[i](zn), q)
+
+    def save(self, path: Path | str, **facts: object) -> None:
+        checkpoint.save(path, self.state_dict(), {"model": "omnirl", "config": asdict(self.config), **facts})
+
+    @classmethod
+    def load(cls, path: Path | str) -> OmniRL:
+        """A model from a checkpoint written by `save`. Raises ValueError where the file is not one."""
+        tensors, facts = checkpoint.load(path)
+        if facts.get("model") != "omnirl":
+            raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
+        try:
+            config = dict(facts["config"])
+            model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise ValueError(f"checkpoint: {path} holds weights that are not finite")
+        return model.eval()
+
+
+def shipped() -> Path:
+    """The checkpoint that comes with the package."""
+    path = Path(str(files("icrl.omnirl") / "weights" / "omnirl.safetensors"))
+    if not path.exists():
+        raise ValueError(
+            f"checkpoint: this installation has no shipped model at {path}; train one with `icrl train omnirl`"
+        )
+    return path

@@ -1,0 +1,1 @@
+"""The training loop: configuration, checkpoints, exact resume. It knows no model."""
