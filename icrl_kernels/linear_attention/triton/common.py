@@ -1,5 +1,30 @@
 """Device functions that the Triton kernels of the linear-attention ops share: spans of ragged batches, masked loads
-and stores with 64-bit offsets, and decays within a chunk.
+and stores with 64-bit offsets, and decays within a chunk. None of them is launched: there are no grids here.
+
+Symbols. Tensors in memory are contiguous. The others are a program's values, float32 unless a dtype is named.
+  x               pointer, [tokens, H, D] of any dtype: the tensor that is read or written (in `_halve` see below)
+  g               pointer, float32, bfloat16 or float16: logarithms of decays, [tokens, HK, K], or [tokens, HK] in
+                  `_scalar_gates`
+  cu              pointer, int32 or int64 [N + 1]: first token of each sequence. cu, owner and first: VARLEN only
+  owner, first    pointers, int64 [segments] and [N + 1]: each segment's sequence; each sequence's first segment
+  s, L            number of a segment; tokens of one
+  PER, T          segments of a sequence; tokens of one: unless VARLEN
+  t, lo, hi       int64 [rows, mostly C], numbers of tokens in the batch; segment's first token; end of what is there
+  t0, r, left     int64, first row's token; int32 [C], rows from it on; int32, how many rows are there
+  h, H, HK        number of a head; heads of the tensor; heads of g
+  o, D, MASK      int32 [BD], numbers of channels; channels in memory; whether some of o are not below D
+  c, C            number of a chunk of the segment; tokens of a chunk: 16, 32 or 64
+  K               channels: in memory for `_gates` and `_after`, else those of the tile, a power of two
+  q, k            [C, K] of any dtype: rows and columns of a product. y: [C, K], what `_apply_any_gate` reads
+  b               [C, K], gates times log2 e, so in log2. total: [K], b's sum over the chunk
+  p, x            `_halve`: [C, K], sums of b over a block up to and with each row; after each row
+  W, A, out       [C, C]; [C, C]; [C, K]
+  coarse, fine    [C], sums of gates per head in log2, as multiples of 1/256 and the rest
+  level, LEVELS   blocks of 2^level rows are joined to pairs; number of levels, log2 C
+  LIMIT           bits of decay in a chunk that one anchor serves: 16 for float32, else 100
+  DT, PREC        products' operands: bfloat16 for bfloat16, else float32; "tf32x3" for float32, else "tf32"
+  VARLEN          whether the batch is packed
+  TO_UPPER        whether rows read those before them, not those after
 
 Gates. All sums of gates are local to a chunk (a cumulative sum over the sequence loses all digits after a few million
 tokens), in log2, and no decay is computed as a difference of two long sums where these may be large. For a gate per
@@ -20,7 +45,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _span(s, cu, owner, first, T, L, PER, VARLEN: tl.constexpr):
-    """Sequence, first and end token of segment s. A surplus segment of a ragged batch gets end <= first."""
+    """Sequence, first token, end and sequence's end of segment s. Reads cu, owner, first. A surplus segment of a ragged
+    batch gets end <= first token."""
     if VARLEN:
         n = tl.load(owner + s)
         lo = tl.load(cu + n).to(tl.int64) + (s - tl.load(first + n)) * L
@@ -34,7 +60,8 @@ def _span(s, cu, owner, first, T, L, PER, VARLEN: tl.constexpr):
 
 @triton.jit
 def _load(x, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
-    """Rows t (zero from hi on) and columns o (zero from D on, where MASK says that there are such) of head h."""
+    """Reads x: rows t (zero from hi on) and columns o (zero from D on, where MASK says that there are such) of head h,
+    [C, BD] in x's dtype."""
     p = x + ((t * H + h) * D)[:, None] + o[None, :]
     m = (t < hi)[:, None]
     if MASK:
@@ -44,6 +71,7 @@ def _load(x, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _store(x, y, t, hi, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
+    """Writes y [C, BD] to x where `_load` would read it, in x's dtype."""
     p = x + ((t * H + h) * D)[:, None] + o[None, :]
     m = (t < hi)[:, None]
     if MASK:
@@ -63,6 +91,7 @@ def _rows(x, t0, r, left, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _put_rows(x, y, t0, r, left, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
+    """Writes y [C, BD] to x where `_rows` would read it, in x's dtype."""
     p = x + (t0 * H + h) * D + ((r * (H * D))[:, None] + o[None, :])
     m = (r < left)[:, None]
     if MASK:
@@ -72,6 +101,7 @@ def _put_rows(x, y, t0, r, left, h, H, o, D: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _gates(g, t, hi, h, HK, o, K: tl.constexpr, MASK: tl.constexpr):
+    """Reads g: rows t of head h as b, [C, BD]."""
     return _load(g, t, hi, h, HK, o, K, MASK).to(tl.float32) * LOG2E
 
 
@@ -96,12 +126,14 @@ def _scalar_gates(g, t, hi, h, HK):
 
 @triton.jit
 def _decay(coarse, fine):
+    """2^(coarse + fine)."""
     return tl.exp2(coarse) * tl.exp2(fine)
 
 
 @triton.jit
 def _weak(total, LIMIT: tl.constexpr):
-    """1 where a chunk's gates, whose sums these are, stay within LIMIT; 0 for a NaN too: rows before it may be beyond."""
+    """Int32 [K]: 1 where a chunk's gates, whose sums these are, stay within LIMIT; 0 for a NaN too: rows before it may
+    be beyond."""
     return tl.where(total >= -LIMIT, 1, 0)
 
 

@@ -1,5 +1,48 @@
 """Triton kernels of the gated delta rule: S' = diag(exp g_t) S, u_t = beta_t (v_t − S'ᵀ k_t), S = S' + k_t u_tᵀ, o_t = scale·Sᵀ q_t.
 
+Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that of q, k and v; DT is the products'.
+Grids run fastest over their last factor.
+  B, T, N         rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed)
+  H, HK, GROUP    heads of v, g, beta, o and the states; heads of q and k; H / HK
+  K, V            channels of q and k; of v and o: each 1 to 256
+  PER, NC, C      chunks of a sequence (packed: 0); of the batch (packed: at most); tokens of a chunk: 16, 32 or 64
+  PARTS, L        parts that each sequence is cut into (packed: 1); tokens of a part
+  q, k            io [B, T, HK, K]
+  v, o, do        io [B, T, H, V]
+  g               io or float32, logarithms of decays: GATE 1 [B, T, H], GATE 2 [B, T, H, K], else None
+  beta            io or float32 [B, T, H]; None without BETA: 1
+  cu              int32 or int64 [N + 1], first token of each sequence; cu, owner and first are None unless packed
+  owner, first    int64 [NC], the sequence of each chunk; int64 [N + 1], the first chunk of each sequence
+  solve, scores   DT [NC, H, C, C]: (I + N)^-1 and A, below
+  rows            [NC, H, 3, C]: factors of the rows of (P q) S, of (P k) S and of k eᵀ
+  norms           [B, T, H, 2]: 1/|q| and 1/|k|; None without NORM
+  decay           product of a chunk's decays: GATE 1 [NC, H, 1], GATE 2 [NC, H, K], else None
+  strong          int32 [NC, H], whether gates go beyond LIMIT; GATE 2, else None
+  qd, kd, ku      GATE 2: DT [B, T, H, K], q and k decayed from the chunk's start, k to its end; else q, k and k, which
+                  `_prepare` does not write. `_forward` and `_reverse` name the first q
+  HX, GROUP       in these two: heads of q, kd and ku, and H / HX: H and 1 with GATE 2, else HK and H / HK
+  init, last      [N, PARTS, H, K, V], the state before and after each part; init is read with HAS_INIT
+  dlast, dinit    [N, PARTS, H, K, V], the gradients of last (None: zeros) and of init
+  e, dr           DT [B, T, H, V], below; None: not wanted
+  states          DT [NC, H, V, K], the state that each chunk begins with, transposed; None: not wanted
+  dstates         DT [NC, H, V, K], the gradient of the state that each chunk ends with, transposed; None: not wanted
+  dq, dk          `_gradients`: [B, T, H, K], before the norm and a sum over the heads that share q and k; or the op's
+                  own gradients in io, if GROUP is 1 without NORM
+  dg              GATE 2: [B, T, H, K] in g's dtype; GATE 1: [B, T, H, ceil(K/BK)], summed by the launcher; else None
+  dbeta           [B, T, H, ceil(K/BK)], summed by the launcher; None without BETA
+  x, dx, out      `_gather_heads`: io [B, T, HK, K], q or k; [B, T, H, K]; the gradient, like x
+  tokens, BT      B·T; tokens of a program of `_gather_heads`
+  state, scale    [B, H, K, V], `_step`'s; float
+  BK, BV          channels of a program's tile, powers of two of at least 16
+  LEVELS, LIMIT   log2 C; in bits, 16 for float32, else 100
+  DT, PREC        products' operands: bfloat16 for bfloat16, else float32; "tf32x3" for float32, else "tf32"
+  GATE, VARLEN    0 none, 1 per head, 2 per channel; whether the batch is packed
+  BETA, NORM      whether there is a beta; whether q and k are normalised
+  HAS_INIT        whether there is an init
+  TRANSFER        whether `_forward` finds M of a part, below. WHICH: 0 for q, 1 for k
+  ANY             whether this is the second launch, for strong gates
+  t, hi, h, r, o, MASK: as in common.py. ok, ov: numbers of the tile's channels. The rest: at the device functions
+
 In a chunk of C tokens that begins with state S, with P_i the product of exp g over its tokens up to i and e = u / beta,
   N_ij = beta_j k_i·(P_i / P_j) k_j  (j < i),         e = (I + N)^-1 (v − (P k) S),
   A_ij = scale beta_j q_i·(P_i / P_j) k_j  (j <= i),  o = scale (P q) S + A e,
@@ -47,7 +90,8 @@ BLOCK = tl.constexpr(16)
 
 @triton.jit
 def _join(X, N, B: tl.constexpr, C: tl.constexpr):
-    """Of the inverses of the diagonal blocks of B rows, [C/B, B, B], those of 2B: [[X, 0], [-Y L X, Y]]."""
+    """Of X, the inverses of the diagonal blocks of B rows of I + N, [C/B, B, B], those of 2B, [C/2B, 2B, 2B]: [[X, 0],
+    [-Y L X, Y]]."""
     H: tl.constexpr = C // (2 * B)
     half = tl.arange(0, 2)
     p = tl.arange(0, H)
@@ -87,6 +131,7 @@ def _inverse(N, C: tl.constexpr):
 
 @triton.jit
 def _weights(beta, t, hi, h, H, BETA: tl.constexpr):
+    """Reads beta: float32 [C] of rows t of head h, 1 without BETA; zero from hi on."""
     if BETA:
         return tl.load(beta + t * H + h, mask=t < hi, other=0.0).to(tl.float32)
     return tl.where(t < hi, 1.0, 0.0)
@@ -99,10 +144,11 @@ def _prepare(
     LIMIT: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """(I + N)^-1, A, with NORM 1/|q| and 1/|k|, and each row's factors of its (Pq)S, (Pk)S and k eᵀ, [3, C] a chunk.
+    """Grid NC·H: a chunk and a head. Reads q, k, g, beta. Writes solve, scores, norms, rows, decay, strong and, for a
+    gate per channel, qd, kd, ku.
 
-    The decays are in the factors for a gate per head; for one per channel they are in qd, kd and ku. There the rows of
-    the two matrices whose gates reach beyond LIMIT are left to a second launch, ANY, of the chunks marked as strong.
+    The decays are in rows for a gate per head; for one per channel they are in qd, kd and ku. There the rows of the two
+    matrices whose gates reach beyond LIMIT are left to a second launch, ANY, of the chunks marked as strong.
     """
     MK: tl.constexpr = K % BK != 0
     pid = tl.program_id(0)
@@ -204,7 +250,7 @@ def _sequence(n, cu, first, T, PER, L, PARTS, C: tl.constexpr, VARLEN: tl.conste
 
 @triton.jit
 def _turned(x, t, left, h, H, r, o, D: tl.constexpr, MASK: tl.constexpr):
-    """_rows transposed: where, and which are there."""
+    """As `_rows` transposed, for tokens t + r with r < left: pointers [D's tile, C], and which of them are there."""
     m = (r < left)[None, :]
     if MASK:
         m = m & (o < D)[:, None]
@@ -213,7 +259,8 @@ def _turned(x, t, left, h, H, r, o, D: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _shrink(decay, c, ok, K: tl.constexpr, GATE: tl.constexpr):
-    """What a chunk's gates do to the transposed state."""
+    """Reads decay: what the gates of chunk and head c (chunk·H + head) do to the transposed state: [1, BK], a number,
+    or 1."""
     if GATE == 2:
         shrink = tl.load(decay + c * K + ok, mask=ok < K, other=0.0)[None, :]
     elif GATE == 1:
@@ -230,9 +277,11 @@ def _forward(
     GATE: tl.constexpr, HAS_INIT: tl.constexpr, TRANSFER: tl.constexpr, VARLEN: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """The last state, o (unless None), and e and the states that chunks begin with, [chunks, H, V, K] (unless None).
+    """Grid N·PARTS·H·ceil(V/BV): a part of a sequence, a head, all of K and BV of V. Reads q, kd, ku, v, solve, scores,
+    rows, decay, init. Writes last; o unless None; e and states unless None.
 
-    TRANSFER: of the identity as initial state and no values, so that last = M, where a state S comes out as M S + ..
+    TRANSFER: of the identity as initial state and no values (v is None, V is K), so that last = M, where a state S
+    comes out as M S + ..
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
@@ -291,8 +340,9 @@ def _reverse(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first: D of the first state, and dr and D of the states that chunks end with (unless
-    None). Without dlast, D of the last state is 0."""
+    """Grid N·PARTS·H·ceil(V/BV), as `_forward`, from the last chunk to the first. Reads q, kd, ku, do, solve, scores,
+    rows, decay, dlast. Writes dinit, the gradient D of the first state; dr and dstates, D of the states that chunks end
+    with, unless None. Without dlast, D of the last state is 0."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -342,7 +392,8 @@ def _decayed(
     W, y, b, G, TO_UPPER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """out_r = sum_c W_rc 2^(gates between) y_c per channel; TO_UPPER: over c < r, else over c > r."""
+    """out_r = sum_c W_rc 2^(gates between) y_c per channel; TO_UPPER: over c < r, else over c > r. W [C, C], y [C, BK],
+    b: gates in log2 [C, BK], G: their sums from the chunk's start [C, BK], used unless ANY."""
     if ANY:
         out = _apply_any_gate(W, y, b, TO_UPPER, C, BK, LEVELS, DT, PREC)
     else:
@@ -364,7 +415,8 @@ def _gradients(
     LEVELS: tl.constexpr, GATE: tl.constexpr, BETA: tl.constexpr,
     NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and BK of the K channels: the gradients of (normalised) q and k, [B, T, H, K], and parts of dbeta and dg.
+    """Grid NC·H·ceil(K/BK): a chunk, a head and BK of the K channels. Reads q, k, g, beta, do, e, dr, norms, strong,
+    states, dstates. Writes dq and dk, the gradients of (normalised) q and k, and its parts of dbeta and dg.
 
     dg_t sums what decays over t: the rows from t on of what they read from the state and from earlier rows, and the
     columns before t of what they write to the state, each as it is; pairs within the chunk as the difference of sums.
@@ -495,7 +547,8 @@ def _gather_heads(
     GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, WHICH: tl.constexpr, NORM: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q or k: those of the value heads that read it, summed in order, then through the norm."""
+    """Grid ceil(B·T/BT)·HK: BT tokens and a head of q and k. Reads x, dx, norms. Writes out, the gradient of q or k:
+    those of the value heads that read it, summed in order, then through the norm."""
     MK: tl.constexpr = K != BK
     pid = tl.program_id(0)
     hk = pid % HK
@@ -517,6 +570,8 @@ def _step(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
     BETA: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
+    """Grid B·H·ceil(V/BV): a row, a value head, all of K and BV of V. Reads q, k, v, g, beta, which have no T here.
+    Updates state in place, writes o. H is not used."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     n = (pid // NV).to(tl.int64)  # batch row and value head

@@ -1,13 +1,41 @@
 """Triton kernels of gated linear attention: S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ, o_t = scale·S_tᵀ q_t.
 
-A sequence is worked off in chunks of 64 tokens with the state on chip. Where sequences and heads fill the chip, one
+Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that of q, k and v. Grids run fastest over
+their last factor.
+  B, T, N         rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed)
+  H, HK, GROUP    heads of q and o; heads of k, v, g and the states; H / HK
+  K, V            channels of q and k; of v and o: 1 to 256
+  L, PER, NS      tokens of a segment; segments of a sequence (packed: 0); of the batch (packed: at most)
+  U               units: N if SINGLE, else NS
+  q, dq; k, dk    io [B, T, H, K]; io [B, T, HK, K]
+  v, dv; o, do    io [B, T, HK, V]; io [B, T, H, V]
+  g               io or float32, logarithms of decays: GATE 1 [B, T, HK], GATE 2 [B, T, HK, K], else None
+  cu              int32 or int64 [N + 1], first token of each sequence; cu, owner and first are None unless packed
+  owner, first    int64 [NS], the sequence of each segment; int64 [N + 1], the first segment of each sequence
+  states          [NS, HK, K, V], the state each segment starts from (gradients if SINGLE: ends with)
+  out, add        [NS, HK, K, V], what a segment adds to the state; to the state's gradient
+  init, dinit     [N, HK, K, V], the state before a sequence (None: zeros); its gradient (None: not wanted)
+  last, final     [N, HK, K, V], the state after a sequence
+  dstates         [U, HK, K, V], the gradient of the state that a unit ends with (None: zeros)
+  decay           product of a segment's decays: GATE 1 [NS, HK, 1], GATE 2 [NS, HK, K]
+  strong          int32, where gates go beyond LIMIT (GATE 2): [U, HK] in `_outputs`, [PARTS, U, HK] in gradients
+  z               q's part of dg: GATE 1 [PARTS, B, T, H], GATE 2 [B, T, H, K], which may be dg itself
+  dg              GATE 1 [PARTS, B, T, HK], summed by the launcher; GATE 2 [B, T, HK, K] in g's dtype
+  state, scale    [B, HK, K, V], `_step`'s; float
+  PARTS, part     ceil(K / BK) of `_grad_q`; entries of a part: B·T·H in `_grad_q`, B·T·HK in `_grad_kv` (GATE 1)
+  C               tokens of a chunk: 16, 32 or 64. LEVELS: log2 C. LIMIT: in bits, 16 for float32, else 100
+  BK, BV, BR      channels of a program's tile of the state, powers of two; BR: K's in `_scan`
+  DT, PREC        products' operands: bfloat16 for bfloat16, else float32; "tf32x3" for float32, else "tf32"
+  GATE, VARLEN    0 none, 1 per head, 2 per channel; whether the batch is packed
+  SINGLE, ANY     whether a unit is a sequence, not a segment; whether this is the second launch, for strong gates
+  DK, DV          what `_grad_kv` makes: dk and dg; dv. REVERSE: `_scan` from the last segment to the first
+
+A program goes through its tokens in chunks with the state on chip. Where sequences and heads fill the chip, one
 program does a whole sequence (SINGLE) and every tensor is read once:
   forward `_outputs`; backward `_grad_q` (forwards: dq, and the state now and then) and `_grad_kv` (backwards).
 Elsewhere a sequence is cut into segments, a program each, and their states are found first:
-  forward `_local_states` (what each segment adds to the state, and its total decay), `_scan` (from these the state at
-  each segment's start, the only sequential part), `_outputs`;
-  backward the same two, `_grad_q` (which also leaves what each segment adds to the state's gradient), `_scan` in
-  reverse, `_grad_kv`.
+  forward `_local_states`, `_scan` (the only sequential part), `_outputs`;
+  backward the same two, `_grad_q`, `_scan` in reverse, `_grad_kv`.
 The backward needs nothing but the inputs, uses no atomics, and sums a head's queries in order.
 
 Gates: common.py. Where a chunk's gates go beyond LIMIT a second launch (ANY) does what the first could not; both judge
@@ -48,7 +76,8 @@ def _local_states(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """out[s, h] = sum over the segment of k_t v_tᵀ, decayed to the segment's end; decay[s, h]: of the whole segment."""
+    """Grid NS·HK·ceil(V/BV): a segment, a head, all of K and BV of V. Reads k, v, g. Writes out[s, h], the segment's
+    sum of k_t v_tᵀ, each decayed to its end, and decay[s, h]."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -93,7 +122,9 @@ def _scan(
     K: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """In place: the states that the segments add become those they start from (REVERSE: end with). last: after all."""
+    """Grid N·HK·ceil(K/BR): a sequence, a head, BR of K and all of V. Reads decay, init. Rewrites states: what segments
+    add becomes what they start from (REVERSE: end with). Writes last. REVERSE: init is a gradient at the sequence's
+    end."""
     NR: tl.constexpr = (K + BR - 1) // BR
     pid = tl.program_id(0)
     ok = (pid % NR) * BR + tl.arange(0, BR)
@@ -131,8 +162,9 @@ def _outputs(
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """states: what each segment starts from, None for zeros; last: where to put what it ends with, None for nowhere;
-    strong[s, h]: the first chunk whose gates go beyond LIMIT, found by the first launch, worked on by the second."""
+    """Grid U·HK·ceil(V/BV): a unit, a head of k with its GROUP queries, all of K, BV of V. Reads q, k, v, g, states
+    (SINGLE: init; None: zeros). Writes o and, if SINGLE, last (else None). strong[s, h]: the first chunk with gates
+    beyond LIMIT (none: the number of chunks), written by the first launch, read by the second."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -223,13 +255,13 @@ def _grad_q(
     LEVELS: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
     PREC: tl.constexpr, SINGLE: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """dq_t = scale·S_t do_t for BK of the K channels; the state is kept transposed, as the dot with do reads it.
-
-    z: dq / scale without the pair (t, t), for dg (which that pair does not move); for a gate per head the sum of q·z.
-    SINGLE: from `init` on, leaving what each segment ends with in `states` (None: not wanted).
-    Otherwise from `states`, leaving in `add` what the segment adds to the state's gradient at its start.
-    strong[part, s or n, h]: whether gates go beyond LIMIT, found by the first launch, which the second works on.
-    """
+    """Grid U·HK·PARTS: a unit, a head of k with its GROUP queries, BK of K and all of V. dq_t = scale·S_t do_t; the
+    state is kept transposed, as the dot with do reads it. Reads q (None if SINGLE, unless GATE is 1), k, v, g, do.
+    Writes dq and z: dq / scale without the pair (t, t), which does not move dg; GATE 1: the sum over BK channels of
+    scale·q·z.
+    SINGLE: reads init, writes what each segment ends with to states (None: not wanted). Otherwise reads states and
+    writes to add what the segment adds to the state's gradient at its start.
+    strong[part, unit, h]: whether gates go beyond LIMIT, written by the first launch, read by the second."""
     NK: tl.constexpr = (K + BK - 1) // BK
     MK: tl.constexpr = K % BK != 0
     MV: tl.constexpr = V != BV
@@ -353,15 +385,14 @@ def _grad_kv(
     GATE: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, SINGLE: tl.constexpr,
     ANY: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first with D = dL/dS_end (transposed, [V, K]) on chip:
+    """Grid U·HK·ceil(V/BV)·ceil(K/BK): a unit, a head of k with its GROUP queries, BK of K, BV of V; from the last
+    chunk to the first with D = dL/dS_end (transposed, [V, K]) on chip. Reads q, k, v, g, do, strong, dstates; for dg z,
+    states and, unless SINGLE, final. Writes dk, dg; dv; if SINGLE dinit. What a launch has no use for is None.
     dk_j = D v_j 2^(gates after j) + sum_{i>=j} .. q_i, and dv_j likewise, kept as [V, C] so that no product's result
-    has to be transposed for another. dg_t = sum_{s>=t} (q_s dq_s - k_s dk_s) + sum_v S_end D within the segment, where
-    the pairs (s, s), which cancel, are left out of both: under strong gates they would drown the rest. Of q and k it
-    takes what the products took, rounded with their decays: then the rest of what cancels does so to float32's digits.
-
-    DK needs all of V on chip, DV all of K; a large state is done in two launches. D starts from `dstates`: SINGLE's is
-    the gradient of the final state (None for zeros) and goes on to `dinit`, else there is one for each segment.
-    """
+    has to be transposed for another. dg_t = sum_{s>=t} (q_s dq_s - k_s dk_s) + sum_v S_end D within the segment. The
+    pairs (s, s) cancel and are left out of both terms: under strong gates they would drown the rest. The terms take q
+    and k as the products took them, rounded after their decays; the rest then cancels to float32's digits.
+    DK needs all of V on chip, DV all of K: a large state is done in two launches."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K % BK != 0
@@ -538,6 +569,8 @@ def _step(
     q, k, v, g, state, o, scale, HK,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
+    """Grid B·HK·ceil(V/BV): a row, a head of k with its GROUP queries, all of K, BV of V. Reads q, k, v, g, without a
+    T. Updates state, writes o. Does not use HK."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     n = (pid // NV).to(tl.int64)  # batch row and key head

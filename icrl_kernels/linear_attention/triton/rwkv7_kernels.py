@@ -1,5 +1,34 @@
 """Triton kernels of RWKV-7's rule: u_t = S_{t-1}ᵀ a_t, S_t = diag(exp w_t) S_{t-1} + b_t u_tᵀ + k_t v_tᵀ, o_t = scale·S_tᵀ r_t.
 
+Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that of r, k, v, a, b; DT is the products'.
+Grids run fastest over their last factor.
+  B, T, N, H       rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed); heads
+  K, V             channels of r, w, k, a, b; of v and o: each 1 to 256
+  PER, NC, C       chunks of a sequence (packed: 0); of the batch (packed: at most); tokens of a chunk: 16, 32 or 64
+  r, k, a, b       io [B, T, H, K]; their gradients dr, dk, da, db likewise
+  w, dw            io or float32 [B, T, H, K], logarithms of decays; their gradient, in w's dtype
+  v, dv, o, do     io [B, T, H, V]
+  cu               int32 or int64 [N + 1], first token of each sequence; cu, owner and first are None unless packed
+  owner, first     int64 [NC], the sequence of each chunk; int64 [N + 1], the first chunk of each sequence
+  solve, through   DT [NC, H, C, C]: X and Z, below (a local variable of `_gradients` is named through too)
+  with_b, with_k   DT [NC, H, C, C]: Q and R, below
+  decay            [NC, H, K], product of a chunk's decays
+  strong           int32 [NC, H], whether gates go beyond LIMIT
+  rd, ad           DT [B, T, H, K]: scale·r decayed from the chunk's start, a from there to the token before
+  bu, ku           DT [B, T, H, K]: b and k decayed to the chunk's end
+  init, last       [N, H, K, V], the state before a sequence (read with HAS_INIT) and after it (written with OUTPUTS)
+  dlast, dinit     [N, H, K, V], the gradients of last and init
+  u, dx            DT [B, T, H, V]: u, below; the gradient of (P_{i-1} a) S + M v
+  states, dstates  DT [NC, H, V, K]: the state each chunk begins with, the gradient of that it ends with, transposed
+  state, scale     [B, H, K, V], `_step`'s; float
+  BK, BV           channels of a program's tile, powers of two of at least 16
+  LEVELS, LIMIT    log2 C; in bits, 16 for float32, else 100
+  DT, PREC         products' operands: bfloat16 for bfloat16, else float32; "tf32x3" for float32, else "tf32"
+  VARLEN           whether the batch is packed
+  HAS_INIT         whether there is an init. OUTPUTS: what `_forward` writes, below
+  ANY              whether this is the second launch, for strong gates
+  t, hi, h         as in common.py. ok: numbers of the tile's channels. The rest: at the device functions
+
 In a chunk of C tokens that begins with state S, with P_i the product of exp w over its tokens up to i (P_{-1} = 1),
   N_ij = a_i·(P_{i-1} / P_j) b_j, M_ij likewise with k_j  (j < i),     u = (I − N)^-1 ((P_{i-1} a) S + M v),
   Q_ij = scale r_i·(P_i / P_j) b_j, R_ij likewise with k_j  (j <= i),  o = scale (P r) S + Q u + R v,
@@ -41,7 +70,7 @@ from icrl_kernels.linear_attention.triton.gated_delta_rule_kernels import (
 
 @triton.jit
 def _down(x, C: tl.constexpr):
-    """Rows moved down by one, 0 above."""
+    """The rows of x [C, C] moved down by one, 0 above."""
     i = tl.arange(0, C)[:, None]
     return tl.where(i > 0, tl.gather(x, tl.broadcast_to(tl.maximum(i - 1, 0), [C, C]), 0), 0.0)
 
@@ -52,8 +81,9 @@ def _prepare(
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr,
     VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """X, Z, Q and R of a chunk, [C, C] each, and its decayed operands. The rows whose gates reach beyond LIMIT are left to
-    a second launch, ANY, of the chunks marked as strong."""
+    """Grid NC·H: a chunk and a head. Reads r, w, k, a, b. Writes solve, through, with_b, with_k, decay, strong, rd, ad,
+    bu, ku. The rows of the four matrices whose gates reach beyond LIMIT are left to a second launch, ANY, of the chunks
+    marked as strong; that launch writes only these rows."""
     MK: tl.constexpr = K % BK != 0
     pid = tl.program_id(0)
     h = pid % H
@@ -127,7 +157,9 @@ def _forward(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_INIT: tl.constexpr,
     OUTPUTS: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUTS: o and the last state; else u and the states that chunks begin with, [chunks, H, V, K]."""
+    """Grid N·H·ceil(V/BV): a sequence, a head, all of K and BV of V. Reads ad, bu, ku, v, solve, through, decay, init.
+    OUTPUTS: reads rd, with_b, with_k too, writes o and last (u and states are None). Otherwise writes u and states (o
+    and last are None)."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -178,8 +210,9 @@ def _reverse(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first: the gradient D of the state that each chunk ends with, dv, dx = d((P a) S + M v),
-    and at last the gradient of the first state."""
+    """Grid N·H·ceil(V/BV): a sequence, a head, all of K and BV of V, from the last chunk to the first. Reads rd, ad,
+    bu, ku, do, solve, through, with_b, with_k, decay, dlast. Writes dstates, the gradient D of the state that each
+    chunk ends with, dv, dx and at last dinit."""
     NV: tl.constexpr = (V + BV - 1) // BV
     MK: tl.constexpr = K != BK
     MV: tl.constexpr = V % BV != 0
@@ -223,7 +256,9 @@ def _products(
     x, tx, end_x, y, ty, end_y, z, tz, end_z, matrix, h, H, ok, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """x yᵀ, x zᵀ [C, C] and x times a state's matrix, [V, K] at `matrix` [BK]; x, y, z [.., H, V] from rows tx, ty, tz on."""
+    """x yᵀ, x zᵀ [C, C] and x times a state's matrix, [C, BK]. Reads the rows of x, y, z [B, T, H, V] with numbers tx,
+    ty, tz (up to end_x, end_y, end_z) and head h, and the matrix, [V, K], of which `matrix` [BK] points to the first
+    row."""
     MV: tl.constexpr = V % BV != 0
     xy = tl.zeros([C, C], tl.float32)
     xz = tl.zeros([C, C], tl.float32)
@@ -242,6 +277,7 @@ def _products(
 
 @triton.jit
 def _diagonal(x, C: tl.constexpr):
+    """The diagonal of x [C, C], as [C, 1]."""
     i = tl.arange(0, C)
     return tl.sum(tl.where(i[:, None] == i[None, :], x, 0.0), 1)[:, None]
 
@@ -251,7 +287,8 @@ def _as_row(
     dy, ty, end_y, k, v, b, u, S, t, hi, h, H, ok, g, G, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries, from dy of what they read; its part that no gate decays comes apart."""
+    """The gradient [C, BK] of queries, from dy [B, T, H, V], rows ty up to end_y, of what they read; its part that no
+    gate decays comes apart. Reads dy, k, v, b, u, and the state at S [BK]. g, G [C, BK]: gates in log2, their sums."""
     MK: tl.constexpr = K % BK != 0
     with_k, with_b, x = _products(dy, ty, end_y, v, t, hi, u, t, hi, S, h, H, ok, K, V, BK, BV, C, DT, PREC)
     bk = _load(k, t, hi, h, H, ok, K, MK).to(tl.float32)
@@ -267,8 +304,9 @@ def _as_column(
     y, r, do, a, dx, D, t, hi, stop, scale, h, H, ok, g, G, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of keys that write y: through the state at the chunk's end (as it meets it there), through later rows,
-    through their own row."""
+    """The gradient of keys that write y [B, T, H, V] (v or u): through the state at the chunk's end (as it meets it
+    there), through later rows, through their own row, [C, BK] each. Reads y, r, do, a, dx, and the state's gradient at
+    D [BK]; stop: the chunk's end."""
     MK: tl.constexpr = K % BK != 0
     with_r, with_a, x = _products(y, t, hi, do, t, hi, dx, t + 1, stop, D, h, H, ok, K, V, BK, BV, C, DT, PREC)
     bq = _load(r, t, hi, h, H, ok, K, MK).to(tl.float32) * scale
@@ -285,9 +323,11 @@ def _gradients(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     VARLEN: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and BK of the K channels: dr, dw, dk, da, db. dw as in the gated delta rule's `_gradients`.
+    """Grid NC·H·ceil(K/BK): a chunk, a head and BK of the K channels. Reads r, w, k, v, a, b, do, u, dx, strong,
+    states, dstates. Writes dr, dw, dk, da, db. dw as in the gated delta rule's `_gradients`.
 
-    r, a (of the row below), k and b take turns, each with what it needs read again: together they would not fit.
+    r, a (of the row below), k and b take turns, each with what it needs read again: together they would not fit. A
+    launch works on the chunks that have gates beyond LIMIT (ANY) or that have none.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     MK: tl.constexpr = K % BK != 0
@@ -358,6 +398,8 @@ def _gradients(
 
 @triton.jit
 def _step(r, w, k, v, a, b, state, o, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Grid B·H·ceil(V/BV): a row, a head, all of K and BV of V. Reads r, w, k, v, a, b, which have no T here. Updates
+    state in place, writes o."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     n = (pid // NV).to(tl.int64)  # batch row and head
