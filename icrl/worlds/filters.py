@@ -33,7 +33,11 @@ class Quality(NamedTuple):
 def quality(tasks: TabularTasks) -> Quality:
     """AnyMDP's quality numbers (arXiv 2502.02869); entropy is NaN for one-state tasks."""
     parts = [_quality(tasks[block].dense()) for block in dense_blocks(*tasks.shape)]
-    return Quality(*(torch.cat(x) for x in zip(*parts, strict=True))) if parts else Quality(*torch.zeros(3, 0))
+    return (
+        Quality(*(torch.cat(x) for x in zip(*parts, strict=True)))
+        if parts
+        else Quality(*torch.zeros(3, 0, dtype=torch.float64, device=tasks.device))
+    )
 
 
 def _quality(tasks: TabularTasks) -> Quality:

@@ -185,7 +185,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._tables = self.tasks.tables()
         self._keys: torch.Tensor | None = None
         self._state: RolloutState | None = None
-        self._asleep = torch.zeros(self.num_envs, dtype=torch.bool)
+        self._asleep = torch.zeros(self.num_envs, dtype=torch.bool, device="cpu")
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -210,8 +210,8 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             fresh = np.random.SeedSequence().generate_state(self.num_envs, np.uint64)
             self._keys = torch.from_numpy(fresh.view(np.int64))
         following = counter_rng.mix(self._keys + counter_rng.GOLDEN)
-        given = torch.tensor([s is not None for s in seeds])
-        wanted = counter_rng.keys_of(0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds]))
+        given = torch.tensor([s is not None for s in seeds], device="cpu")
+        wanted = counter_rng.keys_of(0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds], device="cpu"))
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()
@@ -230,7 +230,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("step: call reset first")
-        actions = torch.as_tensor(actions)
+        actions = torch.as_tensor(actions, device="cpu")
         if actions.is_floating_point():
             raise ValueError(f"actions: wanted integers, got {actions.dtype}")
         actions = actions.long()

@@ -68,7 +68,7 @@ def _emissions(keys: Tensor, sizes: Tensor, states: int, ids: int, tokens: int, 
     The c least of m uniforms mark c places drawn without replacement, and given the next larger one, τ, these c are
     independent and uniform on (0, τ): the entries themselves, but for a factor that normalising removes.
     """
-    out = torch.zeros(len(keys), tokens, states, ids, device=keys.device)
+    out = torch.zeros(len(keys), tokens, states, ids, dtype=torch.float32, device=keys.device)
     density = min(density, most / ids)
     for ns in sizes.unique().tolist():
         places = ns * ids

@@ -227,7 +227,7 @@ def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> T
 
 
 def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device: torch.device) -> Tensor:
-    given = torch.as_tensor(num_states)
+    given = torch.as_tensor(num_states, device=num_states.device if isinstance(num_states, Tensor) else "cpu")
     if given.is_floating_point():
         raise ValueError(f"num_states: wanted integers, got {num_states}")
     if isinstance(num_states, tuple):
@@ -248,16 +248,18 @@ def _empty(n: int, states: int, actions: int, ids: int, sizes: Tensor, packed: b
     device = sizes.device
     windows = [torch.zeros(n, states, actions, dtype=d, device=device) for d in (torch.int64, torch.int32, torch.int32)]
     dense = (n, states, actions, states)
-    none = torch.zeros(0, device=device)
+    none = torch.zeros(0, dtype=torch.float32, device=device)
     return TabularTasks(
-        transition=PackedTransition(none, *windows) if packed else torch.zeros(dense, device=device),
-        reward=none if packed else torch.zeros(dense, device=device),
-        noise_state=torch.zeros(n, states, device=device),
-        noise_action=torch.zeros(n, states, actions, device=device),
-        start=torch.zeros(n, states, device=device),
+        transition=PackedTransition(none, *windows)
+        if packed
+        else torch.zeros(dense, dtype=torch.float32, device=device),
+        reward=none if packed else torch.zeros(dense, dtype=torch.float32, device=device),
+        noise_state=torch.zeros(n, states, dtype=torch.float32, device=device),
+        noise_action=torch.zeros(n, states, actions, dtype=torch.float32, device=device),
+        start=torch.zeros(n, states, dtype=torch.float32, device=device),
         terminal=torch.zeros(n, states, dtype=torch.bool, device=device),
         max_steps=torch.zeros(n, dtype=torch.int64, device=device),
-        state_mapping=torch.full((n, states), -1, device=device),
+        state_mapping=torch.full((n, states), -1, dtype=torch.int64, device=device),
         num_states=sizes,
         num_actions=torch.full_like(sizes, actions),
         num_observations=ids,
