@@ -8,7 +8,13 @@ import platform
 import torch
 
 import icrl_kernels
-from icrl_kernels import _C, _registry
+from icrl_kernels import _C, _registry, _torch_private
+
+
+def _newer() -> str:
+    """A note where torch is newer than the newest that the tests have run under."""
+    numbers = [tuple(int(n) for n in v.split("+")[0].split(".")[:2]) for v in (torch.__version__, _torch_private.TRIED)]
+    return f" (newer than {_torch_private.TRIED}, the newest that was tried)" if numbers[0] > numbers[1] else ""
 
 
 def info() -> dict[str, str]:
@@ -23,7 +29,7 @@ def info() -> dict[str, str]:
     facts = {
         "icrl_kernels": icrl_kernels.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__ + _newer(),
         "triton": version("triton"),
         "CPU kernels": _C.isa(),
         "threads": f"{torch.get_num_threads()} (OpenMP runtime {'found' if _C.has_team() else 'not found: one thread'})",

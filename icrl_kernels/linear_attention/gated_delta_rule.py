@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _checks, _registry
 from icrl_kernels.linear_attention import common
-from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+from icrl_kernels.linear_attention.op import Op
 
 L2_EPSILON = 1e-6
 """qk_l2norm divides by sqrt(sum of squares + this). As kNormEpsilon in csrc/cpu/gated_delta_rule.inl."""
@@ -99,8 +98,9 @@ def gated_delta_rule(
         initial_state: [N, H, K, V] float32, N = B or the number of packed sequences; default zeros.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
-            Sequences may be empty. Its values are checked on the CPU, and trusted on a GPU, where reading them
-            would make the host wait.
+            Sequences may be empty. Its values are checked on the CPU. On a GPU, where reading them would make the host
+            wait, values out of order or range are clamped into 0 to T: nothing outside is read or written, and tokens of
+            no sequence get undefined outputs.
         qk_l2norm: divide q and k by sqrt(‖·‖² + 1e-6) per token and head first, with gradients through it.
         backend: "auto", "cpu", "triton" or "reference".
 
@@ -113,19 +113,7 @@ def gated_delta_rule(
     Raises:
         ValueError: for shapes, dtypes, devices or values other than these, naming the argument.
     """
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    scale = common.default_scale(scale, q)
-    if backend == "reference" or (backend == "auto" and q.dtype == torch.float64):
-        if q.device.type == "cpu" and not _checks.compiling():  # the kernels check as they read
-            common.check_values(q, g, cu_seqlens)
-        return gated_delta_rule_reference(
-            q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, qk_l2norm
-        )
-    common.refuse_transforms("gated_delta_rule", q, k, v, g, beta, initial_state)
-    o, final_state = torch.ops.icrl.gated_delta_rule(
-        q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend
-    )
-    return o, final_state if output_final_state else None
+    return OP((q, k, v, g, beta), scale, initial_state, output_final_state, cu_seqlens, backend, qk_l2norm)
 
 
 def gated_delta_rule_step(
@@ -151,304 +139,20 @@ def gated_delta_rule_step(
         ValueError: as `gated_delta_rule`, and where an input requires a gradient while gradients are on. When a gate is
             refused the state has changed all the same.
     """
-    o = common.plain_step(_C.delta_step_plain, backend, q, k, v, g, beta, state, qk_l2norm, scale)
-    if o is not None:
-        return o
-    if q.dim() != 3:
-        _checks.shape("q", q, ("B", "Hk", "K"))
-    scale = common.default_scale(scale, q)
-    common.refuse_transforms("gated_delta_rule_step", q, k, v, g, beta, state)
-    _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, state=state)
-    return torch.ops.icrl.gated_delta_rule_step(q, k, v, g, beta, state, scale, qk_l2norm, backend)
+    return OP.step((q, k, v, g, beta), state, scale, backend, qk_l2norm)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    _checks.shape("q", q, ("B", "T", "Hk", "K"))
-    B, T, Hk, K = q.shape
-    _checks.shape("k", k, ("B", "T", "Hk", "K"), B=B, T=T, Hk=Hk, K=K)
-    _checks.shape("v", v, ("B", "T", "H", "V"), B=B, T=T)
-    H, V = v.shape[2:]
-    common.check_heads("v", "k", H, Hk, K, V)
-    _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    _checks.dtype("q", q, (*DTYPES, torch.float64))
-    _checks.same_dtype(q=q, k=k, v=v)
-    if g is not None:
-        _checks.shape("g", g, ("B", "T", "H") if g.dim() == 3 else ("B", "T", "H", "K"), B=B, T=T, H=H, K=K)
-        _checks.dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}))
-    if beta is not None:
-        _checks.shape("beta", beta, ("B", "T", "H"), B=B, T=T, H=H)
-        _checks.dtype("beta", beta, tuple({q.dtype: 0, torch.float32: 0}))
-    common.check_sequences(q, initial_state, cu_seqlens, H=H, K=K, V=V)
-
-
-# CPU backend
-
-
-def _shape(
-    q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float, bounds: Tensor, l2norm: bool, keys: int
-) -> tuple:
-    """What csrc/cpu/gated_delta_rule.cpp calls a Shape; `keys` is the code of dq's and dk's dtype."""
-    gate, gate_dtype = (0, 0) if g is None else (g.dim() - 2, DTYPES[g.dtype])
-    sizes = (bounds.numel() - 1, v.shape[2], q.shape[2], q.shape[3], v.shape[3], bounds.data_ptr())
-    dtypes = (DTYPES[q.dtype], gate_dtype, 0 if beta is None else DTYPES[beta.dtype], keys)
-    return (*sizes, *dtypes, gate, l2norm, scale, GATE_ALLOWANCE, torch.get_num_threads())
-
-
-def _cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
-    common.native("gated_delta_rule", q)
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    bounds = common.bounds(q, cu_seqlens)
-    o, final = _outputs(q, v, cu_seqlens)
-    shape = _shape(q, v, g, beta, scale, bounds, qk_l2norm, 0)
-    inputs = [common.contiguous(t) for t in (q, k, v, g, beta, initial_state)]
-    if not _C.delta_forward(shape, *map(common.pointer, (*inputs, o, final))):
-        raise common.gate_error()
-    return o, final
-
-
-def _cpu_backward(
-    do: Tensor,
-    dfinal_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    code = common.native("gated_delta_rule", q)
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    group = v.shape[2] // q.shape[2]
-    bounds = common.bounds(q, cu_seqlens)
-    N, (H, V) = bounds.numel() - 1, v.shape[2:]
-    common.check_output_gradients(q, do, v.shape, dfinal_state=(dfinal_state, (N, H, q.shape[3], V)))
-    dq, dk, dv, dg, dbeta, dinitial = common.gradients_like(q, k, v, g, beta, initial_state)
-    if group > 1:  # each value head writes its own, and these are summed in their order
-        dq, dk = (q.new_empty((*v.shape[:3], q.shape[3]), dtype=torch.float32) for _ in range(2))
-    shape = _shape(q, v, g, beta, scale, bounds, qk_l2norm, code if group == 1 else 0)
-    inputs = [common.contiguous(t) for t in (do, dfinal_state, q, k, v, g, beta, initial_state)]
-    optional = (None if t is None else d for t, d in ((g, dg), (beta, dbeta), (initial_state, dinitial)))
-    _C.delta_backward(shape, *map(common.pointer, (*inputs, dq, dk, dv, *optional)))
-    if group > 1:
-        dq, dk = (t.unflatten(2, (-1, group)).sum(3).to(q.dtype) for t in (dq, dk))
-    return dq, dk, dv, dg, dbeta, dinitial
-
-
-def _cpu_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    scale: float,
-    qk_l2norm: bool,
-) -> Tensor:
-    B, Hk, H, K, V = _check_step(q, k, v, g, beta, state)
-    q, k, v, g, beta = q.contiguous(), k.contiguous(), v.contiguous(), *map(common.contiguous, (g, beta))
-    o = torch.empty((B, H, V), dtype=q.dtype)
-    gate, gate_dtype = (0, 0) if g is None else (g.dim() - 1, DTYPES[g.dtype])
-    dtypes = (DTYPES[q.dtype], gate_dtype, 0 if beta is None else DTYPES[beta.dtype], 0)
-    shape = (B, H, Hk, K, V, 0, *dtypes, gate, qk_l2norm, scale, GATE_ALLOWANCE, torch.get_num_threads())
-    if not _C.delta_step(shape, *map(common.pointer, (q, k, v, g, beta, state, o))):
-        raise common.gate_error()
-    return o
-
-
-def _check_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
-) -> tuple[int, int, int, int, int]:
-    """Returns B, Hk, H, K, V. As cheap as can be where all is well: a step takes microseconds."""
-    if torch.is_grad_enabled():
-        for name, t in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("state", state)):
-            if t is not None and t.requires_grad:
-                raise ValueError(
-                    f"{name}: gated_delta_rule_step has no gradient; use gated_delta_rule, or torch.no_grad() around it"
-                )
-    dtype, device, q_shape, v_shape = q.dtype, q.device, tuple(q.shape), tuple(v.shape)
-    if len(q_shape) == len(v_shape) == 3:
-        (B, Hk, K), (_, H, V) = q_shape, v_shape
-        if (
-            k.shape == q_shape
-            and v_shape[0] == B
-            and state.shape == (B, H, K, V)
-            and Hk
-            and H
-            and H % Hk == 0
-            and 0 < K <= MAX_HEAD_DIM
-            and 0 < V <= MAX_HEAD_DIM
-            and dtype in DTYPES
-            and dtype == k.dtype == v.dtype
-            and state.dtype == torch.float32
-            and device == k.device == v.device == state.device
-            and state.is_contiguous()
-            and (
-                g is None
-                or (g.shape in ((B, H, K), (B, H)) and g.dtype in (torch.float32, dtype) and g.device == device)
-            )
-            and (
-                beta is None
-                or (beta.shape == (B, H) and beta.dtype in (torch.float32, dtype) and beta.device == device)
-            )
-        ):
-            return B, Hk, H, K, V
-    _checks.shape("q", q, ("B", "Hk", "K"))
-    B, Hk, K = q.shape
-    _checks.shape("k", k, ("B", "Hk", "K"), B=B, Hk=Hk, K=K)
-    _checks.shape("v", v, ("B", "H", "V"), B=B)
-    H, V = v.shape[1:]
-    common.check_heads("v", "k", H, Hk, K, V)
-    _checks.shape("state", state, ("B", "H", "K", "V"), B=B, H=H, K=K, V=V)
-    _checks.same_device(q=q, k=k, v=v, g=g, beta=beta, state=state)
-    _checks.dtype("q", q, tuple(DTYPES))
-    _checks.same_dtype(q=q, k=k, v=v)
-    _checks.dtype("state", state, (torch.float32,))
-    if not state.is_contiguous():
-        raise ValueError("state: wanted a contiguous tensor, because it is changed in place")
-    if g is not None:
-        _checks.shape("g", g, ("B", "H") if g.dim() == 2 else ("B", "H", "K"), B=B, H=H, K=K)
-        _checks.dtype("g", g, (torch.float32, q.dtype))
-    if beta is not None:
-        _checks.shape("beta", beta, ("B", "H"), B=B, H=H)
-        _checks.dtype("beta", beta, (torch.float32, q.dtype))
-    raise AssertionError("gated_delta_rule_step's two checks disagree")
-
-
-# Triton backend, imported when first called: torch without triton has all the rest.
-
-
-def _triton_forward(q: Tensor, *args):
-    common.native("gated_delta_rule", q)
-    from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
-
-    return kernels.forward(q, *args)
-
-
-def _triton_backward(do: Tensor, *args):
-    from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
-
-    # where there is no input: an empty tensor, as the schema wants one
-    return tuple(do.new_empty(0, dtype=torch.float32) if x is None else x for x in kernels.backward(do, *args))
-
-
-def _triton_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    scale: float,
-    qk_l2norm: bool,
-) -> Tensor:
-    from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
-
-    _check_step(q, k, v, g, beta, state)
-    return kernels.step(q, k, v, g, beta, state, scale, qk_l2norm)
-
-
-# Reference backend, of the step: `gated_delta_rule` calls the reference itself.
-
-
-def _reference_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    scale: float,
-    qk_l2norm: bool,
-) -> Tensor:
-    _check_step(q, k, v, g, beta, state)
-    common.check_gates(g)
-    tokens = [None if t is None else t[:, None] for t in (q, k, v, g, beta)]
-    q, k, v, g, beta = tokens  # pyright: ignore[reportAssignmentType]
-    o, final = gated_delta_rule_reference(q, k, v, g, beta, scale, state, True, None, qk_l2norm)
-    assert final is not None
-    state.copy_(final)
-    return o[:, 0]
-
-
-# Registration
-
-
-def _outputs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    return o, torch.empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
-
-
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor? initial_state, Tensor? cu_seqlens,"
-    " bool qk_l2norm"
+OP = Op(
+    "gated_delta_rule",
+    reference=gated_delta_rule_reference,
+    tokens={"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "g": "B T H | B T H K ?", "beta": "B T H ?"},
+    states={"state": "N H K V"},
+    output="B T H V",
+    gates=("g", "beta"),
+    heads=("v", "k"),
+    c_sizes="N H Hk K V",
+    c_dtypes="q g beta",
+    kernel="delta",
+    flags=("qk_l2norm",),
+    per_head=("q", "k"),
 )
-
-_registry.define(
-    f"gated_delta_rule({_INPUTS}, str backend) -> (Tensor o, Tensor final_state)",
-    {"cpu": (("cpu",), _cpu_forward), "triton": (("cuda",), _triton_forward)},
-    lambda q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend: _outputs(q, v, cu_seqlens),
-)
-_registry.define(
-    f"gated_delta_rule_backward(Tensor do, Tensor dfinal_state, {_INPUTS}, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)",
-    {"cpu": (("cpu",), _cpu_backward), "triton": (("cuda",), _triton_backward)},
-    lambda do, dfinal_state, q, k, v, g, beta, scale, initial_state, *rest: common.gradients_like(
-        q, k, v, g, beta, initial_state
-    ),
-)
-_registry.define(
-    "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, float scale,"
-    " bool qk_l2norm, str backend) -> Tensor",
-    {
-        "cpu": (("cpu",), _cpu_step),
-        "triton": (("cuda",), _triton_step),
-        "reference": (("cpu", "cuda"), _reference_step),
-    },
-    lambda q, k, v, g, beta, state, scale, qk_l2norm, backend: q.new_empty(v.shape),
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm, backend = inputs
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
-    ctx.scale, ctx.qk_l2norm, ctx.backend = scale, qk_l2norm, backend
-
-
-def _backward(ctx, do: Tensor, dfinal_state: Tensor):
-    q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors
-    dq, dk, dv, dg, dbeta, dinitial_state = torch.ops.icrl.gated_delta_rule_backward(
-        do, dfinal_state, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.qk_l2norm, ctx.backend
-    )
-    dg, dbeta, dinitial_state = (
-        None if t is None else d for t, d in ((g, dg), (beta, dbeta), (initial_state, dinitial_state))
-    )
-    return dq, dk, dv, dg, dbeta, None, dinitial_state, None, None, None
-
-
-torch.library.register_autograd(
-    "icrl::gated_delta_rule", _backward, setup_context=_setup_context, lib=_registry.LIBRARY
-)
-
-common.refuse_second_derivative("gated_delta_rule")

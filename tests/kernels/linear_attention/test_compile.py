@@ -1,5 +1,6 @@
 """Every linear-attention op and its step under torch's compiler, exporter, transforms and modes."""
 
+import importlib
 import io
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import icrl_kernels
-from icrl_kernels.linear_attention import common
+from icrl_kernels import gla_step
 
 H, K, V, M = 2, 8, 4, 6
 
@@ -217,8 +218,8 @@ def test_a_step_is_seen_by_whoever_wants_to(op):
     inputs, name = op.inputs(3), f"icrl.{op.name}_step"
     state = op.states(3)
     start, results, calls = tuple(s.clone() for s in state), [], []
-    kernel = {"gated_delta_rule": "delta"}.get(op.name, op.name) + "_step_plain"
-    original = getattr(icrl_kernels._C, kernel)
+    compiled = importlib.import_module(f"icrl_kernels.linear_attention.{op.name}").OP.compiled
+    original = compiled["step_plain"]
 
     def run(*x):
         for s, first in zip(state, start, strict=True):
@@ -233,7 +234,7 @@ def test_a_step_is_seen_by_whoever_wants_to(op):
         return calls[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icrl_kernels._C, kernel, counted)
+        patch.setitem(compiled, "step_plain", counted)
         run(*inputs)
         assert len(calls) == 1
         if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -286,9 +287,13 @@ def test_steps_of_every_backend_agree(op):
         torch.testing.assert_close(a, b)
 
 
-def test_plain_step_is_not_for_other_backends():
-    assert common.plain_step(lambda *args: 1, "auto") == 1
-    assert common.plain_step(lambda *args: 1, "reference") is None
+def test_a_step_goes_straight_to_c_for_its_own_backend_alone(monkeypatch):
+    op, calls = importlib.import_module("icrl_kernels.linear_attention.gla").OP, []
+    monkeypatch.setitem(op.compiled, "step_plain", lambda *args: calls.append(args))  # None: ask the dispatcher
+    x, state = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, 4)
+    for backend, wanted in (("auto", 1), ("cpu", 2), ("reference", 2)):
+        gla_step(x, x, x, None, state, backend=backend)
+        assert len(calls) == wanted
 
 
 @every_op

@@ -332,7 +332,7 @@ def broken():
         states = state[:1].repeat(n, 1, 1, 1)
         yield "cu_seqlens", {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": states}
     wide = torch.zeros(1, 1, 1, 257)
-    yield "K", {"q": wide, "k": wide, "v": wide}
+    yield "q", {"q": wide, "k": wide, "v": wide}
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,8 @@ def broken():
     yield "q", {**good, "q": q[0]}
     yield "k", {**good, "k": k[:, :5]}
     yield "v", {**good, "v": v[:1]}
-    yield "q", {**good, "q": q[:, :, :1].repeat(1, 1, 3, 1), "k": k.repeat(1, 1, 2, 1), "v": v.repeat(1, 1, 2, 1)}
+    twice = {name: good[name].repeat(1, 1, 2, 1) for name in "kvg"}
+    yield "q", {**good, **twice, "q": q[:, :, :1].repeat(1, 1, 3, 1)}
     yield "g", {**good, "g": g[..., :3]}
     yield "g", {**good, "g": g[..., 0, 0]}
     yield "initial_state", {**good, "initial_state": state[:1]}
@@ -287,7 +288,7 @@ def broken():
             {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": state[:1].repeat(n, 1, 1, 1)},
         )
     wide = torch.zeros(1, 1, 1, 257)
-    yield "K", {"q": wide, "k": wide, "v": wide}
+    yield "q", {"q": wide, "k": wide, "v": wide}
 
 
 @pytest.mark.parametrize(

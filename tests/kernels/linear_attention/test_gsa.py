@@ -303,7 +303,7 @@ def broken():
     yield "v", {**good, "v": v[:1]}
     yield "s", {**good, "s": s[:, :3]}
     yield "s", {**good, "s": s[0]}
-    twice = {name: good[name].repeat(1, 1, 2, 1) for name in "kvs"}
+    twice = {name: good[name].repeat(1, 1, 2, 1) for name in "kvsg"}
     yield "q", {**good, **twice, "q": q[:, :, :1].repeat(1, 1, 3, 1)}
     yield "g", {**good, "g": g[..., :3]}
     yield "g", {**good, "g": g[..., 0]}
@@ -327,10 +327,10 @@ def broken():
         yield "cu_seqlens", {**one, "cu_seqlens": torch.tensor(sequence_bounds).long()}
     wide = torch.zeros(1, 1, 1, 257)
     small = torch.zeros(1, 1, 1, 4)
-    yield "K", {"q": wide, "k": wide, "v": small, "s": small}
-    yield "V", {"q": small, "k": small, "v": wide, "s": small}
-    yield "M", {"q": small, "k": small, "v": small, "s": wide}
-    yield "M", {"q": small, "k": small, "v": small, "s": small[..., :0]}
+    yield "q", {"q": wide, "k": wide, "v": small, "s": small}
+    yield "v", {"q": small, "k": small, "v": wide, "s": small}
+    yield "s", {"q": small, "k": small, "v": small, "s": wide}
+    yield "s", {"q": small, "k": small, "v": small, "s": small[..., :0]}
 
 
 @pytest.mark.parametrize(

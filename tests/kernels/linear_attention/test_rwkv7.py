@@ -341,8 +341,8 @@ def broken():
         states = one["initial_state"].repeat(n, 1, 1, 1)
         yield "cu_seqlens", {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": states}
     wide = torch.zeros(1, 1, 1, 257)
-    yield "K", {**dict.fromkeys(TOKENS, wide), "v": wide[..., :4]}
-    yield "V", {**dict.fromkeys(TOKENS, wide[..., :4]), "v": wide}
+    yield "r", {**dict.fromkeys(TOKENS, wide), "v": wide[..., :4]}
+    yield "v", {**dict.fromkeys(TOKENS, wide[..., :4]), "v": wide}
 
 
 @pytest.mark.parametrize(

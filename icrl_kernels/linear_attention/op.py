@@ -1,0 +1,491 @@
+"""What the linear-attention ops share, written once: schema, check, fake, autograd, the calls of C++ and Triton, steps.
+
+An op's file holds its reference, its public functions and one `Op`: the names and layouts of its tensors, from which
+everything here follows. Layouts are written as "B T Hk K", a symbol a dimension; the symbols mean the same in all tensors
+of a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icrl_kernels import _C, _checks, _registry, _torch_private
+from icrl_kernels.linear_attention import common
+from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+
+Sizes = dict[str, Any]  # by symbol; also "bounds", where each sequence's tokens begin, once values were checked
+WIDTHS = {"K": "channels", "V": "channels", "M": "slots"}
+
+
+class Argument:
+    """A tensor of an op. `layout`: its dimensions; "|" between alternatives, "?" at the end where it may be None.
+
+    `kind`: "input" (all of one dtype), "gate" (the inputs' dtype or float32), "state" (float32) or "index".
+    """
+
+    def __init__(self, name: str, layout: str, kind: str, label: str = "", written: bool = False) -> None:
+        self.name, self.kind, self.label, self.written = name, kind, label or name, written
+        self.optional = layout.endswith("?")
+        shapes = [tuple(part.split()) for part in layout.rstrip("?").split("|")]
+        self.shapes = {len(shape): shape for shape in shapes}
+
+    def schema(self) -> str:
+        return f"Tensor{'(a!)' if self.written else ''}{'?' if self.optional else ''} {self.name}"
+
+    def size(self, sizes: Sizes) -> list[int]:
+        (shape,) = self.shapes.values()
+        return [sizes[symbol] for symbol in shape]
+
+
+def bind(arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first: Tensor, sizes: Sizes) -> None:
+    """Check devices, shapes, dtypes and layouts of `tensors`, and add what their shapes say to `sizes`."""
+    device, dtype = first.device, first.dtype
+    for a, t in zip(arguments, tensors, strict=True):
+        if t is None:
+            if not a.optional:
+                raise ValueError(f"{a.label}: wanted a tensor, got None")
+            continue
+        if t.device != device:
+            raise ValueError(f"{a.label}: is on {t.device}, but {arguments[0].label} is on {device}")
+        shape = t.shape
+        symbols = a.shapes.get(len(shape))
+        fits = symbols is not None
+        if symbols is not None:
+            for symbol, n in zip(symbols, shape, strict=True):
+                fits = fits and sizes.setdefault(symbol, n) == n
+        if not fits:
+            symbols = symbols or next(reversed(a.shapes.values()))
+            _checks.shape(a.label, t, symbols, **{s: sizes[s] for s in symbols if s in sizes})
+        if t.dtype != dtype or a.kind != "input":
+            check_dtype(a, t, arguments[0].label, dtype)
+        if a.written and not t.is_contiguous():
+            raise ValueError(f"{a.label}: wanted a contiguous tensor, because it is changed in place")
+
+
+def check_dtype(a: Argument, t: Tensor, first: str, dtype: torch.dtype) -> None:
+    if a.kind == "input":
+        raise ValueError(f"{a.label}: has dtype {t.dtype}, but {first} has {dtype}")
+    if a.kind == "gate" and t.dtype not in (torch.float32, dtype):
+        _checks.dtype(a.label, t, tuple({torch.float32: 0, dtype: 0}))
+    if a.kind == "state":
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        if t.dtype != wanted:
+            _checks.dtype(a.label, t, (wanted,))
+    if a.kind == "index":
+        _checks.dtype(a.label, t, (torch.int32, torch.int64))
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
+class Op:
+    """One linear-attention op: `icrl::<name>`, `<name>_backward` and `<name>_step`.
+
+    Args:
+        name: of the op, of its Triton launchers' module, and of its C++ entry points unless `kernel` is given.
+        reference: its specification, called as reference(*tokens, scale, states, output_final_state, cu_seqlens, *flags).
+        tokens: layouts by name, without gates' dtypes; the first names the inputs' dtype. output: o's layout.
+        states: layouts by name, without "initial_" and "final_".
+        gates: names of tokens that may be float32 beside inputs of another dtype; the first holds log decays.
+        heads: (many, few): names of the two arguments with H and with Hk heads.
+        c_sizes, c_dtypes: the sizes, and the tokens whose dtypes' codes, a C++ Shape begins with.
+        flags: names of bools.
+        per_head: names of inputs with Hk heads whose gradients C++ writes for each of H heads, to be summed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Any],
+        tokens: dict[str, str],
+        states: dict[str, str],
+        output: str,
+        gates: tuple[str, ...],
+        heads: tuple[str, str] | None,
+        c_sizes: str,
+        c_dtypes: str,
+        kernel: str = "",
+        flags: tuple[str, ...] = (),
+        per_head: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.reference, self.gate, self.heads = name, reference, gates[0], heads
+        self.c_sizes, self.flags, self.per_head = c_sizes.split(), flags, per_head
+        names = list(tokens)
+        self.c_dtypes = [names.index(x) for x in c_dtypes.split()]
+        self.gate_at = names.index(self.gate)
+        kinds = {x: "gate" if x in gates else "input" for x in tokens}
+        self.tokens = [Argument(x, layout, kinds[x]) for x, layout in tokens.items()]
+        one = {x: layout.replace("T ", "") for x, layout in tokens.items()}
+        self.token = [Argument(x, layout, kinds[x]) for x, layout in one.items()]
+
+        def labels(role: str) -> list[str]:  # the public functions take two states as a pair
+            names = [f"{role}_{s}".lstrip("_") for s in states]
+            pair = f"{role}_state".lstrip("_")
+            return names if len(names) == 1 else [f"{pair}[{i}] ({n})" for i, n in enumerate(names)]
+
+        named = list(zip(states.items(), labels("initial"), labels(""), strict=True))
+        self.initial = [Argument(f"initial_{s}", layout + "?", "state", label) for (s, layout), label, _ in named]
+        self.state = [Argument(s, layout.replace("N", "B"), "state", x, True) for (s, layout), _, x in named]
+        self.cu_seqlens = Argument("cu_seqlens", "N+1?", "index")
+        self.o = Argument("o", output, "input")
+        self.final = [Argument(f"final_{s}", layout, "state") for s, layout in states.items()]
+        self.one_o = Argument("o", output.replace("T ", ""), "input")
+        self.do = [Argument("do", output, "input"), *(Argument(f"d{a.name}", states[s], "state") for s, a in zip(states, self.final, strict=True))]  # fmt: skip
+        kernel = kernel or name
+        self.compiled = {x: getattr(_C, f"{kernel}_{x}") for x in ("forward", "backward", "step", "step_plain")}
+        self._register()
+
+    # Doors: what the public functions call.
+
+    def __call__(
+        self,
+        tokens: tuple[Tensor | None, ...],
+        scale: float | None,
+        initial: Any,
+        output_final_state: bool,
+        cu_seqlens: Tensor | None,
+        backend: str,
+        *flags: bool,
+    ) -> tuple[Tensor, Any]:
+        """o, and the state after the last token or None. A pair of states is given and returned as a pair."""
+        first = self._first(tokens)
+        scale = common.default_scale(scale, first)
+        states = (initial,) if len(self.initial) == 1 else pair("initial_state", initial, optional=True)
+        if backend == "reference" or (backend == "auto" and first.dtype == torch.float64):
+            sizes = self.check(*tokens, scale, *states, cu_seqlens, *flags)
+            if first.device.type == "cpu" and not _checks.compiling():
+                self.values(sizes, *tokens, scale, *states, cu_seqlens, *flags)
+                self._check_gate_on_cpu(tokens, self.tokens)
+            return self.reference(*tokens, scale, initial, output_final_state, cu_seqlens, *flags)
+        refuse_transforms(self.name, *tokens, *states)
+        o, *final = self.op(*tokens, scale, *states, cu_seqlens, *flags, backend)
+        if not output_final_state:
+            return o, None
+        return o, final[0] if len(final) == 1 else tuple(final)
+
+    def step(
+        self, tokens: tuple[Tensor | None, ...], state: Any, scale: float | None, backend: str, *flags: bool
+    ) -> Tensor:
+        """o of one token; `state` is changed in place.
+
+        C++ is called at once, without torch's dispatcher, unless it finds that the tensors are not dense CPU tensors that
+        fit each other and need no gradient (it returns None), or something wants to see the call: a compiler, tracer,
+        mode, forward-mode level or profiler.
+        """
+        states = (state,) if len(self.state) == 1 else pair("state", state)
+        if not (
+            torch.compiler.is_compiling()
+            or (backend != "auto" and backend != "cpu")
+            or _torch_private.dispatch_modes()
+            or _torch_private.function_modes()
+            or _torch_private.tracing() is not None
+            or _torch_private.profiling()
+            or _torch_private.forward_level() >= 0
+        ):
+            limits = GATE_ALLOWANCE, torch.get_num_threads(), torch.is_grad_enabled()
+            o = self.compiled["step_plain"](*tokens, *states, *flags, scale, *limits)
+            if o is not None:
+                return o
+        first = self._first(tokens)
+        refuse_transforms(f"{self.name}_step", *tokens, *states)
+        return self.step_op(*tokens, *states, common.default_scale(scale, first), *flags, backend)
+
+    def _first(self, tokens: tuple[Tensor | None, ...]) -> Tensor:
+        if not isinstance(tokens[0], Tensor):
+            raise ValueError(f"{self.tokens[0].label}: wanted a tensor, got {type(tokens[0]).__name__}")
+        return tokens[0]
+
+    # The border: what every call of the ops passes, and the reference's.
+
+    def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], float, Sequence[Any], Tensor | None, Sequence[bool]]:
+        """tokens, scale, initial states, cu_seqlens, flags."""
+        n, m = len(self.tokens), len(self.tokens) + 1 + len(self.initial)
+        return args[:n], args[n], args[n + 1 : m], args[m], args[m + 1 :]
+
+    def check(self, *args: Any) -> Sizes:
+        tokens, _, states, cu_seqlens, _ = self.split(args)
+        first, sizes = tokens[0], {}
+        if first.dtype not in DTYPES and first.dtype != torch.float64:
+            _checks.dtype(self.tokens[0].label, first, (*DTYPES, torch.float64))
+        bind(self.tokens, tokens, first, sizes)
+        self._check_widths(sizes)
+        sizes["N"] = sizes["B"]
+        if cu_seqlens is not None:
+            bind([self.cu_seqlens], [cu_seqlens], first, sizes)
+            sizes["N"] = common.check_packing(first, cu_seqlens)
+        bind(self.initial, states, first, sizes)
+        return sizes
+
+    def check_native(self, *args: Any) -> Sizes:
+        common.native(self.name, args[0], self.tokens[0].label)
+        return self.check(*args)
+
+    def check_backward(self, *args: Any) -> Sizes:
+        k = len(self.do)
+        sizes = self.check_native(*args[k:])
+        bind(self.do, args[:k], args[k], sizes)
+        return sizes
+
+    def check_step(self, *args: Any) -> Sizes:
+        n, m = len(self.token), len(self.token) + len(self.state)
+        first, sizes = args[0], {}
+        if torch.is_grad_enabled():
+            for a, t in zip((*self.token, *self.state), args[:m], strict=True):
+                if t is not None and t.requires_grad:
+                    raise ValueError(
+                        f"{a.label}: {self.name}_step has no gradient; use {self.name}, or torch.no_grad() around the step"
+                    )
+        if first.dtype not in DTYPES:
+            _checks.dtype(self.token[0].label, first, tuple(DTYPES))
+        bind(self.token, args[:n], first, sizes)
+        self._check_widths(sizes)
+        bind(self.state, args[n:m], first, sizes)
+        return sizes
+
+    def _check_widths(self, sizes: Sizes) -> None:
+        if self.heads is not None and (sizes["Hk"] < 1 or sizes["H"] < 1 or sizes["H"] % sizes["Hk"]):
+            many, few = self.heads
+            raise ValueError(
+                f"{many}: wanted a number of heads that is a multiple of {few}'s, got H={sizes['H']} and Hk={sizes['Hk']}"
+            )
+        if sizes["H"] < 1:
+            raise ValueError(f"{self.tokens[0].label}: wanted at least one head, got H=0")
+        for symbol, what in WIDTHS.items():
+            if symbol in sizes and not 1 <= sizes[symbol] <= MAX_HEAD_DIM:
+                owner = next(a.label for a in self.tokens for s in a.shapes.values() if symbol in s)
+                raise ValueError(
+                    f"{owner}: wanted {symbol} of 1 to {MAX_HEAD_DIM} {what} per head, got {symbol}={sizes[symbol]}"
+                )
+
+    def values(self, sizes: Sizes, *args: Any) -> None:
+        """cu_seqlens' values; the C++ kernels refuse gates as they read them."""
+        sizes["bounds"] = common.bounds(sizes["B"], sizes["T"], self.split(args)[3])
+
+    def values_backward(self, sizes: Sizes, *args: Any) -> None:
+        self.values(sizes, *args[len(self.do) :])
+
+    def _check_gate_on_cpu(self, tokens: Sequence[Any], arguments: Sequence[Argument]) -> None:
+        """To look at a GPU's values its host would have to wait."""
+        for a, t in zip(arguments, tokens, strict=False):
+            if a.name == self.gate and t is not None and t.device.type == "cpu" and bool((t > GATE_ALLOWANCE).any()):
+                raise common.gate_error(a.label)
+
+    # Outputs, and what a fake returns.
+
+    def empty(self, sizes: Sizes, first: Tensor) -> list[Tensor]:
+        o = torch.empty(self.o.size(sizes), dtype=first.dtype, device=first.device)
+        return [o] + [torch.empty(a.size(sizes), dtype=torch.float32, device=first.device) for a in self.final]
+
+    def gradients(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+        """A tensor for each input's gradient; where there is no input an empty one, as the schema wants one."""
+        device = next(t.device for t in inputs if t is not None)
+        return [
+            torch.empty(0, dtype=torch.float32, device=device)
+            if t is None
+            else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t in inputs
+        ]
+
+    # C++
+
+    def _shape(self, sizes: Sizes, tokens: Sequence[Any], flags: Sequence[bool], scale: float, backward: bool) -> tuple:
+        """What csrc/linear_attention/<op>.cpp calls a Shape."""
+        bounds = sizes.get("bounds")  # none in a step
+        codes = [0 if tokens[i] is None else DTYPES[tokens[i].dtype] for i in self.c_dtypes]
+        if self.per_head:  # the dtype of dq and dk as C++ writes them
+            codes.append(codes[0] if backward and sizes["H"] == sizes["Hk"] else 0)
+        if self.tokens[self.gate_at].optional:  # csrc/linear_attention/gate.h: 0 none, 1 per head, 2 per channel
+            g = tokens[self.gate_at]
+            codes.append(0 if g is None else g.dim() - (3 if bounds is None else 4) + 2)
+        of = [sizes[s] for s in self.c_sizes]
+        limits = GATE_ALLOWANCE, torch.get_num_threads()
+        return (*of, 0 if bounds is None else bounds.data_ptr(), *codes, *flags, scale, *limits)
+
+    def _cpu_forward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
+        tokens, scale, states, _, flags = self.split(args)
+        out = self.empty(sizes, tokens[0])
+        shape, given = self._shape(sizes, tokens, flags, scale, False), contiguous((*tokens, *states))
+        if not self.compiled["forward"](shape, *pointers(given), *pointers(out)):
+            raise common.gate_error(self.gate)
+        return tuple(out)
+
+    def _cpu_backward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
+        k = len(self.do)
+        tokens, scale, states, _, flags = self.split(args[k:])
+        inputs = (*tokens, *states)
+        out = self.gradients(inputs)
+        wanted = [None if t is None else g for t, g in zip(inputs, out, strict=True)]
+        if self.per_head and sizes["H"] > sizes["Hk"]:
+            size = (sizes["B"], sizes["T"], sizes["H"], sizes["K"])
+            for i, a in enumerate(self.tokens):
+                if a.name in self.per_head:
+                    wanted[i] = torch.empty(size, dtype=torch.float32, device=tokens[0].device)
+        shape, given = self._shape(sizes, tokens, flags, scale, True), contiguous((*args[:k], *inputs))
+        self.compiled["backward"](shape, *pointers(given), *pointers(wanted))
+        for i, (g, w) in enumerate(zip(out, wanted, strict=True)):
+            if w is not None and w is not g:  # each head wrote its own: summed in their order
+                out[i] = w.unflatten(2, (-1, sizes["H"] // sizes["Hk"])).sum(3).to(g.dtype)
+        return tuple(out)
+
+    def _cpu_step(self, sizes: Sizes, *args: Any) -> Tensor:
+        n, m = len(self.token), len(self.token) + len(self.state)
+        first = args[0]
+        o = torch.empty(self.one_o.size(sizes), dtype=first.dtype, device=first.device)
+        shape = self._shape({**sizes, "N": sizes["B"]}, args[:n], args[m + 1 :], args[m], False)
+        given = contiguous(args[:m])
+        if not self.compiled["step"](shape, *pointers(given), o.data_ptr()):
+            raise common.gate_error(self.gate)
+        return o
+
+    # Triton, imported when first called: torch without Triton has all the rest.
+
+    @functools.cached_property
+    def launchers(self) -> Any:
+        return importlib.import_module(f"icrl_kernels.linear_attention.triton.{self.name}")
+
+    def _triton_forward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
+        self._check_gate_on_cpu(args, self.tokens)
+        return self.launchers.forward(*self._bounded(args, 0, sizes))
+
+    def _triton_backward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
+        none = functools.partial(torch.empty, 0, dtype=torch.float32, device=args[0].device)
+        found = self.launchers.backward(*self._bounded(args, len(self.do), sizes))
+        return tuple(none() if g is None else g for g in found)
+
+    def _bounded(self, args: tuple[Any, ...], skip: int, sizes: Sizes) -> tuple[Any, ...]:
+        """The same arguments with cu_seqlens made a non-decreasing sequence within the T tokens, whatever it holds, so that
+        kernels read and write nothing outside. On a CPU its values have been checked."""
+        at = skip + len(self.tokens) + 1 + len(self.initial)
+        if args[at] is None or args[at].device.type == "cpu":
+            return args
+        return (*args[:at], args[at].clamp(0, sizes["T"]).cummax(0).values, *args[at + 1 :])
+
+    def _triton_step(self, sizes: Sizes, *args: Any) -> Tensor:
+        self._check_gate_on_cpu(args, self.token)
+        return self.launchers.step(*args)
+
+    # The reference's step; `__call__` calls the reference itself.
+
+    @torch.no_grad()
+    def _reference_step(self, sizes: Sizes, *args: Any) -> Tensor:
+        n, m = len(self.token), len(self.token) + len(self.state)
+        self._check_gate_on_cpu(args, self.token)
+        tokens = [None if t is None else t[:, None] for t in args[:n]]
+        states = args[n:m]
+        o, final = self.reference(
+            *tokens, args[m], states[0] if len(states) == 1 else states, True, None, *args[m + 1 :]
+        )
+        for state, new in zip(states, (final,) if len(states) == 1 else final, strict=True):
+            state.copy_(new)
+        return o[:, 0].contiguous()
+
+    # Registration
+
+    def _register(self) -> None:
+        optional = [*self.initial, self.cu_seqlens]
+        flags = [f"bool {flag}" for flag in self.flags]
+        inputs = ", ".join(
+            [*(a.schema() for a in self.tokens), "float scale", *(a.schema() for a in optional), *flags, "str backend"]
+        )
+        outputs = ", ".join(a.schema() for a in (self.o, *self.final))
+        _registry.define(
+            f"{self.name}({inputs}) -> ({outputs})",
+            {
+                "cpu": _registry.Backend(("cpu",), self._cpu_forward),
+                "triton": _registry.Backend(("cuda",), self._triton_forward, triton_missing),
+            },
+            lambda sizes, first, *_: tuple(self.empty(sizes, first)),
+            self.check_native,
+            self.values,
+        )
+        gradients = ", ".join(f"Tensor d{a.name}" for a in (*self.tokens, *self.initial))
+        _registry.define(
+            f"{self.name}_backward({', '.join(a.schema() for a in self.do)}, {inputs}) -> ({gradients})",
+            {
+                "cpu": _registry.Backend(("cpu",), self._cpu_backward),
+                "triton": _registry.Backend(("cuda",), self._triton_backward, triton_missing),
+            },
+            self._fake_backward,
+            self.check_backward,
+            self.values_backward,
+        )
+        marks = [a.schema().replace("a!", f"{mark}!") for mark, a in zip("abc", self.state, strict=False)]
+        token = ", ".join([*(a.schema() for a in self.token), *marks, "float scale", *flags, "str backend"])
+        _registry.define(
+            f"{self.name}_step({token}) -> Tensor",
+            {
+                "cpu": _registry.Backend(("cpu",), self._cpu_step),
+                "triton": _registry.Backend(("cuda",), self._triton_step, triton_missing),
+                "reference": _registry.Backend(("cpu", "cuda"), self._reference_step),
+            },
+            lambda sizes, first, *_: first.new_empty(self.one_o.size(sizes)),
+            self.check_step,
+        )
+        self.op = getattr(torch.ops.icrl, self.name)
+        self.backward_op = getattr(torch.ops.icrl, f"{self.name}_backward")
+        self.step_op = getattr(torch.ops.icrl, f"{self.name}_step")
+        name, lib = f"icrl::{self.name}", _registry.LIBRARY
+        torch.library.register_autograd(name, self._derivative, setup_context=self._setup_context, lib=lib)
+        torch.library.register_autograd(f"{name}_backward", self._refuse_second_derivative, lib=lib)
+
+    def _fake_backward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
+        tokens, _, states, _, _ = self.split(args[len(self.do) :])
+        return tuple(self.gradients((*tokens, *states)))
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tokens, scale, states, cu_seqlens, flags = self.split(inputs)
+        ctx.save_for_backward(*tokens, *states, cu_seqlens)
+        ctx.rest = scale, flags  # `flags` ends with the backend
+
+    def _derivative(self, ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, cu_seqlens = ctx.saved_tensors
+        scale, flags = ctx.rest
+        n = len(self.tokens)
+        found = self.backward_op(*douts, *inputs[:n], scale, *inputs[n:], cu_seqlens, *flags)
+        d = [None if t is None else g for t, g in zip(inputs, found, strict=True)]
+        return (*d[:n], None, *d[n:], None, *[None] * len(flags))
+
+    def _refuse_second_derivative(self, ctx: Any, *grads: Tensor) -> None:
+        """Without it the second derivative would be zero in silence."""
+        raise RuntimeError(f'{self.name} has no second derivative; backend="reference" has')
+
+
+def pair(name: str, state: Any, optional: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    if state is None and optional:
+        return None, None
+    if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(t, Tensor) for t in state):
+        raise ValueError(f"{name}: wanted a pair of tensors, the slots' keys and values, got {type(state).__name__}")
+    return state[0], state[1]
+
+
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """torch.func's derivatives and forward mode, for which torch.library has no place: they would be zero in silence."""
+    if torch.compiler.is_compiling():
+        return
+    forward = _torch_private.forward_level() >= 0
+    reverse = _torch_private.transform() is not None and torch.is_grad_enabled()
+    if not forward and not reverse:
+        return
+    for t in tensors:
+        if t is not None and ((reverse and t.requires_grad) or (forward and _torch_private.tangent(t) is not None)):
+            raise NotImplementedError(
+                f"{op} has no derivative in forward mode, nor by torch.func; its reference, in plain torch, has"
+            )
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
