@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,6 @@ def kernel_calls() -> None:
     ) -> tuple[dict[str, Tensor | None], list[Tensor]]:
         B, T, H, Hk, K, V = size
         N, n = sequences or B, torch.randn
-        gates = {"none": None, "scalar": (B, T), "channel": (B, T)}
         given: dict[str, Tensor | None]
         if op == "gla":
             shape = {"none": None, "scalar": (B, T, Hk), "channel": (B, T, Hk, K)}[gate]
@@ -237,7 +236,6 @@ def kernel_calls() -> None:
             given = {"r": n(B, T, H, K), "w": -0.6 * uniform(B, T, H, K), "k": n(B, T, H, K), "v": n(B, T, H, V)}
             given |= {"a": -away, "b": away * uniform(B, T, H, K)}
             states = [n(N, H, K, V)]
-        del gates
         for name, t in given.items():
             wide = name in ("g", "w", "beta") and gate_dtype is None
             given[name] = None if t is None else t.to(f32 if wide and dtype != f64 else (gate_dtype or dtype))
@@ -1263,7 +1261,7 @@ def learning_calls() -> None:
         finally:
             made.stream.close()
 
-    add("icrl/omnirl/learner", lambda: [x if not isinstance(x, list) else [str(y) for y in x] for x in learner()])
+    add("icrl/omnirl/learner", learner)
 
     tiny = {
         "training": {
@@ -1592,6 +1590,7 @@ def run_calls(out: Path, only: list[str]) -> None:
     torch.set_num_threads(1)
     for part in PARTS:
         part()
+    site = str(Path(icrl_kernels.__file__).parents[1])
     with open(out, "w") as f:
         facts = {"file": icrl_kernels.__file__, "isa": info()["CPU kernels"], "torch": torch.__version__}
         print(json.dumps({"facts": facts}), file=f, flush=True)
@@ -1606,7 +1605,7 @@ def run_calls(out: Path, only: list[str]) -> None:
                     theirs = str(error.name).split(".")[0] not in ("icrl", "icrl_kernels")
                     found = {"skipped" if theirs else "raises": f"{type(error).__name__}: {error}"}
                 except Exception as error:
-                    found = {"raises": f"{type(error).__name__}: {error}".replace(folder, "")}
+                    found = {"raises": f"{type(error).__name__}: {error}".replace(folder, "").replace(site, "")}
             seconds = round(time.perf_counter() - begin, 3)
             print(json.dumps({"call": name, "found": found, "seconds": seconds}), file=f, flush=True)
 
@@ -1718,7 +1717,7 @@ def compare(old: Path, new: Path, isas: list[str], only: list[str], path: Path |
     return int(wrong > 0)
 
 
-def arguments(argv: list[str] | None = None) -> Iterator[Any]:
+def arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sites", nargs="*", type=Path, metavar="SITE", help="the old one and the new one")
     parser.add_argument("--isa", action="append", choices=ISAS, help="all that the machine has unless given")
@@ -1727,14 +1726,14 @@ def arguments(argv: list[str] | None = None) -> Iterator[Any]:
     parser.add_argument("--slowest", type=int, default=0, metavar="N", help="print the N slowest calls")
     parser.add_argument("--list", action="store_true", help="print the calls' names, of the package that is found here")
     parser.add_argument("--calls", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
+    given = parser.parse_args()
     if not given.calls and not given.list and len(given.sites) != 2:
         parser.error("wanted two sites")
-    yield given
+    return given
 
 
 def main() -> int:
-    (given,) = arguments()
+    given = arguments()
     if given.calls:
         run_calls(given.calls, given.only)
         return 0
@@ -1744,7 +1743,11 @@ def main() -> int:
         print("\n".join(n for n in CALLS if chosen(n, given.only)))
         return 0
     old, new = (site.resolve() for site in given.sites)
-    return compare(old, new, given.isa or isas_here(), given.only, given.json, given.slowest)
+    try:
+        return compare(old, new, given.isa or isas_here(), given.only, given.json, given.slowest)
+    except RuntimeError as error:
+        print(error)
+        return 1
 
 
 if __name__ == "__main__":
