@@ -1623,7 +1623,12 @@ class Build:
         empty.mkdir()
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
         env = {**os.environ, **threads, "ICRL_ISA": isa, "PYTHONPATH": str(site), "PYTHONHASHSEED": "0"}
-        env |= {"PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
+        env |= {
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(folder),
+        }
         command = [sys.executable, "-P", str(Path(__file__).resolve()), "--calls", str(self.out)]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
