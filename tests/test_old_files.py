@@ -22,16 +22,17 @@ import torch
 from safetensors.torch import load_file
 
 from icrl.cli import main
-from icrl.datasets import RecordStream
-from icrl.distill import DPDConfig, make_batch
-from icrl.few_shot import few_shot
-from icrl.offline_data import read_trajectories
-from icrl.offline_training import load_method
-from icrl.omnirl import Agent, OmniRL
-from icrl.sicql.world_model import WorldModel
+from icrl.offline.environments.darkroom import DarkRoomData
+from icrl.offline.few_shot import few_shot
+from icrl.offline.learner import load_method
+from icrl.offline.trajectory_shards import read_trajectories
+from icrl.offline.world_model import WorldModel
+from icrl.omnirl.agent import Agent
+from icrl.omnirl.distill import DPDConfig, make_batch
+from icrl.omnirl.model import OmniRL
+from icrl.omnirl.record_shards import RecordStream
 from icrl.worlds import TabularTasks, sample_anymdp, sample_pomdp
-from icrl.worlds.darkroom import DarkRoomData
-from icrl.worlds.shards import TaskShards
+from icrl.worlds.task_shards import TaskShards
 from icrl_kernels import __version__
 
 OLD = Path(__file__).parent / "data" / "written_by_0.1.0.dev"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from icrl.distill import DPDConfig, make_batch, simulate
+from icrl.offline.environments.darkroom import DarkRoomData
+from icrl.offline.environments.stitching import StitchingData
+from icrl.omnirl.distill import DPDConfig, make_batch, simulate
 from icrl.worlds import TabularVectorEnv, regroup, sample_anymdp, sample_bandit, sample_garnet, sample_pomdp
-from icrl.worlds.darkroom import DarkRoomData
-from icrl.worlds.stitching import StitchingData
 from icrl_kernels import constant_behaviours, rollout, rollout_start, rollout_step
 
 
