@@ -96,7 +96,7 @@ class Build(build_ext):
 
 extension = Pybind11Extension(
     "icrl_kernels._C",
-    sorted(["csrc/module.cpp", *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if NVCC else [])]),
+    sorted([*glob("csrc/**/*.cpp", recursive=True), *(glob("csrc/cuda/*.cu") if NVCC else [])]),
     depends=[*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)],
     include_dirs=["csrc"],
     cxx_std=17,

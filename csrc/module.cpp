@@ -1,8 +1,8 @@
 // icrl_kernels._C: raw pointers, sizes and a stream in; no torch. One line per source file that has entry points.
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 
 namespace icrl {
 // each is defined at the end of csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu

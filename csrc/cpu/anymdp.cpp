@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 
 namespace icrl {
 

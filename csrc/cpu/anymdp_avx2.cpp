@@ -4,7 +4,7 @@
 #include "cpu/anymdp.h"
 
 namespace icrl::avx2 {
-#include "cpu/tiles.inl"
+#include "common/tiles.inl"
 #include "cpu/anymdp_numbers.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::avx2

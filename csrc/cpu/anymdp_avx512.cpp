@@ -5,7 +5,7 @@
 #include "cpu/anymdp.h"
 
 namespace icrl::avx512 {
-#include "cpu/tiles.inl"
+#include "common/tiles.inl"
 #include "cpu/anymdp_numbers.inl"
 #include "cpu/anymdp.inl"
 }  // namespace icrl::avx512

@@ -5,9 +5,9 @@
 #include <new>
 #include <tuple>
 
-#include "cpu/isa.h"
-#include "cpu/plain.h"
-#include "cpu/pointers.h"
+#include "common/isa.h"
+#include "common/step_call.h"
+#include "common/pointers.h"
 
 namespace icrl {
 namespace {
@@ -54,8 +54,8 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer be
 
 // (q, k, v, g, beta, state, normalize, scale, allowance, threads, gradients) -> o, or None as gla's
 PyObject* plain_step(PyObject* const* a) {
-  PlainCall call(a + 7, a[0]);
-  const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]),
+  StepCall call(a + 7, a[0]);
+  const StepTensor &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]),
               beta = call.optional(a[4]), state = call.state(a[5]);
   if (!call.ok || q.dims != 3 || v.dims != 3 || (a[6] != Py_True && a[6] != Py_False)) Py_RETURN_NONE;
   const int64_t B = q.shape[0], Hk = q.shape[1], K = q.shape[2], H = v.shape[1], V = v.shape[2];
@@ -78,7 +78,7 @@ void bind_gated_delta_rule(py::module_& m) {
   m.def("delta_forward", &forward, free_gil);
   m.def("delta_backward", &backward, free_gil);
   m.def("delta_step", &step, free_gil);
-  bind_plain<7, plain_step>(m.ptr(), "delta_step_plain");
+  bind_step<7, plain_step>(m.ptr(), "delta_step_plain");
 }
 
 }  // namespace icrl

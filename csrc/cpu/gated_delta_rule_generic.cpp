@@ -3,12 +3,12 @@
 #include <cstdlib>
 
 #include "cpu/gated_delta_rule.h"
-#include "cpu/parallel.h"
+#include "common/parallel.h"
 
 namespace icrl::generic {
 // clang-format off: each needs the one before
-#include "cpu/vec.h"
-#include "cpu/gemm.h"
+#include "common/vec.h"
+#include "common/gemm.h"
 #include "cpu/chunk.inl"
 #include "cpu/gated_delta_rule.inl"
 // clang-format on

@@ -5,9 +5,9 @@
 #include <new>
 #include <tuple>
 
-#include "cpu/isa.h"
-#include "cpu/plain.h"
-#include "cpu/pointers.h"
+#include "common/isa.h"
+#include "common/step_call.h"
+#include "common/pointers.h"
 
 namespace icrl {
 namespace {
@@ -52,8 +52,8 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer st
 
 // (q, k, v, g, state, scale, allowance, threads, gradients) -> o, or None where the dispatcher is to serve or refuse
 PyObject* plain_step(PyObject* const* a) {
-  PlainCall call(a + 5, a[0]);
-  const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]), state = call.state(a[4]);
+  StepCall call(a + 5, a[0]);
+  const StepTensor &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]), state = call.state(a[4]);
   if (!call.ok || q.dims != 3 || v.dims != 3) Py_RETURN_NONE;
   const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2];
   if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || !v.is({B, Hk, V}) || !state.is({B, Hk, K, V}) ||
@@ -74,7 +74,7 @@ void bind_gla(py::module_& m) {
   m.def("gla_forward", &forward, free_gil);
   m.def("gla_backward", &backward, free_gil);
   m.def("gla_step", &step, free_gil);
-  bind_plain<5, plain_step>(m.ptr(), "gla_step_plain");
+  bind_step<5, plain_step>(m.ptr(), "gla_step_plain");
 }
 
 }  // namespace icrl

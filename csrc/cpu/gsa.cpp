@@ -5,9 +5,9 @@
 #include <new>
 #include <tuple>
 
-#include "cpu/isa.h"
-#include "cpu/plain.h"
-#include "cpu/pointers.h"
+#include "common/isa.h"
+#include "common/step_call.h"
+#include "common/pointers.h"
 
 namespace icrl {
 namespace {
@@ -54,8 +54,8 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer s, Pointer g,
 
 // (q, k, v, s, g, keys, values, scale, allowance, threads, gradients) -> o, or None as gla's
 PyObject* plain_step(PyObject* const* a) {
-  PlainCall call(a + 7, a[0]);
-  const Plain &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), w = call.tensor(a[3]), g = call.optional(a[4]),
+  StepCall call(a + 7, a[0]);
+  const StepTensor &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), w = call.tensor(a[3]), g = call.optional(a[4]),
               keys = call.state(a[5]), values = call.state(a[6]);
   if (!call.ok || q.dims != 3 || v.dims != 3 || w.dims != 3) Py_RETURN_NONE;
   const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2], M = w.shape[2];
@@ -79,7 +79,7 @@ void bind_gsa(py::module_& m) {
   m.def("gsa_forward", &forward, free_gil);
   m.def("gsa_backward", &backward, free_gil);
   m.def("gsa_step", &step, free_gil);
-  bind_plain<7, plain_step>(m.ptr(), "gsa_step_plain");
+  bind_step<7, plain_step>(m.ptr(), "gsa_step_plain");
 }
 
 }  // namespace icrl

@@ -5,12 +5,12 @@
 #include <cstdlib>
 
 #include "cpu/gsa.h"
-#include "cpu/parallel.h"
+#include "common/parallel.h"
 
 namespace icrl::avx512 {
 // clang-format off: each needs the one before
-#include "cpu/vec.h"
-#include "cpu/gemm.h"
+#include "common/vec.h"
+#include "common/gemm.h"
 #include "cpu/chunk.inl"
 #include "cpu/gsa.inl"
 // clang-format on

@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 
 namespace icrl {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu/philox.h"
+#include "common/philox.h"
 #include "cpu/rollout.h"
 
 namespace icrl {

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 #include "cpu/rollout_binding.h"
 #include "cpu/rollout_core.h"
 

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "common/parallel.h"
 
 namespace icrl {
 namespace {

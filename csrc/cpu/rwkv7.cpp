@@ -5,9 +5,9 @@
 #include <new>
 #include <tuple>
 
-#include "cpu/isa.h"
-#include "cpu/plain.h"
-#include "cpu/pointers.h"
+#include "common/isa.h"
+#include "common/step_call.h"
+#include "common/pointers.h"
 
 namespace icrl {
 namespace {
@@ -51,12 +51,12 @@ bool step(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a,
 
 // (r, w, k, v, a, b, state, scale, allowance, threads, gradients) -> o, or None as gla's
 PyObject* plain_step(PyObject* const* x) {
-  PlainCall call(x + 7, x[0]);
-  const Plain &r = call.q, w = call.tensor(x[1]), k = call.tensor(x[2]), v = call.tensor(x[3]), a = call.tensor(x[4]),
+  StepCall call(x + 7, x[0]);
+  const StepTensor &r = call.q, w = call.tensor(x[1]), k = call.tensor(x[2]), v = call.tensor(x[3]), a = call.tensor(x[4]),
               b = call.tensor(x[5]), state = call.state(x[6]);
   if (!call.ok || r.dims != 3 || v.dims != 3) Py_RETURN_NONE;
   const int64_t B = r.shape[0], H = r.shape[1], K = r.shape[2], V = v.shape[2];
-  for (const Plain* t : {&w, &k, &a, &b})
+  for (const StepTensor* t : {&w, &k, &a, &b})
     if (!t->is({B, H, K}) || (t == &w ? !w.gate_of(r) : t->dtype != r.dtype)) Py_RETURN_NONE;
   if (!channels(K) || !channels(V) || !v.is({B, H, V}) || v.dtype != r.dtype || !state.is({B, H, K, V}))
     Py_RETURN_NONE;
@@ -74,7 +74,7 @@ void bind_rwkv7(py::module_& m) {
   m.def("rwkv7_forward", &forward, free_gil);
   m.def("rwkv7_backward", &backward, free_gil);
   m.def("rwkv7_step", &step, free_gil);
-  bind_plain<7, plain_step>(m.ptr(), "rwkv7_step_plain");
+  bind_step<7, plain_step>(m.ptr(), "rwkv7_step_plain");
 }
 
 }  // namespace icrl

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "parallel.h"
+#include "common/parallel.h"
 
 namespace icrl {
 namespace {

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 #include "cpu/policy_iteration.h"
 #include "cpu/value_iteration_lanes.h"
 

@@ -6,7 +6,7 @@
 #include "cpu/value_iteration_lanes.h"
 
 namespace icrl::avx2 {
-#include "cpu/tiles.inl"
+#include "common/tiles.inl"
 #include "cpu/value_iteration.inl"
 #include "cpu/value_iteration_lanes.inl"
 }  // namespace icrl::avx2

@@ -4,7 +4,7 @@
 #include "cpu/value_iteration_lanes.h"
 
 namespace icrl::generic {
-#include "cpu/tiles.inl"
+#include "common/tiles.inl"
 #include "cpu/value_iteration.inl"
 #include "cpu/value_iteration_lanes.inl"
 }  // namespace icrl::generic

@@ -6,7 +6,7 @@
 
 #include "cpu/rollout_binding.h"
 #include "cpu/rollout_core.h"
-#include "cuda/device.h"
+#include "common/cuda_device.h"
 
 namespace icrl {
 namespace {

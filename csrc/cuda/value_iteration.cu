@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cuda/device.h"
+#include "common/cuda_device.h"
 #include "cuda/value_iteration_core.h"
 
 namespace icrl {

@@ -1,6 +1,6 @@
 // Two OpenMP runtimes in one process slow each other down thirtyfold, so this module links none: it finds the libgomp
 // (or the GNU entry points of libiomp5/libomp) that torch brought and calls it.
-#include "cpu/parallel.h"
+#include "common/parallel.h"
 
 #include <dlfcn.h>
 #include <link.h>

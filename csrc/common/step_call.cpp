@@ -1,4 +1,4 @@
-#include "cpu/plain.h"
+#include "common/step_call.h"
 
 #include <cmath>
 
@@ -73,7 +73,7 @@ bool truth(PyObject* value) {
 }
 
 // `contiguous` false: only that was missing.
-bool read(PyObject* object, bool gradients, Plain& out, bool& contiguous) {
+bool read(PyObject* object, bool gradients, StepTensor& out, bool& contiguous) {
   contiguous = true;
   const Torch& t = torch();
   if (!t.type || Py_TYPE(object) != t.type) return false;  // a subclass may want to know of every call
@@ -106,7 +106,7 @@ bool read(PyObject* object, bool gradients, Plain& out, bool& contiguous) {
 
 }  // namespace
 
-PlainCall::PlainCall(PyObject* const* options, PyObject* object) {
+StepCall::StepCall(PyObject* const* options, PyObject* object) {
   gradients = options[3] != Py_False;
   q = tensor(object);
   double value = 0;
@@ -121,12 +121,12 @@ PlainCall::PlainCall(PyObject* const* options, PyObject* object) {
   PyErr_Clear();
 }
 
-PlainCall::~PlainCall() {
+StepCall::~StepCall() {
   for (int i = 0; i < copies; ++i) Py_DECREF(copied[i]);
 }
 
-Plain PlainCall::tensor(PyObject* object) {
-  Plain result;
+StepTensor StepCall::tensor(PyObject* object) {
+  StepTensor result;
   bool contiguous;
   if (!ok || read(object, gradients, result, contiguous)) return result;
   PyObject* copy = contiguous || copies == kMostCopies ? nullptr : PyObject_CallMethodNoArgs(object, torch().contiguous);
@@ -136,16 +136,16 @@ Plain PlainCall::tensor(PyObject* object) {
   return result;
 }
 
-Plain PlainCall::optional(PyObject* object) { return object == Py_None ? Plain{} : tensor(object); }
+StepTensor StepCall::optional(PyObject* object) { return object == Py_None ? StepTensor{} : tensor(object); }
 
-Plain PlainCall::state(PyObject* object) {
-  Plain result;
+StepTensor StepCall::state(PyObject* object) {
+  StepTensor result;
   bool contiguous;
   ok = ok && read(object, gradients, result, contiguous) && result.dtype == kFloat;
   return result;
 }
 
-PyObject* PlainCall::output(PyObject* like, const Plain& view, int64_t a, int64_t b, int64_t c, Plain& out) {
+PyObject* StepCall::output(PyObject* like, const StepTensor& view, int64_t a, int64_t b, int64_t c, StepTensor& out) {
   const Torch& t = torch();
   bool contiguous;
   if (view.is({a, b, c})) {  // the quicker of the two
@@ -167,7 +167,7 @@ PyObject* PlainCall::output(PyObject* like, const Plain& view, int64_t a, int64_
   return result;
 }
 
-PyObject* PlainCall::told(PyObject* o, std::initializer_list<PyObject*> written) {
+PyObject* StepCall::told(PyObject* o, std::initializer_list<PyObject*> written) {
   for (PyObject* tensor : written) {
     PyObject* none = o ? PyObject_CallOneArg(torch().increment_version, tensor) : nullptr;
     if (!none) Py_CLEAR(o);
