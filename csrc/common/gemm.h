@@ -1,6 +1,15 @@
 // Small matrix products out of L1: C[m][n] = sum_k A(m, k) B[k][n], the tile of C in registers, A broadcast from any
 // strides, rows of B read as vectors. Each entry is one chain of multiply-adds in the order of k, so its bits depend
 // neither on the tile nor on the rows beside it. Include after vec.h. Every M and N here is a multiple of 16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/vec.h"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 // A(m, k) = p[m * row + k * col]
@@ -202,3 +211,5 @@ ICRL_INLINE void transpose(float* to, const float* from, int64_t rows, int64_t c
 }
 
 }  // namespace
+
+}  // namespace icrl::ICRL_ISA

@@ -1,7 +1,10 @@
 // Eight doubles at a time, and 8 x 8 tiles of them: products, inverses, products with vectors. Included in a namespace of
 // one instruction set, with immintrin.h before it where that is AVX-512.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma once
 
+#include <immintrin.h>
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 typedef double v8 __attribute__((vector_size(64)));
@@ -87,3 +90,5 @@ inline void subtract_times(v8 (&acc)[8], const double* m, const double* x) {
 }
 
 }  // namespace
+
+}  // namespace icrl::ICRL_ISA

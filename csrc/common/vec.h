@@ -1,6 +1,13 @@
 // Float vectors of the file's instruction set in GCC's vector extension, an exponential, and conversions of rows.
 // Include it in <op>_<isa>.cpp inside that ISA's namespace: everything here is in an anonymous namespace, so that no
 // symbol of one instruction set can stand in for another's.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 #if defined(__AVX512F__)
@@ -157,3 +164,5 @@ ICRL_INLINE void store_row(void* to, const float* from, int dtype, int64_t at, i
 }
 
 }  // namespace
+
+}  // namespace icrl::ICRL_ISA

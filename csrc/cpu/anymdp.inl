@@ -1,7 +1,18 @@
 // The AnyMDP sampler (Wang et al., arXiv 2502.02869, "Scalable procedural task generation"): one task at a time, float64
 // throughout, probabilities rounded to float32 before anything is judged by them. Included after tiles.inl and
 // anymdp_numbers.inl, once per instruction set; everything here is local to the file that includes it.
+#pragma once
 
+#include <math.h>
+#include <string.h>
+
+#include <cstdint>
+
+#include "common/tiles.inl"
+#include "cpu/anymdp.h"
+#include "cpu/anymdp_numbers.inl"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 constexpr int64_t kBlock = 8;
@@ -597,3 +608,5 @@ void anymdp_sample(const AnymdpTask& task) {
     return;
   }
 }
+
+}  // namespace icrl::ICRL_ISA

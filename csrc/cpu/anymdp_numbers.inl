@@ -4,7 +4,16 @@
 // Value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each quantity of each attempt has a stream of
 // its own in which each number has its place. So a task depends on its key alone, and icrl/worlds/anymdp_torch.py draws the
 // same one for a whole batch at once.
+#pragma once
 
+#include <immintrin.h>
+#include <math.h>
+
+#include <cstdint>
+
+#include "common/tiles.inl"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
@@ -87,3 +96,5 @@ inline void round_to(float* to, const v8& x) { *reinterpret_cast<f8u*>(to) = __b
 inline double add(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
 }  // namespace
+
+}  // namespace icrl::ICRL_ISA

@@ -5,6 +5,16 @@
 // not exponentials of sums: one exp per gate, errors as in the recurrence, and g = -inf needs no care.
 // P_i / P_j is split as P_i times 1 / P_j while P_i >= kSmallest in every channel; from the first row where it is not,
 // rows take the running products of exp g themselves. A row's choice depends on no later gate.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "common/gemm.h"
+#include "common/vec.h"
+#include "cpu/gate.h"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 constexpr int kChunk = 16;
@@ -549,3 +559,5 @@ bool backward_sequence(B& b, int64_t first, int64_t last) {
   (s.gate == Gate::none     ? f<Gate::none>(s, p)              \
    : s.gate == Gate::scalar ? f<Gate::scalar>(s, p)            \
                             : f<Gate::channel>(s, p))
+
+}  // namespace icrl::ICRL_ISA

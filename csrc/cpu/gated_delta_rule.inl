@@ -7,6 +7,19 @@
 //   S'   = P_15 S + sum_j (P_15 / P_j) k_j (beta_j e_j)^T.
 // The errors come by forward substitution. So a token's negated key is one more query, of the tokens before it, and
 // the chunk is gated linear attention of the values u_j = beta_j e_j; the gradients follow the same reading.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "common/gemm.h"
+#include "common/parallel.h"
+#include "common/vec.h"
+#include "cpu/chunk.inl"
+#include "cpu/gate.h"
+#include "cpu/gated_delta_rule.h"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 constexpr float kNormEpsilon = 1e-6f;  // as L2_EPSILON in gated_delta_rule.py
@@ -307,3 +320,5 @@ bool delta_step(const DeltaShape& s, const DeltaStep& p) {
   });
   return !refused;
 }
+
+}  // namespace icrl::ICRL_ISA

@@ -3,6 +3,19 @@
 // In a chunk that begins with state S, with P_i the product of exp g over its tokens up to i:
 //   A_ij = scale q_i . (P_i / P_j) k_j  (j <= i),   o_i = scale S^T (P_i q_i) + sum_j A_ij v_j,
 //   S'   = P_15 S + sum_j (P_15 / P_j) k_j v_j^T.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "common/gemm.h"
+#include "common/parallel.h"
+#include "common/vec.h"
+#include "cpu/chunk.inl"
+#include "cpu/gate.h"
+#include "cpu/gla.h"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 // Reads n tokens from t on, columns of v from v0; returns the largest gate.
@@ -199,3 +212,5 @@ bool gla_step(const GlaShape& s, const GlaStep& p) {
   });
   return !refused;
 }
+
+}  // namespace icrl::ICRL_ISA

@@ -5,6 +5,19 @@
 //   l_i = P_i (scale q_i S) + sum_j A_ij (P_i / P_j) s_j,  A_ij = scale q_i . k_j  (j <= i),   p_i = softmax(l_i),
 //   o_i = (P_i p_i) U + sum_j B_ij v_j,                    B_ij = p_i . (P_i / P_j) s_j,
 // so that both passes take the same decayed s_j, and p lives only as long as its chunk.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "common/gemm.h"
+#include "common/parallel.h"
+#include "common/vec.h"
+#include "cpu/chunk.inl"
+#include "cpu/gate.h"
+#include "cpu/gsa.h"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 // to = softmax(l + w s) over the first M of Mp numbers, zeros after them
@@ -328,3 +341,5 @@ bool gsa_step(const GsaShape& s, const GsaStep& p) {
   });
   return !refused;
 }
+
+}  // namespace icrl::ICRL_ISA

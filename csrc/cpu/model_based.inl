@@ -1,5 +1,17 @@
 // model_based.h's sums with vectors of actions: lanes are independent and go through the next states in the same order, so
 // the bits are the same. For inclusion in rollout.inl.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/model_based.h"
+
+namespace icrl::ICRL_ISA {
+namespace {
+
 typedef float Lanes __attribute__((vector_size(4 * kActionLanes), may_alias));
 typedef float LooseLanes __attribute__((vector_size(4 * kActionLanes), aligned(4), may_alias));
 typedef int32_t LaneBits __attribute__((vector_size(4 * kActionLanes), may_alias));
@@ -103,3 +115,6 @@ struct FastOps {
 #endif
   }
 };
+
+}  // namespace
+}  // namespace icrl::ICRL_ISA

@@ -1,8 +1,19 @@
 // The simulator with vectors: the numbers of many steps are drawn at once, and records that learn nothing go in step with one
 // another, so that one's loads are under way while another's arrive. The bits are those of simulate_plain.
-namespace {
+#pragma once
 
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/philox.h"
 #include "cpu/model_based.inl"
+#include "cpu/rollout.h"
+#include "cpu/rollout_core.h"
+
+namespace icrl::ICRL_ISA {
+namespace {
 
 constexpr int kBlock = 32;    // steps whose numbers are drawn at once
 constexpr int kTogether = 8;  // records in step
@@ -239,3 +250,5 @@ int64_t rollout_scratch(const RolloutCall& c) { return kTogether * Record<FastOp
 
 // scratch: zeros, history_scratch(h) floats.
 void model_based_history(const ModelHistory& h, int64_t r, float* scratch) { history<FastOps>(h, r, scratch); }
+
+}  // namespace icrl::ICRL_ISA

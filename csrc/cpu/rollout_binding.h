@@ -1,7 +1,9 @@
 // A RolloutCall from what Python hands over: addresses of the tensors of each NamedTuple of rollout.py, in its order.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/rollout.h"

@@ -7,6 +7,19 @@
 // u by forward substitution and scale in r. So there are two sets of queries, a and r, and two sets of keys, k and b,
 // which write v and u: each pair of sets is one array of 32 rows, and all scores are one product. a_i reads what r_{i-1}
 // would: the state after token i - 1.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "common/gemm.h"
+#include "common/parallel.h"
+#include "common/vec.h"
+#include "cpu/chunk.inl"
+#include "cpu/gate.h"
+#include "cpu/rwkv7.h"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
 constexpr int kPair = 2 * kChunk;
@@ -405,3 +418,5 @@ bool rwkv7_step(const RwkvShape& s, const RwkvStep& p) {
   });
   return !refused;
 }
+
+}  // namespace icrl::ICRL_ISA

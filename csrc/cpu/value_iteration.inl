@@ -5,15 +5,19 @@
 // growth is at most 2), tile rows of eight at a time within the envelope of the policy's rows; a banded table costs what its
 // band costs, a dense one runs at GEMM speed. A policy that changed only from state s on keeps the factors of the blocks
 // before s.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tiles.inl"
+#include "cpu/policy_iteration.h"
+#include "cpu/value_iteration_tables.inl"
+
+namespace icrl::ICRL_ISA {
 namespace {
 
-constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 constexpr double kUnderflow = 0x1p-1073;  // above what two products may lose to underflow
 constexpr int64_t kMostSweeps = 100000, kInnerSweeps = 20;
-
-inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
-
-#include "cpu/value_iteration_tables.inl"
 
 // ---- Bellman backup ----------------------------------------------------------------------------------------------------
 
@@ -389,3 +393,5 @@ void vi_find(const void* table, bool is_double, int64_t rows, int64_t ns, int32_
   is_double ? find_windows(static_cast<const double*>(table), rows, ns, first, length)
             : find_windows(static_cast<const float*>(table), rows, ns, first, length);
 }
+
+}  // namespace icrl::ICRL_ISA

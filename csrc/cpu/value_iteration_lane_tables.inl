@@ -1,4 +1,16 @@
 // What a lane holds: a task's tables, taken over and checked; and a first policy. Part of value_iteration_lanes.inl.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/tiles.inl"
+#include "cpu/policy_iteration.h"
+#include "cpu/value_iteration_tables.inl"
+
+namespace icrl::ICRL_ISA {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 8, kTileRows = 4;
@@ -276,3 +288,6 @@ void start_policy(Lane& lane, int64_t na) {
     lane.chosen[s] = static_cast<int32_t>(best);
   }
 }
+
+}  // namespace
+}  // namespace icrl::ICRL_ISA

@@ -7,10 +7,17 @@
 // though tasks differ in the steps they need. Outside its own envelope a lane adds exact zeros, and no lane's
 // arithmetic looks at another's, so the bits of a task's answer do not depend on its company. Tasks that are not plain
 // (faults, discount * row sum near 1, values that are not finite) are left to the solver for one task.
+#pragma once
 
-namespace {
+#include <cstdint>
 
+#include "cpu/policy_iteration.h"
+#include "cpu/value_iteration.inl"
 #include "cpu/value_iteration_lane_tables.inl"
+#include "cpu/value_iteration_lanes.h"
+
+namespace icrl::ICRL_ISA {
+namespace {
 
 struct Group {
   int64_t ns, nb, na;  // states, blocks of four states, actions
@@ -376,3 +383,5 @@ void vi_lanes(const LaneJobs& jobs, void* scratch) {
   }
   jobs.is_double ? solve_lanes<double>(g, jobs) : solve_lanes<float>(g, jobs);
 }
+
+}  // namespace icrl::ICRL_ISA

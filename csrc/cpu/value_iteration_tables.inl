@@ -1,6 +1,21 @@
 // The tables of one task as the planner wants them, from dense ones or from windows.
 //
 // A row is packed from its first block of eight that is not zero on, over as many blocks as the widest row of its state needs.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/tiles.inl"
+#include "cpu/policy_iteration.h"
+
+namespace icrl::ICRL_ISA {
+namespace {
+
+constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
+
+inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
 // A packed task and the planner's workspace, carved from the caller's scratch by plan_layout.
 struct Task {
@@ -321,3 +336,6 @@ PlanResult pack(Task& t, const TaskTables& in) {
   t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
   return {};
 }
+
+}  // namespace
+}  // namespace icrl::ICRL_ISA
