@@ -10,6 +10,18 @@ const char* isa_name();
 
 }  // namespace icrl
 
+// Declarations, the same in the namespace of each instruction set.
+#define ICRL_IN_EACH_ISA(declarations) \
+  namespace generic {                  \
+  declarations                         \
+  }                                    \
+  namespace avx2 {                     \
+  declarations                         \
+  }                                    \
+  namespace avx512 {                   \
+  declarations                         \
+  }
+
 // Defines name(args...) as a call of the same function in namespace avx512, avx2 or generic.
 #define ICRL_DISPATCH(name, ...)                                     \
   (::icrl::isa() == ::icrl::Isa::avx512 ? avx512::name(__VA_ARGS__) \

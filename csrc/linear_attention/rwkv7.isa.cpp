@@ -1,2 +1,2 @@
 // Compiled once for each instruction set (setup.py), in whose namespace ICRL_ISA its code is.
-#include "cpu/rwkv7.inl"
+#include "linear_attention/rwkv7.inl"

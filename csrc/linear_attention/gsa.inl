@@ -13,9 +13,9 @@
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/vec.h"
-#include "cpu/chunk.inl"
-#include "cpu/gate.h"
-#include "cpu/gsa.h"
+#include "linear_attention/chunk.inl"
+#include "linear_attention/gate.h"
+#include "linear_attention/gsa.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

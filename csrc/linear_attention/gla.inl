@@ -11,9 +11,9 @@
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/vec.h"
-#include "cpu/chunk.inl"
-#include "cpu/gate.h"
-#include "cpu/gla.h"
+#include "linear_attention/chunk.inl"
+#include "linear_attention/gate.h"
+#include "linear_attention/gla.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

@@ -15,9 +15,9 @@
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/vec.h"
-#include "cpu/chunk.inl"
-#include "cpu/gate.h"
-#include "cpu/rwkv7.h"
+#include "linear_attention/chunk.inl"
+#include "linear_attention/gate.h"
+#include "linear_attention/rwkv7.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

@@ -12,7 +12,7 @@
 
 #include "common/gemm.h"
 #include "common/vec.h"
-#include "cpu/gate.h"
+#include "linear_attention/gate.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

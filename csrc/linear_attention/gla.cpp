@@ -1,4 +1,4 @@
-#include "cpu/gla.h"
+#include "linear_attention/gla.h"
 
 #include <pybind11/pybind11.h>
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/gate.h"
+#include "common/isa.h"
 
 namespace icrl {
 
@@ -42,8 +42,7 @@ struct RwkvStep {
   bool rwkv7_forward(const RwkvShape& s, const RwkvForward& p);   \
   bool rwkv7_backward(const RwkvShape& s, const RwkvBackward& p); \
   bool rwkv7_step(const RwkvShape& s, const RwkvStep& p);
-namespace generic { ICRL_RWKV7_ENTRIES }
-namespace avx2 { ICRL_RWKV7_ENTRIES }
-namespace avx512 { ICRL_RWKV7_ENTRIES }
+ICRL_IN_EACH_ISA(ICRL_RWKV7_ENTRIES)
+#undef ICRL_RWKV7_ENTRIES
 
 }  // namespace icrl

@@ -1,4 +1,4 @@
-#include "cpu/rwkv7.h"
+#include "linear_attention/rwkv7.h"
 
 #include <pybind11/pybind11.h>
 

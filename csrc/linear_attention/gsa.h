@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/gate.h"
+#include "common/isa.h"
+#include "linear_attention/gate.h"
 
 namespace icrl {
 
@@ -44,8 +45,7 @@ struct GsaStep {
   bool gsa_forward(const GsaShape& s, const GsaForward& p);   \
   bool gsa_backward(const GsaShape& s, const GsaBackward& p); \
   bool gsa_step(const GsaShape& s, const GsaStep& p);
-namespace generic { ICRL_GSA_ENTRIES }
-namespace avx2 { ICRL_GSA_ENTRIES }
-namespace avx512 { ICRL_GSA_ENTRIES }
+ICRL_IN_EACH_ISA(ICRL_GSA_ENTRIES)
+#undef ICRL_GSA_ENTRIES
 
 }  // namespace icrl

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/gate.h"
+#include "common/isa.h"
+#include "linear_attention/gate.h"
 
 namespace icrl {
 
@@ -43,8 +44,7 @@ struct GlaStep {
   bool gla_forward(const GlaShape& s, const GlaForward& p);   \
   bool gla_backward(const GlaShape& s, const GlaBackward& p); \
   bool gla_step(const GlaShape& s, const GlaStep& p);
-namespace generic { ICRL_GLA_ENTRIES }
-namespace avx2 { ICRL_GLA_ENTRIES }
-namespace avx512 { ICRL_GLA_ENTRIES }
+ICRL_IN_EACH_ISA(ICRL_GLA_ENTRIES)
+#undef ICRL_GLA_ENTRIES
 
 }  // namespace icrl

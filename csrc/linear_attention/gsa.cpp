@@ -1,4 +1,4 @@
-#include "cpu/gsa.h"
+#include "linear_attention/gsa.h"
 
 #include <pybind11/pybind11.h>
 

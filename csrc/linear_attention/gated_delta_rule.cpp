@@ -1,4 +1,4 @@
-#include "cpu/gated_delta_rule.h"
+#include "linear_attention/gated_delta_rule.h"
 
 #include <pybind11/pybind11.h>
 

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/gate.h"
+#include "common/isa.h"
+#include "linear_attention/gate.h"
 
 namespace icrl {
 
@@ -45,8 +46,7 @@ struct DeltaStep {
   bool delta_forward(const DeltaShape& s, const DeltaForward& p);   \
   bool delta_backward(const DeltaShape& s, const DeltaBackward& p); \
   bool delta_step(const DeltaShape& s, const DeltaStep& p);
-namespace generic { ICRL_DELTA_ENTRIES }
-namespace avx2 { ICRL_DELTA_ENTRIES }
-namespace avx512 { ICRL_DELTA_ENTRIES }
+ICRL_IN_EACH_ISA(ICRL_DELTA_ENTRIES)
+#undef ICRL_DELTA_ENTRIES
 
 }  // namespace icrl
