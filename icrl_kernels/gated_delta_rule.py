@@ -13,7 +13,7 @@ from icrl_kernels import _C, _attention, _checks, _registry
 from icrl_kernels._attention import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 L2_EPSILON = 1e-6
-"""qk_l2norm divides by sqrt(sum of squares + this). As kNormEpsilon in csrc/cpu/gated_delta_rule.inl."""
+"""qk_l2norm divides by sqrt(sum of squares + this). As kNormEpsilon in csrc/linear_attention/gated_delta_rule.inl."""
 
 
 def _l2norm(x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def _check(
 def _shape(
     q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float, bounds: Tensor, l2norm: bool, keys: int
 ) -> tuple:
-    """What csrc/cpu/gated_delta_rule.cpp calls a Shape; `keys` is the code of dq's and dk's dtype."""
+    """What csrc/linear_attention/gated_delta_rule.cpp calls a Shape; `keys` is the code of dq's and dk's dtype."""
     gate, gate_dtype = (0, 0) if g is None else (g.dim() - 2, DTYPES[g.dtype])
     sizes = (bounds.numel() - 1, v.shape[2], q.shape[2], q.shape[3], v.shape[3], bounds.data_ptr())
     dtypes = (DTYPES[q.dtype], gate_dtype, 0 if beta is None else DTYPES[beta.dtype], keys)

@@ -198,7 +198,7 @@ def _slots(M: int) -> None:
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None, scale: float, n: int, bounds: int) -> tuple:
-    gate, gate_dtype = (0, 0) if g is None else (2, DTYPES[g.dtype])  # the codes of csrc/cpu/gate.h
+    gate, gate_dtype = (0, 0) if g is None else (2, DTYPES[g.dtype])  # the codes of csrc/linear_attention/gate.h
     sizes = (n, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], s.shape[-1])
     dtypes = (_attention.native("gsa", q), gate_dtype)
     return (*sizes, bounds, *dtypes, gate, scale, GATE_ALLOWANCE, torch.get_num_threads())

@@ -164,7 +164,7 @@ def _check(
 
 
 def _shape(r: Tensor, w: Tensor, v: Tensor, scale: float, bounds: Tensor) -> tuple:
-    """What csrc/cpu/rwkv7.cpp calls a Shape."""
+    """What csrc/linear_attention/rwkv7.cpp calls a Shape."""
     sizes = (bounds.numel() - 1, r.shape[2], r.shape[3], v.shape[3], bounds.data_ptr())
     return (*sizes, DTYPES[r.dtype], DTYPES[w.dtype], scale, GATE_ALLOWANCE, torch.get_num_threads())
 

@@ -8,9 +8,9 @@
 #include <cstdint>
 
 #include "common/philox.h"
-#include "cpu/model_based.inl"
-#include "cpu/rollout.h"
-#include "cpu/rollout_core.h"
+#include "tabular/model_based.inl"
+#include "tabular/rollout.h"
+#include "tabular/rollout_core.h"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -230,7 +230,6 @@ void go_together(Lane* lanes, int n, int64_t steps) {
 
 }  // namespace
 
-// Records [from, to). scratch: rollout_scratch(c) floats.
 void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch) {
   Lane lanes[kTogether];
   const int64_t each = Record<FastOps>::scratch_floats(c);
@@ -248,7 +247,6 @@ void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scra
 
 int64_t rollout_scratch(const RolloutCall& c) { return kTogether * Record<FastOps>::scratch_floats(c); }
 
-// scratch: zeros, history_scratch(h) floats.
 void model_based_history(const ModelHistory& h, int64_t r, float* scratch) { history<FastOps>(h, r, scratch); }
 
 }  // namespace icrl::ICRL_ISA

@@ -1,11 +1,11 @@
-// The simulator on the GPU: one thread for each record runs the code of cpu/rollout_core.h, compiled without fused
+// The simulator on the GPU: one thread for each record runs the code of rollout_core.h, compiled without fused
 // multiply-adds, so that the bits are the CPU's.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/rollout_binding.h"
-#include "cpu/rollout_core.h"
+#include "tabular/rollout_binding.h"
+#include "tabular/rollout_core.h"
 #include "common/cuda_device.h"
 
 namespace icrl {

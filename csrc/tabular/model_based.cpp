@@ -1,5 +1,5 @@
 // What a model-based learner would think at each step of recorded histories.
-#include "cpu/model_based.h"
+#include "tabular/model_based.h"
 
 #include <pybind11/pybind11.h>
 
@@ -9,10 +9,6 @@
 #include "common/parallel.h"
 
 namespace icrl {
-
-namespace generic { void model_based_history(const ModelHistory&, int64_t r, float* scratch); }
-namespace avx2 { void model_based_history(const ModelHistory&, int64_t r, float* scratch); }
-namespace avx512 { void model_based_history(const ModelHistory&, int64_t r, float* scratch); }
 
 namespace {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/cuda_device.h"
-#include "cuda/value_iteration_core.h"
+#include "tabular/value_iteration_cuda.h"
 
 namespace icrl {
 namespace {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
+
 namespace icrl {
 
 struct AnymdpTask {
@@ -30,5 +32,9 @@ inline constexpr int64_t anymdp_scratch(int64_t ns, int64_t na, int64_t num_obse
   return ns * na * nb * 4 + 8 + nb * nb * 64 + ns * nb * 9 + (ns + na) * width + 9 * (ns * na + 16) + 32 * width + nb * 64 + na +
          num_observations + 64 * 8;
 }
+
+#define ICRL_ANYMDP_ENTRIES void anymdp_sample(const AnymdpTask& task);
+ICRL_IN_EACH_ISA(ICRL_ANYMDP_ENTRIES)
+#undef ICRL_ANYMDP_ENTRIES
 
 }  // namespace icrl

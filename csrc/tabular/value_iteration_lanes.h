@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "cpu/policy_iteration.h"
+#include "tabular/policy_iteration.h"
 
 namespace icrl {
 

@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/rollout.h"
+#include "tabular/rollout.h"
 
 namespace icrl {
 

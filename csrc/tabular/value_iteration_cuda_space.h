@@ -18,7 +18,7 @@ constexpr int kWarp = 32;              // threads of the warp that runs ahead
 constexpr int kPanel = 4;              // states that are eliminated together
 constexpr int64_t kMostStates = 32768;  // indices are 16 bits wide, places in the factors 32
 
-// A batch as Python hands it over: TaskTables' fields, outputs as in cpu/value_iteration.cpp; `order` [N,G] sorts a task's
+// A batch as Python hands it over: TaskTables' fields, outputs as in value_iteration.cpp; `order` [N,G] sorts a task's
 // discounts ascending.
 struct CoreBatch {
   const void *transition, *reward;

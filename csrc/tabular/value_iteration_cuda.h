@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/policy_iteration.h"
-#include "cuda/value_iteration_space.h"
+#include "tabular/policy_iteration.h"
+#include "tabular/value_iteration_cuda_space.h"
 
 namespace icrl {
 
@@ -459,7 +459,7 @@ struct Core {
 
   // ---- discount 1 ----------------------------------------------------------------------------------------------------------
 
-  // As cannot_end in cpu/value_iteration.inl: the first state from which no end can be reached, or -1.
+  // As cannot_end in value_iteration.inl: the first state from which no end can be reached, or -1.
   ICRL_HD int64_t cannot_end(bool choose) {
     for (int s = team.id; s < ns; s += team.size) w.reached[s] = 0;
     for (;;) {

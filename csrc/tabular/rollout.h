@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
+
 namespace icrl {
 
 struct RolloutTables {
@@ -59,5 +61,14 @@ struct ModelHistory {
   int64_t R, T, S, A, sweeps;
   float bonus, discount;
 };
+
+// rollout_records simulates the records [from, to) with rollout_scratch(c) floats of scratch. model_based_history fills q of
+// record r with history_scratch(h.S, h.A) floats of scratch (model_based.h), zeros.
+#define ICRL_ROLLOUT_ENTRIES                                                              \
+  void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch);   \
+  int64_t rollout_scratch(const RolloutCall& c);                                          \
+  void model_based_history(const ModelHistory& h, int64_t r, float* scratch);
+ICRL_IN_EACH_ISA(ICRL_ROLLOUT_ENTRIES)
+#undef ICRL_ROLLOUT_ENTRIES
 
 }  // namespace icrl

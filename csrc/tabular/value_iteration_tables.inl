@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "common/tiles.inl"
-#include "cpu/policy_iteration.h"
+#include "tabular/policy_iteration.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

@@ -13,22 +13,21 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/policy_iteration.h"
-#include "cpu/value_iteration_lanes.h"
+#include "tabular/policy_iteration.h"
+#include "tabular/value_iteration_lanes.h"
 
 namespace icrl {
 
-#define ICRL_DECLARE                                                                                             \
-  int64_t vi_bytes(int64_t, int64_t);                                                                            \
-  PlanResult vi_pack(const TaskTables&, void*);                                                                  \
-  PlanResult vi_plan(double, Method, double, int64_t*, double*, double*, void*);                                 \
-  void vi_find(const void*, bool, int64_t, int64_t, int32_t*, int32_t*);                                         \
-  int64_t vi_lanes_bytes(int64_t, int64_t, int64_t, bool);                                                       \
-  void vi_lanes(const LaneJobs&, void*);
-namespace generic { ICRL_DECLARE }
-namespace avx2 { ICRL_DECLARE }
-namespace avx512 { ICRL_DECLARE }
-#undef ICRL_DECLARE
+// defined in value_iteration.inl and value_iteration_lanes.inl
+#define ICRL_VALUE_ITERATION_ENTRIES                                                                                    \
+  int64_t vi_bytes(int64_t ns, int64_t na);                                                                             \
+  PlanResult vi_pack(const TaskTables& in, void* scratch);                                                              \
+  PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch); \
+  void vi_find(const void* table, bool is_double, int64_t rows, int64_t ns, int32_t* first, int32_t* length);           \
+  int64_t vi_lanes_bytes(int64_t ns, int64_t na, int64_t ng, bool is_double);                                           \
+  void vi_lanes(const LaneJobs& jobs, void* scratch);
+ICRL_IN_EACH_ISA(ICRL_VALUE_ITERATION_ENTRIES)
+#undef ICRL_VALUE_ITERATION_ENTRIES
 
 int64_t planner_bytes(int64_t num_states, int64_t num_actions) { return ICRL_DISPATCH(vi_bytes, num_states, num_actions); }
 PlanResult plan_pack(const TaskTables& tables, void* scratch) { return ICRL_DISPATCH(vi_pack, tables, scratch); }

@@ -9,20 +9,10 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/rollout_binding.h"
-#include "cpu/rollout_core.h"
+#include "tabular/rollout_binding.h"
+#include "tabular/rollout_core.h"
 
 namespace icrl {
-
-#define ICRL_DECLARE(isa)                                                            \
-  namespace isa {                                                                    \
-  void rollout_records(const RolloutCall&, int64_t from, int64_t to, float* scratch); \
-  int64_t rollout_scratch(const RolloutCall&);                                       \
-  }
-ICRL_DECLARE(generic)
-ICRL_DECLARE(avx2)
-ICRL_DECLARE(avx512)
-#undef ICRL_DECLARE
 
 namespace {
 

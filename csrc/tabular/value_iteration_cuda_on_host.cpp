@@ -1,4 +1,4 @@
-// The GPU planner (csrc/cuda/value_iteration_core.h) on the host, for tests where there is no GPU: a team's threads are
+// The GPU planner (value_iteration_cuda.h) on the host, for tests where there is no GPU: a team's threads are
 // coroutines on one thread. It is always the first, the last or any of those that can run whose turn it is, until it waits at
 // a barrier: what one may read before another has written it, or after, comes out different, so that a missing barrier shows
 // in the results. Threads that wait at barriers which others never reach are an error.
@@ -14,7 +14,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/value_iteration_core.h"
+#include "tabular/value_iteration_cuda.h"
 
 namespace icrl {
 namespace {
@@ -177,13 +177,13 @@ int64_t solve_on_host(uintptr_t transition, uintptr_t reward, bool is_double, bo
 
 }  // namespace
 
-void bind_value_iteration_team(pybind11::module_& m) {
+void bind_value_iteration_cuda_on_host(pybind11::module_& m) {
   m.def("value_iteration_cuda_host_check", &solve_on_host, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 }  // namespace icrl
 #else
 namespace icrl {
-void bind_value_iteration_team(pybind11::module_&) {}
+void bind_value_iteration_cuda_on_host(pybind11::module_&) {}
 }  // namespace icrl
 #endif

@@ -9,8 +9,8 @@
 #include <cstdint>
 
 #include "common/tiles.inl"
-#include "cpu/anymdp.h"
-#include "cpu/anymdp_numbers.inl"
+#include "tabular/anymdp.h"
+#include "tabular/anymdp_random.inl"
 
 namespace icrl::ICRL_ISA {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "common/philox.h"
-#include "cpu/rollout.h"
+#include "tabular/rollout.h"
 
 namespace icrl {
 namespace {

@@ -11,10 +11,10 @@
 
 #include <cstdint>
 
-#include "cpu/policy_iteration.h"
-#include "cpu/value_iteration.inl"
-#include "cpu/value_iteration_lane_tables.inl"
-#include "cpu/value_iteration_lanes.h"
+#include "tabular/policy_iteration.h"
+#include "tabular/value_iteration.inl"
+#include "tabular/value_iteration_lane_tables.inl"
+#include "tabular/value_iteration_lanes.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

@@ -50,7 +50,7 @@ void draw_tokens(uintptr_t emission_, uintptr_t task_, uintptr_t state_, uintptr
 
 }  // namespace
 
-void bind_tokens(pybind11::module_& m) {
+void bind_emission(pybind11::module_& m) {
   m.def("draw_tokens", &draw_tokens, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

@@ -2,8 +2,8 @@
 // semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with vectors).
 #pragma once
 
-#include "cpu/model_based.h"
-#include "cpu/rollout.h"
+#include "tabular/model_based.h"
+#include "tabular/rollout.h"
 
 namespace icrl {
 namespace {

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu/model_based.h"
+#include "tabular/model_based.h"
 
 namespace icrl::ICRL_ISA {
 namespace {

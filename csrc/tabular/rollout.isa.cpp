@@ -1,2 +1,2 @@
 // Compiled once for each instruction set (setup.py), in whose namespace ICRL_ISA its code is.
-#include "cpu/rollout.inl"
+#include "tabular/rollout.inl"

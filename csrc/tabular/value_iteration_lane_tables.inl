@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "common/tiles.inl"
-#include "cpu/policy_iteration.h"
-#include "cpu/value_iteration_tables.inl"
+#include "tabular/policy_iteration.h"
+#include "tabular/value_iteration_tables.inl"
 
 namespace icrl::ICRL_ISA {
 namespace {

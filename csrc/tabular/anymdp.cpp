@@ -1,4 +1,4 @@
-#include "cpu/anymdp.h"
+#include "tabular/anymdp.h"
 
 #include <pybind11/pybind11.h>
 
@@ -10,10 +10,6 @@
 #include "common/parallel.h"
 
 namespace icrl {
-
-namespace generic { void anymdp_sample(const AnymdpTask&); }
-namespace avx2 { void anymdp_sample(const AnymdpTask&); }
-namespace avx512 { void anymdp_sample(const AnymdpTask&); }
 
 namespace {
 
