@@ -5,21 +5,23 @@
 #include "common/parallel.h"
 
 // f(name) for each source file that has entry points: bind_name stands at its end.
-#define ICRL_CPU_SOURCES(f)         \
-  f(anymdp)                         \
-  f(emission)                       \
-  f(gated_delta_rule)               \
-  f(gla)                            \
-  f(gsa)                            \
-  f(model_based)                    \
-  f(rollout)                        \
-  f(rollout_tables)                 \
-  f(rwkv7)                          \
-  f(value_iteration)                \
+// clang-format off: a line each
+#define ICRL_CPU_SOURCES(f) \
+  f(anymdp) \
+  f(emission) \
+  f(gated_delta_rule) \
+  f(gla) \
+  f(gsa) \
+  f(model_based) \
+  f(rollout) \
+  f(rollout_tables) \
+  f(rwkv7) \
+  f(value_iteration) \
   f(value_iteration_cuda_on_host)
-#define ICRL_CUDA_SOURCES(f)        \
-  f(rollout_cuda)                   \
+#define ICRL_CUDA_SOURCES(f) \
+  f(rollout_cuda) \
   f(value_iteration_cuda)
+// clang-format on
 
 #define ICRL_DECLARE(name) void bind_##name(pybind11::module_& m);
 #define ICRL_BIND(name) icrl::bind_##name(m);

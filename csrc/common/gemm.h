@@ -187,10 +187,11 @@ ICRL_INLINE void transpose_block(float* to, int64_t ld_to, const float* from, in
       r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
       r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
     }
-    // now r[4i + j] holds rows 4i..4i+3 of columns j, 4+j, 8+j, 12+j
+  // now r[4i + j] holds rows 4i..4i+3 of columns j, 4+j, 8+j, 12+j
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512 even01 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), odd01 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+    const __m512 even01 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88),
+                 odd01 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
     const __m512 even23 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
     const __m512 odd23 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
     _mm512_storeu_ps(to + j * ld_to, _mm512_shuffle_f32x4(even01, even23, 0x88));

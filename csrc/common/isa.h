@@ -5,7 +5,7 @@ namespace icrl {
 
 enum class Isa { generic, avx2, avx512 };
 
-Isa isa();               // ICRL_ISA=generic|avx2|avx512 lowers it (for tests); decided once
+Isa isa();  // ICRL_ISA=generic|avx2|avx512 lowers it (for tests); decided once
 const char* isa_name();
 
 }  // namespace icrl
@@ -23,7 +23,7 @@ const char* isa_name();
   }
 
 // Defines name(args...) as a call of the same function in namespace avx512, avx2 or generic.
-#define ICRL_DISPATCH(name, ...)                                     \
+#define ICRL_DISPATCH(name, ...)                                    \
   (::icrl::isa() == ::icrl::Isa::avx512 ? avx512::name(__VA_ARGS__) \
    : ::icrl::isa() == ::icrl::Isa::avx2 ? avx2::name(__VA_ARGS__)   \
                                         : generic::name(__VA_ARGS__))

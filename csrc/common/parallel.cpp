@@ -19,7 +19,8 @@ struct Runtime {
 
 int find_runtime(dl_phdr_info* info, size_t, void* out) {
   const char* name = info->dlpi_name;
-  if (!name || !(std::strstr(name, "libgomp") || std::strstr(name, "libiomp5") || std::strstr(name, "libomp"))) return 0;
+  if (!name || !(std::strstr(name, "libgomp") || std::strstr(name, "libiomp5") || std::strstr(name, "libomp")))
+    return 0;
   void* handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return 0;
   void *parallel = dlsym(handle, "GOMP_parallel"), *set_num_threads = dlsym(handle, "omp_set_num_threads");

@@ -17,8 +17,9 @@ void place_in_team(int& number, int& threads);
 // Sets the calling thread's own team size, for torch's operators and for torch.get_num_threads() in that thread too.
 void set_team_size(int threads);
 
-// Calls f(i) for each i in [0, n), items handed out one by one. Which thread runs an item must not change its result: same
-// bits for any number of threads. What f throws (memory that is not to be had) comes out here, once all threads are back.
+// Calls f(i) for each i in [0, n), items handed out one by one. Which thread runs an item must not change its result:
+// same bits for any number of threads. What f throws (memory that is not to be had) comes out here, once all threads
+// are back.
 template <class F>
 void parallel_for(int64_t n, int threads, F&& f) {
   if (n <= 1 || threads <= 1) {
@@ -48,8 +49,8 @@ void parallel_for(int64_t n, int threads, F&& f) {
   if (context.error) std::rethrow_exception(context.error);
 }
 
-// The same for short calls that come again and again on the same memory: each thread has its own share of the items, the
-// same in each call, so that what they hold stays in its core's cache. f must not throw.
+// The same for short calls that come again and again on the same memory: each thread has its own share of the items,
+// the same in each call, so that what they hold stays in its core's cache. f must not throw.
 template <class F>
 void parallel_shares(int64_t n, int threads, F&& f) {
   if (n <= 1 || threads <= 1) {

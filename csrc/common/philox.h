@@ -1,8 +1,8 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): numbers as a function of
-// (seed, record, step, stream) alone, so that no thread count, batch split or resumption can change them. And log, exp and
-// the normal quantile by + - * / sqrt alone: IEEE arithmetic then fixes every bit, on any machine. Whoever includes this
-// must be compiled without contraction into fused multiply-adds. Everything has internal linkage: no instruction set's
-// code can stand in for another's.
+// (seed, record, step, stream) alone, so that no thread count, batch split or resumption can change them. And log, exp
+// and the normal quantile by + - * / sqrt alone: IEEE arithmetic then fixes every bit, on any machine. Whoever includes
+// this must be compiled without contraction into fused multiply-adds. Everything has internal linkage: no instruction
+// set's code can stand in for another's.
 #pragma once
 
 #include <cmath>
@@ -75,7 +75,7 @@ ICRL_HD inline double portable_log(double x) {
 ICRL_HD inline double portable_exp(double x) {
   if (!(x > -700)) return 0;
   const double n = static_cast<double>(static_cast<int64_t>(x * 1.4426950408889634 - 0.5));  // to the nearest
-  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;   // |r| <= log(2)/2
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;    // |r| <= log(2)/2
   double p = 1;
   for (int k = 14; k >= 1; --k) p = p * r / k + 1;
   return p * from_bits(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
@@ -92,8 +92,11 @@ ICRL_HD inline double normal_tail(double p, double q) {
   const bool near = r <= 5;
   const double n = r - (near ? 1.6 : 5.0);
   const double over = (((near ? 1.7023821103e-1 : 1.7337203997e-2) * n + (near ? 1.3067284816 : 4.2868294337e-1)) * n +
-                       (near ? 2.7568153900 : 3.0812263860)) * n + (near ? 1.4234372777 : 6.6579051150);
-  const double under = ((near ? 1.2021132975e-1 : 1.2258202635e-2) * n + (near ? 7.3700164250e-1 : 2.4197894225e-1)) * n + 1;
+                       (near ? 2.7568153900 : 3.0812263860)) *
+                          n +
+                      (near ? 1.4234372777 : 6.6579051150);
+  const double under =
+      ((near ? 1.2021132975e-1 : 1.2258202635e-2) * n + (near ? 7.3700164250e-1 : 2.4197894225e-1)) * n + 1;
   const double z = over / under;
   return q < 0 ? -z : z;
 }

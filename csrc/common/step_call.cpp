@@ -31,7 +31,7 @@ struct Torch {
   int (*view)(void*, DlTensor*) = nullptr;
   PyObject *module, *increment_version;
   PyObject *empty, *empty_like, *dtype, *requires_grad, *is_neg, *contiguous;  // names
-  PyObject* dtype_only;                                          // keyword names
+  PyObject* dtype_only;                                                        // keyword names
 };
 
 Torch find_torch() {
@@ -129,7 +129,8 @@ StepTensor StepCall::tensor(PyObject* object) {
   StepTensor result;
   bool contiguous;
   if (!ok || read(object, gradients, result, contiguous)) return result;
-  PyObject* copy = contiguous || copies == kMostCopies ? nullptr : PyObject_CallMethodNoArgs(object, torch().contiguous);
+  PyObject* copy =
+      contiguous || copies == kMostCopies ? nullptr : PyObject_CallMethodNoArgs(object, torch().contiguous);
   PyErr_Clear();
   if (copy) copied[copies++] = copy;
   ok = copy && read(copy, gradients, result, contiguous);

@@ -1,5 +1,5 @@
-// A step's tensors read straight from their Python objects: a step of one sequence computes for a microsecond, and torch's
-// dispatcher takes six to call Python. What is not plain (a dense CPU tensor of a type that the kernels serve,
+// A step's tensors read straight from their Python objects: a step of one sequence computes for a microsecond, and
+// torch's dispatcher takes six to call Python. What is not plain (a dense CPU tensor of a type that the kernels serve,
 // without a gradient) is left to the dispatcher, whose Python side says what is wrong or makes it right.
 #pragma once
 

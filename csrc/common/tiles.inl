@@ -1,5 +1,5 @@
-// Eight doubles at a time, and 8 x 8 tiles of them: products, inverses, products with vectors. Included in a namespace of
-// one instruction set, with immintrin.h before it where that is AVX-512.
+// Eight doubles at a time, and 8 x 8 tiles of them: products, inverses, products with vectors. Included in a namespace
+// of one instruction set, with immintrin.h before it where that is AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +14,8 @@ typedef long long i8 __attribute__((vector_size(64)));
 
 inline v8 load(const double* p) { return *reinterpret_cast<const v8u*>(p); }
 #if defined(__AVX512F__)
-inline v8 load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }  // GCC 12 converts in halves otherwise
+// GCC 12 converts in halves otherwise
+inline v8 load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }
 #else
 inline v8 load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const f8u*>(p), v8); }
 #endif

@@ -84,9 +84,7 @@ ICRL_INLINE float decays(float* gates, int64_t n) {
 // dtype codes shared with Python
 enum Dtype : int { kFloat = 0, kBfloat = 1, kHalf = 2 };
 
-ICRL_INLINE float from_bfloat(uint16_t x) {
-  return __builtin_bit_cast(float, uint32_t(x) << 16);
-}
+ICRL_INLINE float from_bfloat(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 ICRL_INLINE uint16_t to_bfloat(float f) {
   uint32_t b = __builtin_bit_cast(uint32_t, f);
   const uint32_t rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;

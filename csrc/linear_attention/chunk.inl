@@ -40,7 +40,8 @@ struct Arena {
   }
 };
 
-constexpr float kUnit[2 * kChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};  // rows of the identity, shifted
+// rows of the identity, shifted
+constexpr float kUnit[2 * kChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};
 
 // Which chunk comes after this one: its rows are asked for early, because a head's rows are apart in memory, and what
 // the processor fetches by itself does not follow them.
@@ -86,12 +87,12 @@ ICRL_INLINE void store_rows(void* to, const float* from, int dtype, int64_t at, 
 template <Gate gate, bool Keep>
 struct Chunk {
   int64_t K, V, Kp, Vp;
-  float *k, *v;        // [16][Kp], [16][Vp]: as given
-  float *kd, *ku, *kt; // k / P_j; k P_15 / P_j; kd transposed [Kp][16]
+  float *k, *v;                 // [16][Kp], [16][Vp]: as given
+  float *kd, *ku, *kt;          // k / P_j; k P_15 / P_j; kd transposed [Kp][16]
   float *e, *p, *inverse, *up;  // exp g, P, 1 / P, P_15 / P_j: [16][Kp] for channel, [16] for scalar gates
-  float* d;            // scalar: P_i / P_j [16][16]; channel: the same for one row, [16][Kp]
-  float* decay;        // P_15 [Kp]
-  int cross;           // rows from here on take running products
+  float* d;                     // scalar: P_i / P_j [16][16]; channel: the same for one row, [16][Kp]
+  float* decay;                 // P_15 [Kp]
+  int cross;                    // rows from here on take running products
 
   void layout(Arena& a, int64_t K_, int64_t V_) {
     K = K_, V = V_, Kp = pad16(K), Vp = pad16(V);
@@ -236,8 +237,8 @@ struct Chunk {
       }
   }
 
-  // out_i = P_i (x_i S) + sum of w_ij (P_i / P_j) k_j over j < i, for x [16][ld], S [depth][Kp] and w [16][16], of which
-  // nothing from the diagonal up is read. For a scalar gate, and y [16][Kp], along_i += y_i . P_i (x_i S).
+  // out_i = P_i (x_i S) + sum of w_ij (P_i / P_j) k_j over j < i, for x [16][ld], S [depth][Kp] and w [16][16], of
+  // which nothing from the diagonal up is read. For a scalar gate, and y [16][Kp], along_i += y_i . P_i (x_i S).
   void gather(float* out, const float* x, int64_t ld, int64_t depth, const float* state, const float* w, int n,
               const float* y = nullptr, float* along = nullptr) {
     float held[kChunk * kChunk], dots[kChunk * kWidth];
@@ -314,9 +315,9 @@ ICRL_INLINE void for_columns(float* state, int64_t K, int64_t V, float* tail, co
 //
 // The gate's gradient is dg_t = sum over pairs (i >= t > j) of (i's and j's term), the pairs taken in four kinds: both
 // outside the chunk (<S dS> at its ends), i inside (summed from the end back), j inside (summed from the start), both
-// inside: for a scalar gate the pairs themselves, for a channel gate, where these are vectors, row sums minus column sums
-// of the strict triangle. No sum runs past a chunk, and terms that no gate touches (i = j) never enter, so that strong
-// gates lose nothing to cancellation.
+// inside: for a scalar gate the pairs themselves, for a channel gate, where these are vectors, row sums minus column
+// sums of the strict triangle. No sum runs past a chunk, and terms that no gate touches (i = j) never enter, so that
+// strong gates lose nothing to cancellation.
 template <Gate gate>
 struct ChunkGradient {
   Chunk<gate, true> c;
@@ -386,8 +387,8 @@ struct ChunkGradient {
   // From the gradients of what queries read: dq (for q = qr / scale), and their parts of dk, z and the state's
   // gradient, which decays with the `first` queries of a chunk. Strict: they read earlier tokens only.
   template <bool Strict>
-  void queries_gradient(const float* state, const float* scores, const float* qr, const float* qs, const float* d_o, float scale, int n,
-                        bool first) {
+  void queries_gradient(const float* state, const float* scores, const float* qr, const float* qs, const float* d_o,
+                        float scale, int n, bool first) {
     product(da, kChunk, kChunk, kChunk, Left{d_o, Vp, 1}, value_t, kChunk, V);
     c.gather(dq, d_o, Vp, V, state, da, n, qr, gate == Gate::scalar ? z : nullptr);
     if constexpr (gate == Gate::scalar) pairs_gradient(da, scores);
@@ -514,9 +515,9 @@ struct ChunkGradient {
   }
 };
 
-// Gradients of one sequence: b.read_states sets its first state and last gradient, b.advance takes a state over a chunk,
-// b.chunk takes b.m.gradient back over it. States are kept at the start of each chunk of one segment, and at the start of
-// every segment. False when memory ran out.
+// Gradients of one sequence: b.read_states sets its first state and last gradient, b.advance takes a state over a
+// chunk, b.chunk takes b.m.gradient back over it. States are kept at the start of each chunk of one segment, and at the
+// start of every segment. False when memory ran out.
 template <class B>
 bool backward_sequence(B& b, int64_t first, int64_t last) {
   const int64_t chunks = (last - first + kChunk - 1) / kChunk, size = b.state_size();
@@ -555,9 +556,7 @@ bool backward_sequence(B& b, int64_t first, int64_t last) {
 
 }  // namespace
 
-#define ICRL_BY_GATE(f)                                        \
-  (s.gate == Gate::none     ? f<Gate::none>(s, p)              \
-   : s.gate == Gate::scalar ? f<Gate::scalar>(s, p)            \
-                            : f<Gate::channel>(s, p))
+#define ICRL_BY_GATE(f) \
+  (s.gate == Gate::none ? f<Gate::none>(s, p) : s.gate == Gate::scalar ? f<Gate::scalar>(s, p) : f<Gate::channel>(s, p))
 
 }  // namespace icrl::ICRL_ISA

@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/step_call.h"
 #include "common/pointers.h"
+#include "common/step_call.h"
 
 namespace icrl {
 namespace {
@@ -15,8 +15,8 @@ namespace {
 namespace py = pybind11;
 
 // sequences, heads, key_heads, k, v, bounds, the dtypes of q, g, beta, dq, gate, normalize, scale, allowance, threads
-using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Pointer, int, int, int, int, int, bool, float,
-                         float, int>;
+using Shape =
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Pointer, int, int, int, int, int, bool, float, float, int>;
 
 DeltaShape shape(const Shape& t) {
   DeltaShape s;
@@ -41,8 +41,8 @@ bool forward(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer
 void backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer q, Pointer k, Pointer v, Pointer g, Pointer beta,
               Pointer initial, Pointer dq, Pointer dk, Pointer dv, Pointer dg, Pointer dbeta, Pointer d_initial) {
   const DeltaShape s = shape(t);
-  const DeltaBackward p{in(d_o), in(q),   in(k),   in(v),   in(g),   in(beta),   floats(d_final),      floats(initial),
-                        out(dq), out(dk), out(dv), out(dg), out(dbeta), out_floats(d_initial)};
+  const DeltaBackward p{in(d_o),         in(q),   in(k),   in(v),   in(g),   in(beta),   floats(d_final),
+                        floats(initial), out(dq), out(dk), out(dv), out(dg), out(dbeta), out_floats(d_initial)};
   if (!ICRL_DISPATCH(delta_backward, s, p)) throw std::bad_alloc();
 }
 
@@ -56,7 +56,7 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer be
 PyObject* plain_step(PyObject* const* a) {
   StepCall call(a + 7, a[0]);
   const StepTensor &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]),
-              beta = call.optional(a[4]), state = call.state(a[5]);
+                   beta = call.optional(a[4]), state = call.state(a[5]);
   if (!call.ok || q.dims != 3 || v.dims != 3 || (a[6] != Py_True && a[6] != Py_False)) Py_RETURN_NONE;
   const int64_t B = q.shape[0], Hk = q.shape[1], K = q.shape[2], H = v.shape[1], V = v.shape[2];
   if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || v.shape[0] != B || !state.is({B, H, K, V}) ||
@@ -64,10 +64,17 @@ PyObject* plain_step(PyObject* const* a) {
       (g.data && (!(g.is({B, H, K}) || g.is({B, H})) || !g.gate_of(q))))
     Py_RETURN_NONE;
   const Gate gate = static_cast<Gate>(g.data ? g.dims - 1 : 0);
-  const DeltaShape s{B, H, Hk, K, V, nullptr, q.dtype, g.dtype, beta.dtype, 0, gate, a[6] == Py_True,
-                     call.scale, call.allowance, call.threads};
+  const DeltaShape s{B,           H,
+                     Hk,          K,
+                     V,           nullptr,
+                     q.dtype,     g.dtype,
+                     beta.dtype,  0,
+                     gate,        a[6] == Py_True,
+                     call.scale,  call.allowance,
+                     call.threads};
   return call.run(a[2], v, B, H, V, B * H * K * V, {a[5]}, [&](void* o) {
-    return ICRL_DISPATCH(delta_step, s, {q.data, k.data, v.data, g.data, beta.data, static_cast<float*>(state.data), o});
+    return ICRL_DISPATCH(delta_step, s,
+                         {q.data, k.data, v.data, g.data, beta.data, static_cast<float*>(state.data), o});
   });
 }
 

@@ -14,7 +14,7 @@ struct DeltaShape {
   int dtype, gate_dtype, beta_dtype;          // of q, k, v, o, of g and of beta: codes of vec.h
   int key_gradient_dtype;                     // of dq and dk, which have `heads` heads
   Gate gate;
-  bool normalize;   // q and k by their L2 norms
+  bool normalize;  // q and k by their L2 norms
   float scale;
   float allowance;  // gates above it are refused
   int threads;
@@ -42,7 +42,7 @@ struct DeltaStep {
 };
 
 // delta_forward and delta_backward return false when memory ran out, delta_step when a gate is above the allowance.
-#define ICRL_DELTA_ENTRIES                                        \
+#define ICRL_DELTA_ENTRIES                                          \
   bool delta_forward(const DeltaShape& s, const DeltaForward& p);   \
   bool delta_backward(const DeltaShape& s, const DeltaBackward& p); \
   bool delta_step(const DeltaShape& s, const DeltaStep& p);

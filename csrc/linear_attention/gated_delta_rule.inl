@@ -1,7 +1,7 @@
 // The gated delta rule in chunks of 16 tokens (chunk.inl), one (sequence, value head) at a time.
 //
-// In a chunk that begins with state S, with P_i the product of exp g over its tokens up to i, and e_i = v_i - S_i'^T k_i
-// the error that token i corrects, so that its update is k_i (beta_i e_i)^T:
+// In a chunk that begins with state S, with P_i the product of exp g over its tokens up to i, and e_i = v_i - S_i'^T
+// k_i the error that token i corrects, so that its update is k_i (beta_i e_i)^T:
 //   N_ij = -k_i . (P_i / P_j) k_j  (j < i),        e_i = v_i - S^T (P_i k_i) + sum_j N_ij beta_j e_j,
 //   A_ij = scale q_i . (P_i / P_j) k_j  (j <= i),  o_i = scale S^T (P_i q_i) + sum_j A_ij beta_j e_j,
 //   S'   = P_15 S + sum_j (P_15 / P_j) k_j (beta_j e_j)^T.
@@ -50,10 +50,10 @@ ICRL_INLINE void normalize_gradient(float* dx, const float* x, const float* by, 
 // What a chunk needs beside keys, values and gates.
 template <Gate gate, bool Keep>
 struct Delta {
-  float *beta, *kr, *kq;        // [16]; the keys as queries: -k and -P k
-  float *n, *q, *qr, *qd;       // N [16][16]; q (normalised), scale q, scale P q
+  float *beta, *kr, *kq;         // [16]; the keys as queries: -k and -P k
+  float *n, *q, *qr, *qd;        // N [16][16]; q (normalised), scale q, scale P q
   float *key_norm, *query_norm;  // [16]: reciprocals
-  float* solve_by;              // [16][16]: N beta_j
+  float* solve_by;               // [16][16]: N beta_j
 
   void layout(Arena& a, int64_t Kp) {
     const bool one = gate == Gate::none;
@@ -80,8 +80,7 @@ struct Delta {
     transpose(c.kt, c.kd, kChunk, c.Kp);
     c.queries(c.k, -1.f, kr, kq);
     c.scores(n, kr, kq, tokens);
-    for (int i = 0; i < kChunk * kChunk; i += kWidth)
-      store(solve_by + i, load(n + i) * load(beta + i % kChunk));
+    for (int i = 0; i < kChunk * kChunk; i += kWidth) store(solve_by + i, load(n + i) * load(beta + i % kChunk));
     return largest;
   }
 

@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/step_call.h"
 #include "common/pointers.h"
+#include "common/step_call.h"
 
 namespace icrl {
 namespace {
@@ -39,8 +39,8 @@ bool forward(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer
 void backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer q, Pointer k, Pointer v, Pointer g, Pointer initial,
               Pointer dq, Pointer dk, Pointer dv, Pointer dg, Pointer d_initial) {
   const GlaShape s = shape(t);
-  const GlaBackward p{in(d_o), in(q),   in(k),   in(v),   in(g),   floats(d_final),      floats(initial),
-                      out(dq), out(dk), out(dv), out(dg), out_floats(d_initial)};
+  const GlaBackward p{in(d_o),         in(q),   in(k),   in(v),   in(g),   floats(d_final),
+                      floats(initial), out(dq), out(dk), out(dv), out(dg), out_floats(d_initial)};
   if (!ICRL_DISPATCH(gla_backward, s, p)) throw std::bad_alloc();
 }
 
@@ -53,12 +53,12 @@ bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer st
 // (q, k, v, g, state, scale, allowance, threads, gradients) -> o, or None where the dispatcher is to serve or refuse
 PyObject* plain_step(PyObject* const* a) {
   StepCall call(a + 5, a[0]);
-  const StepTensor &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]), state = call.state(a[4]);
+  const StepTensor &q = call.q, k = call.tensor(a[1]), v = call.tensor(a[2]), g = call.optional(a[3]),
+                   state = call.state(a[4]);
   if (!call.ok || q.dims != 3 || v.dims != 3) Py_RETURN_NONE;
   const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2];
   if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || !v.is({B, Hk, V}) || !state.is({B, Hk, K, V}) ||
-      k.dtype != q.dtype || v.dtype != q.dtype ||
-      (g.data && (!(g.is({B, Hk, K}) || g.is({B, Hk})) || !g.gate_of(q))))
+      k.dtype != q.dtype || v.dtype != q.dtype || (g.data && (!(g.is({B, Hk, K}) || g.is({B, Hk})) || !g.gate_of(q))))
     Py_RETURN_NONE;
   const Gate gate = static_cast<Gate>(g.data ? g.dims - 1 : 0);
   const GlaShape s{B, H, Hk, K, V, nullptr, q.dtype, g.dtype, gate, call.scale, call.allowance, call.threads};

@@ -139,7 +139,8 @@ struct Backward {
     if constexpr (gate != Gate::none) {
       const int64_t size = gate == Gate::channel ? s.k : 1;
       m.gates_gradient();
-      store_rows(x.dg, m.dg, s.gate_dtype, row * size, s.kv_heads * size, n, size, gate == Gate::channel ? Kp : 1, next);
+      store_rows(x.dg, m.dg, s.gate_dtype, row * size, s.kv_heads * size, n, size, gate == Gate::channel ? Kp : 1,
+                 next);
     }
   }
 };

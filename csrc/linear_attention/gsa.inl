@@ -267,8 +267,8 @@ bool backward(const GsaShape& s, const GsaBackward& x) {
   return !failed;
 }
 
-// One pass of one token on a state in the user's layout: S = diag(e) S + k v^T, or S diag(e) + k v^T if Slots are columns,
-// if Update; then o = S^T q, the state touched once.
+// One pass of one token on a state in the user's layout: S = diag(e) S + k v^T, or S diag(e) + k v^T if Slots are
+// columns, if Update; then o = S^T q, the state touched once.
 template <bool Update, bool Slots>
 struct Step {
   int64_t K;

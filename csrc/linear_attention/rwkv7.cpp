@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/step_call.h"
 #include "common/pointers.h"
+#include "common/step_call.h"
 
 namespace icrl {
 namespace {
@@ -52,14 +52,13 @@ bool step(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a,
 // (r, w, k, v, a, b, state, scale, allowance, threads, gradients) -> o, or None as gla's
 PyObject* plain_step(PyObject* const* x) {
   StepCall call(x + 7, x[0]);
-  const StepTensor &r = call.q, w = call.tensor(x[1]), k = call.tensor(x[2]), v = call.tensor(x[3]), a = call.tensor(x[4]),
-              b = call.tensor(x[5]), state = call.state(x[6]);
+  const StepTensor &r = call.q, w = call.tensor(x[1]), k = call.tensor(x[2]), v = call.tensor(x[3]),
+                   a = call.tensor(x[4]), b = call.tensor(x[5]), state = call.state(x[6]);
   if (!call.ok || r.dims != 3 || v.dims != 3) Py_RETURN_NONE;
   const int64_t B = r.shape[0], H = r.shape[1], K = r.shape[2], V = v.shape[2];
   for (const StepTensor* t : {&w, &k, &a, &b})
     if (!t->is({B, H, K}) || (t == &w ? !w.gate_of(r) : t->dtype != r.dtype)) Py_RETURN_NONE;
-  if (!channels(K) || !channels(V) || !v.is({B, H, V}) || v.dtype != r.dtype || !state.is({B, H, K, V}))
-    Py_RETURN_NONE;
+  if (!channels(K) || !channels(V) || !v.is({B, H, V}) || v.dtype != r.dtype || !state.is({B, H, K, V})) Py_RETURN_NONE;
   const RwkvShape s{B, H, K, V, nullptr, r.dtype, w.dtype, call.scale, call.allowance, call.threads};
   return call.run(x[3], v, B, H, V, B * H * K * V, {x[6]}, [&](void* o) {
     return ICRL_DISPATCH(rwkv7_step, s,

@@ -38,7 +38,7 @@ struct RwkvStep {
 };
 
 // rwkv7_forward and rwkv7_backward return false when memory ran out, rwkv7_step when a gate is above the allowance.
-#define ICRL_RWKV7_ENTRIES                                       \
+#define ICRL_RWKV7_ENTRIES                                        \
   bool rwkv7_forward(const RwkvShape& s, const RwkvForward& p);   \
   bool rwkv7_backward(const RwkvShape& s, const RwkvBackward& p); \
   bool rwkv7_step(const RwkvShape& s, const RwkvStep& p);

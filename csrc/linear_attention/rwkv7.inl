@@ -5,8 +5,8 @@
 //   o_i = S^T (P_i r_i)     + sum_{j <= i} r_i . (P_i / P_j) k_j v_j     + r_i . (P_i / P_j) b_j u_j,
 //   S'  = P_15 S + sum_j (P_15 / P_j) (k_j v_j^T + b_j u_j^T),
 // u by forward substitution and scale in r. So there are two sets of queries, a and r, and two sets of keys, k and b,
-// which write v and u: each pair of sets is one array of 32 rows, and all scores are one product. a_i reads what r_{i-1}
-// would: the state after token i - 1.
+// which write v and u: each pair of sets is one array of 32 rows, and all scores are one product. a_i reads what
+// r_{i-1} would: the state after token i - 1.
 #pragma once
 
 #include <cstdint>

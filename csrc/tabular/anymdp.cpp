@@ -23,8 +23,8 @@ struct Chunk {
 struct Windows {
   std::vector<Chunk> chunks;
 
-  // Task i's probabilities and rewards to where its first row begins. Each chunk is freed once it is copied, so that the
-  // batch is held about once.
+  // Task i's probabilities and rewards to where its first row begins. Each chunk is freed once it is copied, so that
+  // the batch is held about once.
   void move_to(uintptr_t probability, uintptr_t reward, uintptr_t offset, int64_t rows, int threads) {
     parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t i) {
       Chunk& c = chunks[i];
@@ -42,12 +42,12 @@ float* room(void* context, int64_t entries) {
   return c.values.get();
 }
 
-// Task i of the batch has the key keys[i]. Dense: transition, reward [n,S,na,S], zeros, and first, length null. Windows:
-// first, length [n,S,na], zeros, and transition, reward null. state_mapping filled with -1, the rest zeros.
+// Task i of the batch has the key keys[i]. Dense: transition, reward [n,S,na,S], zeros, and first, length null.
+// Windows: first, length [n,S,na], zeros, and transition, reward null. state_mapping filled with -1, the rest zeros.
 std::unique_ptr<Windows> anymdp_sample(uintptr_t keys, uintptr_t num_states, uintptr_t transition, uintptr_t reward,
                                        uintptr_t first, uintptr_t length, uintptr_t noise_state, uintptr_t noise_action,
-                                       uintptr_t start, uintptr_t terminal, uintptr_t state_mapping, uintptr_t max_steps,
-                                       uintptr_t attempts, int64_t n, int64_t stride, int64_t na,
+                                       uintptr_t start, uintptr_t terminal, uintptr_t state_mapping,
+                                       uintptr_t max_steps, uintptr_t attempts, int64_t n, int64_t stride, int64_t na,
                                        int64_t num_observations, int64_t max_attempts, int threads) {
   auto windows = std::make_unique<Windows>();
   if (!transition) windows->chunks.resize(n);
@@ -57,7 +57,9 @@ std::unique_ptr<Windows> anymdp_sample(uintptr_t keys, uintptr_t num_states, uin
     task.ns = reinterpret_cast<const int64_t*>(num_states)[i];
     task.na = na, task.stride = stride, task.num_observations = num_observations, task.max_attempts = max_attempts;
     task.key = reinterpret_cast<const uint64_t*>(keys)[i];
-    const auto dense = [&](uintptr_t p) { return p ? reinterpret_cast<float*>(p) + i * stride * na * stride : nullptr; };
+    const auto dense = [&](uintptr_t p) {
+      return p ? reinterpret_cast<float*>(p) + i * stride * na * stride : nullptr;
+    };
     const auto bounds = [&](uintptr_t p) { return p ? reinterpret_cast<int32_t*>(p) + i * stride * na : nullptr; };
     task.transition = dense(transition), task.reward = dense(reward);
     task.first = bounds(first), task.length = bounds(length);

@@ -1,5 +1,5 @@
-// The AnyMDP sampler (Wang et al., arXiv 2502.02869, "Scalable procedural task generation"): one task at a time, float64
-// throughout, probabilities rounded to float32 before anything is judged by them. Included after tiles.inl and
+// The AnyMDP sampler (Wang et al., arXiv 2502.02869, "Scalable procedural task generation"): one task at a time,
+// float64 throughout, probabilities rounded to float32 before anything is judged by them. Included after tiles.inl and
 // anymdp_numbers.inl, once per instruction set; everything here is local to the file that includes it.
 #pragma once
 
@@ -60,14 +60,15 @@ struct Sampler {
     pot = take(width), pos = take(width), pos_noise = take(width), bonus = take(width), stable = take(width);
     visits = take(3 * width), moved = take(3 * width);
     from = take_int(width), to = take_int(width), policy = take_int(width), is_end = take_int(width);
-    ahead = take_int(width), low = take_int(width), high = take_int(width), tile = take_int(width), column = take_int(width), filled = take_int(width);
+    ahead = take_int(width), low = take_int(width), high = take_int(width), tile = take_int(width),
+    column = take_int(width), filled = take_int(width);
     for (int64_t j = 0; j < width; ++j) v[j] = gain[j] = rhs[j] = 0;
   }
 
   Blocks<float> row(int64_t i) const { return {rows + offset[i], begin[i], end[i]}; }
   Blocks<float> chosen(int64_t s) const { return row(s * na + policy[s]); }
 
-  // ---- the task's parts ------------------------------------------------------------------------------------------------
+  // ---- the task's parts ---------------------------------------------------------------------------------------------
 
   void sample_ends(int64_t attempt) {
     const Random scalar(out.key, attempt, kScalars), first(out.key, attempt, kStart), pit(out.key, attempt, kEnds);
@@ -88,7 +89,8 @@ struct Sampler {
   }
 
   void sample_transition(int64_t attempt) {
-    const Random windows(out.key, attempt, kWindows), weights(out.key, attempt, kWeights), centers(out.key, attempt, kCenters);
+    const Random windows(out.key, attempt, kWindows), weights(out.key, attempt, kWeights),
+        centers(out.key, attempt, kCenters);
     const int64_t leap = larger(int64_t{2}, ns / 4 + 1), back = larger(int64_t{2}, ns / 2 + 1);
     // a window is to end after the second open state ahead, where there are two
     for (int64_t s = ns - 1, next = ns, second = ns; s >= 0; --s) {
@@ -168,7 +170,8 @@ struct Sampler {
         for (int64_t j = l; j < h; j += kBlock) mass += load(p + j) * load(total + j);
         const double scale = 1.0 / add(mass);
         float* w = rows + used;
-        for (int64_t j = l; j < h; j += kBlock) {  // rounded as the table will hold it; what would be a denormal is dropped
+        // rounded as the table will hold it; what would be a denormal is dropped
+        for (int64_t j = l; j < h; j += kBlock) {
           const v8 x = load(p + j) * load(total + j) * scale;
           round_to(w + j - l, x < 0x1p-126 ? splat(0) : x);
           kept += load(w + j - l);
@@ -182,8 +185,8 @@ struct Sampler {
   }
 
   void sample_reward_parts(int64_t attempt) {
-    const Random scalar(out.key, attempt, kScalars), item(out.key, attempt, kItems), position(out.key, attempt, kPosition),
-        costs(out.key, attempt, kCosts);
+    const Random scalar(out.key, attempt, kScalars), item(out.key, attempt, kItems),
+        position(out.key, attempt, kPosition), costs(out.key, attempt, kCosts);
     for (int64_t s = 0; s < ns; ++s) pot[s] = 0;
     const double wanted = scalar.uniform(2) < 0.5 ? 0.0 : clip(scalar.exponential(3), 0.2, 5.0);
     const double box = larger(scalar.uniform(4, -wanted, wanted), 0.0);
@@ -225,7 +228,7 @@ struct Sampler {
       for (int64_t a = 0; a < na; ++a) fixed[s * na + a] = pot[s] + cost[s * na + a] + step;
   }
 
-  // ---- values ----------------------------------------------------------------------------------------------------------
+  // ---- values -------------------------------------------------------------------------------------------------------
 
   // y = scale·(row · x) + base·factor for every row, with factor 1 where it is null
   void apply_rows(double scale, const double* x, const double* base, const double* factor, double* y) const {
@@ -237,7 +240,8 @@ struct Sampler {
         const Blocks<float> row_r = row(i + r);
         const double* at_x = x + row_r.begin * kBlock;
         v8 sum = splat(0);
-        for (int64_t j = 0; j < (row_r.end - row_r.begin) * kBlock; j += kBlock) sum += load(row_r.p + j) * load(at_x + j);
+        for (int64_t j = 0; j < (row_r.end - row_r.begin) * kBlock; j += kBlock)
+          sum += load(row_r.p + j) * load(at_x + j);
         acc[r] = sum;
       }
       const v8 from_base = factor ? load(base + i) * load(factor + i) : load(base + i);
@@ -270,7 +274,8 @@ struct Sampler {
       for (int64_t x = 0; x < (h - l + 1) * 64; x += kBlock) store(own + x, splat(0));
       for (int64_t r = 0; r < count; ++r) {
         const auto p = row_of(i * kBlock + r);
-        for (int64_t j = p.begin; j < p.end; ++j) store(own + (j - l) * 64 + r * 8, -gamma * load(p.p + (j - p.begin) * kBlock));
+        for (int64_t j = p.begin; j < p.end; ++j)
+          store(own + (j - l) * 64 + r * 8, -gamma * load(p.p + (j - p.begin) * kBlock));
       }
       for (int64_t r = 0; r < kBlock; ++r) own[(i - l) * 64 + r * 9] += 1.0;
       for (int64_t j = l; j <= h; ++j) {
@@ -315,7 +320,7 @@ struct Sampler {
     }
   }
 
-  // Howard's policy iteration from `policy`, whose factors are those there are from block row `changed` on; leaves v, q.
+  // Howard's policy iteration from `policy`, whose factors hold before block row `changed`; leaves v and q.
   void optimise(double gamma, int64_t changed) {
     for (int round = 0; round < 1000; ++round) {
       factor(gamma, changed, [&](int64_t s) { return chosen(s); });
@@ -335,7 +340,7 @@ struct Sampler {
     }
   }
 
-  // Terminal rewards: pitfalls below every value, the last state above every start. False where five rounds do not do it.
+  // Terminal rewards: pitfalls below every value, the last state above every start. False where five rounds fail.
   bool settle_rewards(int64_t attempt) {
     const Random random(out.key, attempt, kSettle);
     for (int64_t s = 0; s < ns; ++s) bonus[s] = s == ns - 1;
@@ -397,7 +402,7 @@ struct Sampler {
     return best;
   }
 
-  // ---- where the optimal policy goes -----------------------------------------------------------------------------------
+  // ---- where the optimal policy goes --------------------------------------------------------------------------------
 
   struct Spread {
     double gini, entropy, most;  // 1 − Σp², −Σ p log p / log ns, max p
@@ -411,8 +416,8 @@ struct Sampler {
     return {1.0 - squares, entropy / log(static_cast<double>(ns)), most};
   }
 
-  // Gini above .7 and entropy above .35, for a distribution within `distance` of this one in L1: 1 surely, -1 surely not,
-  // 0 unknown. The entropy's modulus of continuity is Fannes' and Audenaert's.
+  // Gini above .7 and entropy above .35, for a distribution within `distance` of this one in L1: 1 surely, -1 surely
+  // not, 0 unknown. The entropy's modulus of continuity is Fannes' and Audenaert's.
   int enough(const Spread& of, double distance) const {
     const double half = distance / 2;
     if (half >= 0.5) return 0;
@@ -433,7 +438,8 @@ struct Sampler {
     for (int64_t i = 0; i < nb; ++i) {
       double* x = stable + i * kBlock;
       store(x, times(x, inverse + i * 64));
-      for (int64_t j = i + 1; j <= high[i]; ++j) store(stable + j * kBlock, load(stable + j * kBlock) - times(x, tile_at(i, j)));
+      for (int64_t j = i + 1; j <= high[i]; ++j)
+        store(stable + j * kBlock, load(stable + j * kBlock) - times(x, tile_at(i, j)));
     }
     for (int64_t i = nb - 1; i >= 0; --i)
       for (int64_t j = low[i]; j < i; ++j)
@@ -443,8 +449,8 @@ struct Sampler {
     for (int64_t s = 0; s < ns; ++s) stable[s] /= sum;
   }
 
-  // Where the optimal policy is 2^K steps after each start, K = ⌊log2 max_steps⌋ + 1, terminals restarting: spread enough?
-  // Walked only until its distance from a stationary distribution, which no step increases, leaves no doubt.
+  // Where the optimal policy is 2^K steps after each start, K = ⌊log2 max_steps⌋ + 1, terminals restarting: spread
+  // enough? Walked only until its distance from a stationary distribution, which no step increases, leaves no doubt.
   bool spreads(int64_t max_steps) {
     // The optimal chain by columns: for each block of eight next states, the rows that reach it, eight numbers each.
     for (int64_t j = 0; j <= nb; ++j) column[j] = 0;
@@ -537,7 +543,7 @@ struct Sampler {
     return true;
   }
 
-  // ---- output ----------------------------------------------------------------------------------------------------------
+  // ---- output -------------------------------------------------------------------------------------------------------
 
   void write_row(int64_t i, int64_t l, int64_t h, float* p, float* r) const {
     const float* w = rows + offset[i] - begin[i] * kBlock;
@@ -554,7 +560,8 @@ struct Sampler {
     for (int64_t s = 0; s < ns; ++s) {
       out.terminal[s] = is_end[s] != 0;
       out.noise_state[s] = static_cast<float>(pos_noise[s]);
-      for (int64_t i = s * na; i < (s + 1) * na && !is_end[s]; ++i) out.noise_action[i] = static_cast<float>(cost_noise[i]);
+      for (int64_t i = s * na; i < (s + 1) * na && !is_end[s]; ++i)
+        out.noise_action[i] = static_cast<float>(cost_noise[i]);
     }
     if (out.transition) {
       for (int64_t i = 0; i < ns * na; ++i) {
@@ -568,7 +575,8 @@ struct Sampler {
       int64_t l = 0, h = (end[i] - begin[i]) * kBlock;
       while (l < h && rows[offset[i] + l] == 0) ++l;
       while (l < h && rows[offset[i] + h - 1] == 0) --h;
-      out.first[i] = static_cast<int32_t>(l < h ? begin[i] * kBlock + l : 0), out.length[i] = static_cast<int32_t>(h - l);
+      out.first[i] = static_cast<int32_t>(l < h ? begin[i] * kBlock + l : 0),
+      out.length[i] = static_cast<int32_t>(h - l);
       entries += h - l;
     }
     float *p = out.room(out.context, entries), *r = p + entries;

@@ -1,9 +1,9 @@
-// The AnyMDP sampler's numbers: counter-based random ones, and exp and a clipped normal for eight at a time. Included after
-// tiles.inl, once per instruction set.
+// The AnyMDP sampler's numbers: counter-based random ones, and exp and a clipped normal for eight at a time. Included
+// after tiles.inl, once per instruction set.
 //
-// Value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each quantity of each attempt has a stream of
-// its own in which each number has its place. So a task depends on its key alone, and icrl/worlds/anymdp_torch.py draws the
-// same one for a whole batch at once.
+// Value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each quantity of each attempt has a
+// stream of its own in which each number has its place. So a task depends on its key alone, and
+// icrl/worlds/anymdp_torch.py draws the same one for a whole batch at once.
 #pragma once
 
 #include <immintrin.h>
@@ -37,7 +37,8 @@ enum Quantity : uint64_t { kScalars, kStart, kEnds, kWindows, kWeights, kCenters
 struct Random {
   uint64_t key;
   Random(uint64_t parent, uint64_t stream) : key(mix(parent ^ mix((stream + 1) * kGolden))) {}
-  Random(uint64_t parent, int64_t attempt, Quantity what) : Random(parent, static_cast<uint64_t>(attempt) * 16 + what) {}
+  Random(uint64_t parent, int64_t attempt, Quantity what)
+      : Random(parent, static_cast<uint64_t>(attempt) * 16 + what) {}
   double uniform(int64_t n) const { return to_unit(mix(key + (static_cast<uint64_t>(n) + 1) * kGolden)); }
   double uniform(int64_t n, double lo, double hi) const { return lo + (hi - lo) * uniform(n); }
   int64_t integer(int64_t n, int64_t lo, int64_t hi) const {  // [lo, hi); the multiplication's bias is below hi·2⁻⁵³
@@ -79,16 +80,20 @@ inline v8 exp_negative(const v8& x) {
 // Statistics AS 241, 1988), good to 1e-16; the clipped range never needs the tails.
 inline v8 clipped_normal(const v8& u) {
   const v8 q = smaller(larger(u, splat(0.5398278372770290)), splat(0.8413447460685429)) - 0.5, r = 0.180625 - q * q;
-  const v8 a = polynomial(r, {2.5090809287301226727e+3, 3.3430575583588128105e+4, 6.7265770927008700853e+4, 4.5921953931549871457e+4,
-                              1.3731693765509461125e+4, 1.9715909503065514427e+3, 1.3314166789178437745e+2, 3.3871328727963666080});
-  const v8 b = polynomial(r, {5.2264952788528545610e+3, 2.8729085735721942674e+4, 3.9307895800092710610e+4, 2.1213794301586595867e+4,
-                              5.3941960214247511077e+3, 6.8718700749205790830e+2, 4.2313330701600911252e+1, 1.0});
+  const v8 a = polynomial(
+      r, {2.5090809287301226727e+3, 3.3430575583588128105e+4, 6.7265770927008700853e+4, 4.5921953931549871457e+4,
+          1.3731693765509461125e+4, 1.9715909503065514427e+3, 1.3314166789178437745e+2, 3.3871328727963666080});
+  const v8 b = polynomial(
+      r, {5.2264952788528545610e+3, 2.8729085735721942674e+4, 3.9307895800092710610e+4, 2.1213794301586595867e+4,
+          5.3941960214247511077e+3, 6.8718700749205790830e+2, 4.2313330701600911252e+1, 1.0});
   return smaller(larger(q * a / b, splat(0.1)), splat(1.0));
 }
 
 inline v8 magnitude(const v8& a) { return a < 0 ? -a : a; }
 #if defined(__AVX512F__)
-inline bool any(const i8& a) { return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(a)) != 0; }
+inline bool any(const i8& a) {
+  return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(a)) != 0;
+}
 #else
 inline bool any(const i8& a) { return ((a[0] | a[4]) | (a[2] | a[6]) | (a[1] | a[5]) | (a[3] | a[7])) != 0; }
 #endif

@@ -13,12 +13,23 @@ namespace icrl {
 namespace {
 
 // `plain`: the GPU's code on the CPU.
-void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state, uintptr_t q,
-                   int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps, bool plain,
-                   int threads) {
+void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state,
+                   uintptr_t q, int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps,
+                   bool plain, int threads) {
   const auto integers = [](uintptr_t p) { return reinterpret_cast<const int64_t*>(p); };
-  const ModelHistory h{integers(state), integers(action), integers(done), integers(next_state),
-                       reinterpret_cast<const float*>(reward), reinterpret_cast<float*>(q), R, T, S, A, sweeps, bonus, discount};
+  const ModelHistory h{integers(state),
+                       integers(action),
+                       integers(done),
+                       integers(next_state),
+                       reinterpret_cast<const float*>(reward),
+                       reinterpret_cast<float*>(q),
+                       R,
+                       T,
+                       S,
+                       A,
+                       sweeps,
+                       bonus,
+                       discount};
   parallel_for(R, threads, [&](int64_t r) {
     std::vector<float> scratch(static_cast<size_t>(history_scratch(S, A)), 0.f);
     if (plain)

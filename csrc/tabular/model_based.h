@@ -1,5 +1,5 @@
-// A tabular model-based learner: counts, and optimistic value iteration on them. This is the specification, and what a GPU
-// runs; model_based.inl does the same sums with vectors, and must give the same bits. Same rules as philox.h.
+// A tabular model-based learner: counts, and optimistic value iteration on them. This is the specification, and what a
+// GPU runs; model_based.inl does the same sums with vectors, and must give the same bits. Same rules as philox.h.
 #pragma once
 
 #include <cmath>
@@ -19,9 +19,9 @@ constexpr int64_t kTerminated = -1, kUnknown = -2;  // for `next` of observe
 ICRL_HD constexpr int64_t padded_actions(int64_t A) { return (A + kActionLanes - 1) / kActionLanes * kActionLanes; }
 
 // One record's learner. What it has counted is the caller's and starts at zero; `scratch` follows from that.
-// q(s,a) of a tried action: mean reward + bonus * rms / sqrt(visits) + discount * mean value of what followed (of what is
-// on record; none: the optimistic value); of an untried one the optimistic value, (the best mean reward + rms) /
-// (1 - discount). rms is the root mean square of the rewards so far.
+// q(s,a) of a tried action: mean reward + bonus * rms / sqrt(visits) + discount * mean value of what followed (of what
+// is on record; none: the optimistic value); of an untried one the optimistic value, (the best mean reward + rms) / (1
+// - discount). rms is the root mean square of the rewards so far.
 struct ModelBased {
   int64_t ns, na, S, A;  // the task's sizes, and the strides of the arrays
   int32_t* visits;       // [S,A], counted by the caller
@@ -31,8 +31,9 @@ struct ModelBased {
   int16_t* span;         // [S,2] the next states seen, of any action: first, past the last
   float* value;          // [S]
   float discount, bonus;
-  int64_t L;                        // padded_actions(A)
-  float *mean, *inverse, *follow;   // scratch [S,L]: mean reward (-inf untried), 1 / sqrt(visits), discount / known visits
+  int64_t L;  // padded_actions(A)
+  // scratch [S,L]: mean reward (-inf untried), 1 / sqrt(visits), discount / known visits
+  float *mean, *inverse, *follow;
   float* row;                       // scratch [L]: the last row asked for
   float optimistic, beyond, width;  // of the last sweep: the value of the untried, discounted, and bonus * rms
 
@@ -76,8 +77,10 @@ struct ModelBased {
     const float* count = successors + s * S * A + a;
     for (int64_t j = span[2 * s]; j < span[2 * s + 1]; ++j) {
       const float x = count[j * A] * value[j];
-      if (j & 1) odd += x;
-      else even += x;
+      if (j & 1)
+        odd += x;
+      else
+        even += x;
     }
     return (mean[i] + width * inverse[i]) + (follow[i] == 0 ? beyond : follow[i] * (even + odd));
   }
@@ -87,8 +90,8 @@ struct ModelBased {
     beyond = discount * optimistic, width = bonus * rms;
   }
 
-  // One sweep from where the last one left the values: Gauss-Seidel from block to block of states. (One sweep a step scores
-  // as well as forty: between two steps the counts hardly change.)
+  // One sweep from where the last one left the values: Gauss-Seidel from block to block of states. (One sweep a step
+  // scores as well as forty: between two steps the counts hardly change.)
   ICRL_HD void sweep(float rms, bool forward) {
     float best = -INFINITY;
     for (int64_t i = 0; i < ns * L; ++i) best = mean[i] > best ? mean[i] : best;

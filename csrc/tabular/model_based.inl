@@ -1,5 +1,5 @@
-// model_based.h's sums with vectors of actions: lanes are independent and go through the next states in the same order, so
-// the bits are the same. For inclusion in rollout.inl.
+// model_based.h's sums with vectors of actions: lanes are independent and go through the next states in the same order,
+// so the bits are the same. For inclusion in rollout.inl.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +16,9 @@ typedef float Lanes __attribute__((vector_size(4 * kActionLanes), may_alias));
 typedef float LooseLanes __attribute__((vector_size(4 * kActionLanes), aligned(4), may_alias));
 typedef int32_t LaneBits __attribute__((vector_size(4 * kActionLanes), may_alias));
 
-inline __attribute__((always_inline)) Lanes load_lanes(const float* p) { return *reinterpret_cast<const LooseLanes*>(p); }
+inline __attribute__((always_inline)) Lanes load_lanes(const float* p) {
+  return *reinterpret_cast<const LooseLanes*>(p);
+}
 inline __attribute__((always_inline)) Lanes load_some(const float* p, int64_t n) {
   Lanes x = Lanes{};
   for (int64_t i = 0; i < kActionLanes && i < n; ++i) x[i] = p[i];
@@ -30,8 +32,8 @@ inline __attribute__((always_inline)) float most_lane(Lanes x) {
   return x[0];
 }
 
-// q of the actions [c, c + 8) in state s; lanes past the task's actions hold -inf. They read the next state's counts, and
-// `kLast` says that there may be none to read.
+// q of the actions [c, c + 8) in state s; lanes past the task's actions hold -inf. They read the next state's counts,
+// and `kLast` says that there may be none to read.
 template <bool kLast>
 inline __attribute__((always_inline)) Lanes q_lanes(const ModelBased& m, int64_t s, int64_t c) {
   const int64_t begin = m.span[2 * s], end = m.span[2 * s + 1], rest = m.S * m.S * m.A;

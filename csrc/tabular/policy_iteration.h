@@ -23,17 +23,18 @@ enum class Refusal : int {
 };
 
 // One task's tables, row-major. States from num_states on (up to `stride`) are padding and are not read. Packed tables
-// (`offset` is not null) hold for each row one window of successors, as icrl_kernels/packed.py says; then `transition`, and
-// with `reward_by_successor` `reward`, are the batch's values, which the offsets index; windows are within `stride` states.
+// (`offset` is not null) hold for each row one window of successors, as icrl_kernels/packed.py says; then `transition`,
+// and with `reward_by_successor` `reward`, are the batch's values, which the offsets index; windows are within `stride`
+// states.
 struct TaskTables {
   const void* transition;   // [num_states, num_actions, stride], float or double
   const void* reward;       // [num_states, num_actions], or with `reward_by_successor` shaped as transition; same type
   const uint8_t* terminal;  // [num_states] or null: then a state whose rows are all zero is terminal
   int64_t num_states, num_actions, stride;
   bool is_double, reward_by_successor;
-  const int64_t* offset = nullptr;                      // [num_states, num_actions]
+  const int64_t* offset = nullptr;                    // [num_states, num_actions]
   const int32_t *first = nullptr, *length = nullptr;  // [num_states, num_actions]
-  int64_t values = 0;                                   // how many values the batch has
+  int64_t values = 0;                                 // how many values the batch has
 };
 
 struct PlanResult {

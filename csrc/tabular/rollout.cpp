@@ -28,12 +28,14 @@ void check(const RolloutCall& c) {
   for (int64_t r = 0; r < c.R; ++r) {
     const int64_t n = c.state.task[r], s = c.state.state[r], who = c.state.behaviour[r];
     if (n < 0 || n >= tb.N)
-      throw std::invalid_argument("task_index[" + text(r) + "] is " + text(n) + ", but there are " + text(tb.N) + " tasks");
+      throw std::invalid_argument("task_index[" + text(r) + "] is " + text(n) + ", but there are " + text(tb.N) +
+                                  " tasks");
     if (s < -1 || s >= tb.num_states[n] || (s >= 0 && tb.terminal[n * tb.S + s]))
       throw std::invalid_argument("state.state[" + text(r) + "] is " + text(s) + ": wanted a state of task " + text(n) +
                                   " that is not terminal, or -1");
     if (who < -1 || (c.behaviours.initial && who >= c.P + 4))
-      throw std::invalid_argument("state.behaviour[" + text(r) + "] is " + text(who) + ": wanted -1 to " + text(c.P + 3));
+      throw std::invalid_argument("state.behaviour[" + text(r) + "] is " + text(who) + ": wanted -1 to " +
+                                  text(c.P + 3));
     if (c.behaviours.initial && uses_model(c, r))
       for (int64_t i = r * tb.S * 2; i < (r + 1) * tb.S * 2; ++i)
         if (c.state.span[i] < 0 || c.state.span[i] > tb.S)
@@ -54,8 +56,8 @@ float* thread_scratch(int64_t floats) {
 
 // `plain`: the GPU's code on the CPU, record by record.
 void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices, uintptr_t references,
-             const Pointers& behaviours, uintptr_t actions, const Pointers& state, const Pointers& out, int64_t N, int64_t S,
-             int64_t A, int64_t P, int64_t G, int64_t R, int64_t T, bool plain, int threads) {
+             const Pointers& behaviours, uintptr_t actions, const Pointers& state, const Pointers& out, int64_t N,
+             int64_t S, int64_t A, int64_t P, int64_t G, int64_t R, int64_t T, bool plain, int threads) {
   const RolloutCall c =
       rollout_call(tables, probabilities, choices, references, behaviours, actions, state, out, N, S, A, P, G, R, T);
   check(c);

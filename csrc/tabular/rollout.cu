@@ -4,9 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/cuda_device.h"
 #include "tabular/rollout_binding.h"
 #include "tabular/rollout_core.h"
-#include "common/cuda_device.h"
 
 namespace icrl {
 namespace {
@@ -29,8 +29,9 @@ unsigned blocks(int64_t records) { return static_cast<unsigned>((records + kThre
 int64_t scratch_floats(int64_t S, int64_t A) { return S * A + ModelBased::scratch_floats(S, A); }
 
 void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices, uintptr_t references,
-             const Pointers& behaviours, uintptr_t actions, const Pointers& state, const Pointers& out, int64_t N, int64_t S,
-             int64_t A, int64_t P, int64_t G, int64_t R, int64_t T, uintptr_t scratch, int device, uintptr_t stream) {
+             const Pointers& behaviours, uintptr_t actions, const Pointers& state, const Pointers& out, int64_t N,
+             int64_t S, int64_t A, int64_t P, int64_t G, int64_t R, int64_t T, uintptr_t scratch, int device,
+             uintptr_t stream) {
   if (R == 0) return;
   Guard guard(device);
   const RolloutCall c =
@@ -41,14 +42,25 @@ void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices,
 }
 
 // scratch: zeros, R * history_scratch(S, A) floats.
-void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state, uintptr_t q,
-                   int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps,
+void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state,
+                   uintptr_t q, int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps,
                    uintptr_t scratch, int device, uintptr_t stream) {
   if (R == 0) return;
   Guard guard(device);
   const auto integers = [](uintptr_t p) { return reinterpret_cast<const int64_t*>(p); };
-  const ModelHistory h{integers(state), integers(action), integers(done), integers(next_state),
-                       reinterpret_cast<const float*>(reward), reinterpret_cast<float*>(q), R, T, S, A, sweeps, bonus, discount};
+  const ModelHistory h{integers(state),
+                       integers(action),
+                       integers(done),
+                       integers(next_state),
+                       reinterpret_cast<const float*>(reward),
+                       reinterpret_cast<float*>(q),
+                       R,
+                       T,
+                       S,
+                       A,
+                       sweeps,
+                       bonus,
+                       discount};
   history_kernel<<<blocks(R), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
       h, reinterpret_cast<float*>(scratch), history_scratch(S, A));
   check(cudaGetLastError(), "model_based_q");

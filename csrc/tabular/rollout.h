@@ -8,13 +8,13 @@
 namespace icrl {
 
 struct RolloutTables {
-  const float *cumulative, *reward;  // rows one after another
-  const int64_t* offset;             // [N,S,A] of a row in the two above
-  const int16_t* window;             // [N,S,A,2] first, length
-  const float* noise_state;          // [N,S]
-  const float* noise_action;         // [N,S,A]
-  const float* start;                // [N,S] cumulative
-  const uint8_t* terminal;           // [N,S]
+  const float *cumulative, *reward;                     // rows one after another
+  const int64_t* offset;                                // [N,S,A] of a row in the two above
+  const int16_t* window;                                // [N,S,A,2] first, length
+  const float* noise_state;                             // [N,S]
+  const float* noise_action;                            // [N,S,A]
+  const float* start;                                   // [N,S] cumulative
+  const uint8_t* terminal;                              // [N,S]
   const int64_t *max_steps, *num_states, *num_actions;  // [N]
   int64_t N, S, A;
 };
@@ -62,11 +62,11 @@ struct ModelHistory {
   float bonus, discount;
 };
 
-// rollout_records simulates the records [from, to) with rollout_scratch(c) floats of scratch. model_based_history fills q of
-// record r with history_scratch(h.S, h.A) floats of scratch (model_based.h), zeros.
-#define ICRL_ROLLOUT_ENTRIES                                                              \
-  void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch);   \
-  int64_t rollout_scratch(const RolloutCall& c);                                          \
+// rollout_records simulates the records [from, to) with rollout_scratch(c) floats of scratch. model_based_history fills
+// q of record r with history_scratch(h.S, h.A) floats of scratch (model_based.h), zeros.
+#define ICRL_ROLLOUT_ENTRIES                                                            \
+  void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch); \
+  int64_t rollout_scratch(const RolloutCall& c);                                        \
   void model_based_history(const ModelHistory& h, int64_t r, float* scratch);
 ICRL_IN_EACH_ISA(ICRL_ROLLOUT_ENTRIES)
 #undef ICRL_ROLLOUT_ENTRIES

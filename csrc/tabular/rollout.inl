@@ -1,5 +1,5 @@
-// The simulator with vectors: the numbers of many steps are drawn at once, and records that learn nothing go in step with one
-// another, so that one's loads are under way while another's arrive. The bits are those of simulate_plain.
+// The simulator with vectors: the numbers of many steps are drawn at once, and records that learn nothing go in step
+// with one another, so that one's loads are under way while another's arrive. The bits are those of simulate_plain.
 #pragma once
 
 #include <immintrin.h>
@@ -27,9 +27,11 @@ void draw_numbers(uint64_t seed, uint64_t record, uint64_t step, Numbers& out) {
 #if defined(__AVX512F__)
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   for (int i = 0; i < kBlock; i += 8) {
-    const __m512i at = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(step) + i), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m512i at =
+        _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(step) + i), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
     __m512i c0 = at, c1 = _mm512_or_si512(_mm512_srli_epi64(at, 32), _mm512_set1_epi64(int64_t{kStep} << 24));
-    __m512i c2 = _mm512_set1_epi64(static_cast<int64_t>(record)), c3 = _mm512_set1_epi64(static_cast<int64_t>(record >> 32));
+    __m512i c2 = _mm512_set1_epi64(static_cast<int64_t>(record)),
+            c3 = _mm512_set1_epi64(static_cast<int64_t>(record >> 32));
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += kPhiloxK0, k1 += kPhiloxK1) {  // upper halves are whatever they are
       const __m512i p0 = _mm512_mul_epu32(m0, c0), p1 = _mm512_mul_epu32(m1, c2);
@@ -45,9 +47,11 @@ void draw_numbers(uint64_t seed, uint64_t record, uint64_t step, Numbers& out) {
 #elif defined(__AVX2__)
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   for (int i = 0; i < kBlock; i += 4) {
-    const __m256i at = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(step) + i), _mm256_setr_epi64x(0, 1, 2, 3));
+    const __m256i at =
+        _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(step) + i), _mm256_setr_epi64x(0, 1, 2, 3));
     __m256i c0 = at, c1 = _mm256_or_si256(_mm256_srli_epi64(at, 32), _mm256_set1_epi64x(int64_t{kStep} << 24));
-    __m256i c2 = _mm256_set1_epi64x(static_cast<int64_t>(record)), c3 = _mm256_set1_epi64x(static_cast<int64_t>(record >> 32));
+    __m256i c2 = _mm256_set1_epi64x(static_cast<int64_t>(record)),
+            c3 = _mm256_set1_epi64x(static_cast<int64_t>(record >> 32));
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += kPhiloxK0, k1 += kPhiloxK1) {
       const __m256i p0 = _mm256_mul_epu32(m0, c0), p1 = _mm256_mul_epu32(m1, c2);
@@ -146,7 +150,8 @@ struct Lane {
     explores = 0;
     if (record.epsilon > 0 && !record.c->actions)
       for (int i = 0; i < size; ++i)
-        explores |= uint32_t{uniform(x.explore[i]) < record.epsilon - record.decay * static_cast<float>(record.step + i)} << i;
+        explores |=
+            uint32_t{uniform(x.explore[i]) < record.epsilon - record.decay * static_cast<float>(record.step + i)} << i;
     turn();
   }
 

@@ -1,5 +1,6 @@
 // The simulator: what one record does in a step, for the CPU and the GPU alike. See icrl_kernels/rollout.py for the
-// semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with vectors).
+// semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with
+// vectors).
 #pragma once
 
 #include "tabular/model_based.h"
@@ -111,14 +112,16 @@ struct Record {
       who = draw(b.later, uniform(x.v[2]));
   }
 
-  // The softmax of Gaussian logits in state s, cumulative: a function of (seed, record, state), so that nothing is kept.
+  // The softmax of Gaussian logits in state s, cumulative: a function of (seed, record, state), so that nothing is
+  // kept.
   ICRL_HD const float* random_row() {
     float* row = random + s * A;
     if (row[na - 1] != 0) return row;
     const float spread = c->behaviours.policy_scale[r];
     float peak = -INFINITY, total = 0, sum = 0;
     for (int64_t a = 0; a < na; ++a) {
-      row[a] = spread * static_cast<float>(normal(philox(seed, number, static_cast<uint64_t>(s * A + a), kPolicy).v[0]));
+      row[a] =
+          spread * static_cast<float>(normal(philox(seed, number, static_cast<uint64_t>(s * A + a), kPolicy).v[0]));
       peak = row[a] > peak ? row[a] : peak;
     }
     for (int64_t a = 0; a < na; ++a) total += row[a] = static_cast<float>(portable_exp(row[a] - peak));
@@ -146,9 +149,8 @@ struct Record {
     double total = 1;
     for (int64_t a = 0; a < na; ++a) total += visits[a];
     const float width = c->behaviours.q_bonus[r] * static_cast<float>(scale * std::sqrt(portable_log(total)));
-    return greedy(x, [=](int64_t a) {
-      return visits[a] ? row[a] + width / std::sqrt(static_cast<float>(visits[a])) : INFINITY;
-    });
+    return greedy(
+        x, [=](int64_t a) { return visits[a] ? row[a] + width / std::sqrt(static_cast<float>(visits[a])) : INFINITY; });
   }
 
   ICRL_HD int64_t act_model(uint32_t x) {
@@ -196,7 +198,8 @@ struct Record {
       a = act_model(choice);
 
     const int64_t sa = s * A + a;
-    const int64_t j = Ops::search(cumulative + offset[sa], window[2 * sa + 1], uniform(place)), next = window[2 * sa] + j;
+    const int64_t j = Ops::search(cumulative + offset[sa], window[2 * sa + 1], uniform(place)),
+                  next = window[2 * sa] + j;
     float gain = reward[offset[sa] + j];
     const float std = noise_state[next] + noise_action[sa];
     if (std > 0) gain = static_cast<float>(gain + static_cast<double>(std) * noise());
@@ -223,7 +226,8 @@ ICRL_HD inline void simulate_plain(const RolloutCall& c, int64_t r, float* scrat
   for (int64_t t = 0; t < c.T; ++t) {
     const Random4 x = philox(record.seed, record.number, static_cast<uint64_t>(record.step), kStep);
     const auto noise = [x] { return normal(x.v[1]); };
-    learns ? record.advance<true>(t, x.v[0], x.v[2], x.v[3], noise) : record.advance<false>(t, x.v[0], x.v[2], x.v[3], noise);
+    learns ? record.advance<true>(t, x.v[0], x.v[2], x.v[3], noise)
+           : record.advance<false>(t, x.v[0], x.v[2], x.v[3], noise);
   }
   record.store();
 }

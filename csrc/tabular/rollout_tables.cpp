@@ -12,11 +12,11 @@ namespace icrl {
 namespace {
 
 struct Tasks {
-  const float *transition, *reward;                   // dense [N,S,A,S], or the packed values
-  const int64_t* offset;                              // [N,S,A], or null where dense
-  const int32_t *first, *length;                      // [N,S,A], or null
-  const uint8_t* terminal;                            // [N,S]
-  const int64_t *num_states, *num_actions;            // [N]
+  const float *transition, *reward;         // dense [N,S,A,S], or the packed values
+  const int64_t* offset;                    // [N,S,A], or null where dense
+  const int32_t *first, *length;            // [N,S,A], or null
+  const uint8_t* terminal;                  // [N,S]
+  const int64_t *num_states, *num_actions;  // [N]
   int64_t N, S, A;
 
   bool left(int64_t n, int64_t s, int64_t a) const {  // whether a step can start there
@@ -28,13 +28,21 @@ struct Tasks {
 
 Tasks tasks(uintptr_t transition, uintptr_t reward, uintptr_t offset, uintptr_t first, uintptr_t length,
             uintptr_t terminal, uintptr_t num_states, uintptr_t num_actions, int64_t N, int64_t S, int64_t A) {
-  return {reinterpret_cast<const float*>(transition), reinterpret_cast<const float*>(reward),
-          reinterpret_cast<const int64_t*>(offset), reinterpret_cast<const int32_t*>(first),
-          reinterpret_cast<const int32_t*>(length), reinterpret_cast<const uint8_t*>(terminal),
-          reinterpret_cast<const int64_t*>(num_states), reinterpret_cast<const int64_t*>(num_actions), N, S, A};
+  return {reinterpret_cast<const float*>(transition),
+          reinterpret_cast<const float*>(reward),
+          reinterpret_cast<const int64_t*>(offset),
+          reinterpret_cast<const int32_t*>(first),
+          reinterpret_cast<const int32_t*>(length),
+          reinterpret_cast<const uint8_t*>(terminal),
+          reinterpret_cast<const int64_t*>(num_states),
+          reinterpret_cast<const int64_t*>(num_actions),
+          N,
+          S,
+          A};
 }
 
-// The first and past the last entry that is not zero; sixteen at a time, as most of a dense row lies outside its window.
+// The first and past the last entry that is not zero; sixteen at a time, as most of a dense row lies outside its
+// window.
 std::pair<int64_t, int64_t> window_of(const float* p, int64_t n) {
   const auto zeros = [&](int64_t j) {
     bool any = false;
@@ -91,13 +99,13 @@ bool accumulate(const float* p, int64_t n, float* c) {
   return ok && std::fabs(sum - 1) <= 1e-4;
 }
 
-// Fills cumulative at `offset_out`, and reward_out where it is not null. Returns (kind, flat index) of the first bad entry;
-// kind: 0 none, 1 transition row, 2 reward row, 3 start row.
+// Fills cumulative at `offset_out`, and reward_out where it is not null. Returns (kind, flat index) of the first bad
+// entry; kind: 0 none, 1 transition row, 2 reward row, 3 start row.
 std::pair<int, int64_t> rollout_tables(uintptr_t transition, uintptr_t reward, uintptr_t offset, uintptr_t first,
                                        uintptr_t length, uintptr_t terminal, uintptr_t num_states,
-                                       uintptr_t num_actions, uintptr_t start_, uintptr_t window_, uintptr_t offset_out_,
-                                       uintptr_t cumulative_, uintptr_t reward_out_, uintptr_t start_cumulative_,
-                                       int64_t N, int64_t S, int64_t A, int threads) {
+                                       uintptr_t num_actions, uintptr_t start_, uintptr_t window_,
+                                       uintptr_t offset_out_, uintptr_t cumulative_, uintptr_t reward_out_,
+                                       uintptr_t start_cumulative_, int64_t N, int64_t S, int64_t A, int threads) {
   const Tasks t = tasks(transition, reward, offset, first, length, terminal, num_states, num_actions, N, S, A);
   const auto* start = reinterpret_cast<const float*>(start_);
   const auto* window = reinterpret_cast<const int16_t*>(window_);

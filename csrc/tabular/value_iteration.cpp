@@ -19,17 +19,20 @@
 namespace icrl {
 
 // defined in value_iteration.inl and value_iteration_lanes.inl
-#define ICRL_VALUE_ITERATION_ENTRIES                                                                                    \
-  int64_t vi_bytes(int64_t ns, int64_t na);                                                                             \
-  PlanResult vi_pack(const TaskTables& in, void* scratch);                                                              \
-  PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch); \
-  void vi_find(const void* table, bool is_double, int64_t rows, int64_t ns, int32_t* first, int32_t* length);           \
-  int64_t vi_lanes_bytes(int64_t ns, int64_t na, int64_t ng, bool is_double);                                           \
+#define ICRL_VALUE_ITERATION_ENTRIES                                                                          \
+  int64_t vi_bytes(int64_t ns, int64_t na);                                                                   \
+  PlanResult vi_pack(const TaskTables& in, void* scratch);                                                    \
+  PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v,       \
+                     void* scratch);                                                                          \
+  void vi_find(const void* table, bool is_double, int64_t rows, int64_t ns, int32_t* first, int32_t* length); \
+  int64_t vi_lanes_bytes(int64_t ns, int64_t na, int64_t ng, bool is_double);                                 \
   void vi_lanes(const LaneJobs& jobs, void* scratch);
 ICRL_IN_EACH_ISA(ICRL_VALUE_ITERATION_ENTRIES)
 #undef ICRL_VALUE_ITERATION_ENTRIES
 
-int64_t planner_bytes(int64_t num_states, int64_t num_actions) { return ICRL_DISPATCH(vi_bytes, num_states, num_actions); }
+int64_t planner_bytes(int64_t num_states, int64_t num_actions) {
+  return ICRL_DISPATCH(vi_bytes, num_states, num_actions);
+}
 PlanResult plan_pack(const TaskTables& tables, void* scratch) { return ICRL_DISPATCH(vi_pack, tables, scratch); }
 PlanResult plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch) {
   return ICRL_DISPATCH(vi_plan, discount, method, tol, policy, q, v, scratch);
@@ -51,9 +54,10 @@ struct Scratch {
   }
 };
 
-// A batch as it comes from Python. Dense: transition [N,S,A,S], reward [N,S,A] or [N,S,A,S]. Packed: transition [M], reward
-// [N,S,A] or [M], offset, first, length [N,S,A]. terminal [N,S] or null, num_states [N] or null, discount [N,G]; outputs
-// q [N,G,S,A], v, policy [N,G,S], bound, iterations [N,G]; refusal [N,3] = kind, row, discount index, where kind 0 is none.
+// A batch as it comes from Python. Dense: transition [N,S,A,S], reward [N,S,A] or [N,S,A,S]. Packed: transition [M],
+// reward [N,S,A] or [M], offset, first, length [N,S,A]. terminal [N,S] or null, num_states [N] or null, discount [N,G];
+// outputs q [N,G,S,A], v, policy [N,G,S], bound, iterations [N,G]; refusal [N,3] = kind, row, discount index, where
+// kind 0 is none.
 struct Batch {
   const char *transition, *reward;
   bool is_double, by_successor;
@@ -142,11 +146,29 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
            uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states, uintptr_t discount, int64_t n,
            int64_t ng, int64_t ns, int64_t na, int method, double tol, uintptr_t q, uintptr_t v, uintptr_t policy,
            uintptr_t bound, uintptr_t iterations, uintptr_t refusal, int threads) {
-  const Batch b{pointer<char>(transition), pointer<char>(reward), is_double, by_successor, pointer<int64_t>(offset),
-                pointer<int32_t>(first), pointer<int32_t>(length), values, pointer<uint8_t>(terminal),
-                pointer<int64_t>(num_states), pointer<double>(discount), n, ng, ns, na, static_cast<Method>(method), tol,
-                pointer<double>(q), pointer<double>(v), pointer<int64_t>(policy), pointer<double>(bound),
-                pointer<int64_t>(iterations), pointer<int64_t>(refusal)};
+  const Batch b{pointer<char>(transition),
+                pointer<char>(reward),
+                is_double,
+                by_successor,
+                pointer<int64_t>(offset),
+                pointer<int32_t>(first),
+                pointer<int32_t>(length),
+                values,
+                pointer<uint8_t>(terminal),
+                pointer<int64_t>(num_states),
+                pointer<double>(discount),
+                n,
+                ng,
+                ns,
+                na,
+                static_cast<Method>(method),
+                tol,
+                pointer<double>(q),
+                pointer<double>(v),
+                pointer<int64_t>(policy),
+                pointer<double>(bound),
+                pointer<int64_t>(iterations),
+                pointer<int64_t>(refusal)};
   const int64_t bytes = planner_bytes(ns, na);
   // Which solver a task gets depends on the task alone, never on the batch: its bits must not.
   std::vector<int64_t> small, large;
@@ -161,11 +183,25 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
   std::fill_n(b.refusal, n * 3, int64_t{0});
   const std::pair<const Batch&, int64_t> context{b, bytes};
   using Context = decltype(context);
-  const LaneJobs jobs{
-      small.data(), static_cast<int64_t>(small.size()), &next, most_states, ns, na, ng, is_double, b.discount,
-      b.q, b.v, b.bound, b.policy, b.iterations, &context,
-      [](const void* c, int64_t i) { return tables_of(static_cast<Context*>(c)->first, i); },
-      [](const void* c, int64_t i) { solve_task(static_cast<Context*>(c)->first, i, static_cast<Context*>(c)->second); }};
+  const LaneJobs jobs{small.data(),
+                      static_cast<int64_t>(small.size()),
+                      &next,
+                      most_states,
+                      ns,
+                      na,
+                      ng,
+                      is_double,
+                      b.discount,
+                      b.q,
+                      b.v,
+                      b.bound,
+                      b.policy,
+                      b.iterations,
+                      &context,
+                      [](const void* c, int64_t i) { return tables_of(static_cast<Context*>(c)->first, i); },
+                      [](const void* c, int64_t i) {
+                        solve_task(static_cast<Context*>(c)->first, i, static_cast<Context*>(c)->second);
+                      }};
   parallel_for(std::min<int64_t>(threads, jobs.count), threads, [&](int64_t) {
     const GradualUnderflow guard;
     thread_local Scratch scratch;

@@ -1,7 +1,7 @@
-// Batched tabular control on the GPU: a team of threads (a block) for each task, tasks handed out by a counter to a grid that
-// fills the chip once. Tasks differ in what they need of shared memory, which is known only when a table has been read. So the
-// batch is run with as much as most tasks need, those that did not fit again with more, and the last in global memory: which
-// ones is kept on the device, nothing waits for the host, and an empty round costs a launch.
+// Batched tabular control on the GPU: a team of threads (a block) for each task, tasks handed out by a counter to a
+// grid that fills the chip once. Tasks differ in what they need of shared memory, which is known only when a table has
+// been read. So the batch is run with as much as most tasks need, those that did not fit again with more, and the last
+// in global memory: which ones is kept on the device, nothing waits for the host, and an empty round costs a launch.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
@@ -59,7 +59,8 @@ struct Round {
   int64_t* left;
 };
 
-// Blocks that should fit a processor: without it the compiler takes registers that the shared memory would leave unused.
+// Blocks that should fit a processor: without it the compiler takes registers that the shared memory would leave
+// unused.
 constexpr int blocks_wanted(int threads) { return threads == kWarp ? 20 : threads == 256 ? 3 : 1; }
 
 // `fast` is null where it is shared memory; else `bytes` for each block, as `slow_bytes` of `slow` are.
@@ -122,10 +123,11 @@ std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, cons
   CoreSpace w;
   const int64_t fixed = core_layout(w, nullptr, nullptr, ns, na), rows = ns * na;
   const int64_t at_most = core_bytes_at_most<T>(ns, na, rows * ns);
-  // Windows of dense tables are guessed to be as wide as sampled AnyMDP tasks' (1.25 sqrt(ns)), the factors twice as wide
-  // and a quarter more; a tenth is for tasks above the mean. A wrong guess costs a round.
+  // Windows of dense tables are guessed to be as wide as sampled AnyMDP tasks' (1.25 sqrt(ns)), the factors twice as
+  // wide and a quarter more; a tenth is for tasks above the mean. A wrong guess costs a round.
   const double width = values ? static_cast<double>(values) / static_cast<double>(n * rows) : 1.25 * std::sqrt(ns);
-  const double guess = fixed + 1.1 * (rows * width * sizeof(T) + ns * std::min<double>(2.25 * width, ns) * sizeof(double));
+  const double guess =
+      fixed + 1.1 * (rows * width * sizeof(T) + ns * std::min<double>(2.25 * width, ns) * sizeof(double));
   const int64_t first = std::min(at_most, static_cast<int64_t>(guess));
   std::vector<Launch> out;
   int blocks = guess > 2 * device.share(1) ? 0 : 1;  // 0: too large for shared memory by far
@@ -136,10 +138,12 @@ std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, cons
       const Kernel<T> kernel = kernel_for<T>(true, bytes);
       int resident = 0;
       // the most that there is: what another thread asks for in between does not matter then
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.share(1))),
-            "value_iteration: shared memory of the kernel");
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-            "value_iteration: shared memory of the processors");
+      check(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.share(1))),
+          "value_iteration: shared memory of the kernel");
+      check(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "value_iteration: shared memory of the processors");
       check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads_for(true, bytes), bytes),
             "value_iteration: occupancy");
       out.push_back({true, std::min<int64_t>(n, std::max(1, resident) * device.processors), bytes});
@@ -151,8 +155,8 @@ std::vector<Launch> plan(int64_t n, int64_t ns, int64_t na, int64_t values, cons
   return out;
 }
 
-// The workspace: for each round two counters, and its list of tasks that did not fit; each block's slow memory; the last
-// round's fast memory.
+// The workspace: for each round two counters, and its list of tasks that did not fit; each block's slow memory; the
+// last round's fast memory.
 struct Workspace {
   int64_t counters, lists, slow, fast, bytes;
 };
@@ -191,7 +195,8 @@ void launch(const CoreBatch& b, const std::vector<Launch>& rounds, char* space, 
                                          x.resident ? x.bytes : 0, stream>>>(
         b, round, space + w.fast, x.bytes, space + w.slow, core_slow_bytes(b.ns, b.na));
     check(cudaGetLastError(), "value_iteration: launch");
-    round = {round.left, reinterpret_cast<const int64_t*>(round.unfit), round.taken + 2, round.unfit + 2, round.left + b.n};
+    round = {round.left, reinterpret_cast<const int64_t*>(round.unfit), round.taken + 2, round.unfit + 2,
+             round.left + b.n};
   }
 }
 
@@ -202,9 +207,8 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
            int device, uintptr_t stream) {
   if (n == 0) return;
   Guard guard(device);
-  const CoreBatch b =
-      core_batch(transition, reward, by_successor, offset, first, length, values, terminal, num_states, discount, order,
-                 n, ng, ns, na, method, tol, q, v, policy, bound, iterations, refusal);
+  const CoreBatch b = core_batch(transition, reward, by_successor, offset, first, length, values, terminal, num_states,
+                                 discount, order, n, ng, ns, na, method, tol, q, v, policy, bound, iterations, refusal);
   const std::vector<Launch> rounds = plan(n, ns, na, values, is_double, device);
   char* at = reinterpret_cast<char*>(space);
   const auto on = reinterpret_cast<cudaStream_t>(stream);

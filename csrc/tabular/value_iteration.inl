@@ -1,10 +1,10 @@
 // Tabular control in float64. Included after tiles.inl, once for each instruction set, inside its namespace.
 //
-// States are taken in blocks of eight (value_iteration_tables.inl): a Bellman backup has no tails, and one branch for each
-// state. Policy evaluation factors I - discount P by block LU without pivoting (it is an M-matrix: every pivot is positive,
-// growth is at most 2), tile rows of eight at a time within the envelope of the policy's rows; a banded table costs what its
-// band costs, a dense one runs at GEMM speed. A policy that changed only from state s on keeps the factors of the blocks
-// before s.
+// States are taken in blocks of eight (value_iteration_tables.inl): a Bellman backup has no tails, and one branch for
+// each state. Policy evaluation factors I - discount P by block LU without pivoting (it is an M-matrix: every pivot is
+// positive, growth is at most 2), tile rows of eight at a time within the envelope of the policy's rows; a banded table
+// costs what its band costs, a dense one runs at GEMM speed. A policy that changed only from state s on keeps the
+// factors of the blocks before s.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace {
 constexpr double kUnderflow = 0x1p-1073;  // above what two products may lose to underflow
 constexpr int64_t kMostSweeps = 100000, kInnerSweeps = 20;
 
-// ---- Bellman backup ----------------------------------------------------------------------------------------------------
+// ---- Bellman backup -------------------------------------------------------------------------------------------------
 
 // t.q = reward + discount T v, t.next = max over actions; v is padded with zeros to whole blocks.
 template <class T>
@@ -76,7 +76,7 @@ double largest_magnitude(const Task& t, const double* v) {
   return m + sum(odd);
 }
 
-// ---- policy evaluation by block LU -------------------------------------------------------------------------------------
+// ---- policy evaluation by block LU ----------------------------------------------------------------------------------
 
 // Factors I - discount P[policy] from block row `from` on and solves for t.v. False where a pivot is not positive.
 template <class T>
@@ -149,10 +149,10 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
   return true;
 }
 
-// ---- discount 1: policies that end -------------------------------------------------------------------------------------
+// ---- discount 1: policies that end ----------------------------------------------------------------------------------
 
-// Marks the states from which an end can be reached under `policy`, or with `choose` under some policy, which is written.
-// Returns the first state from which none can, or -1.
+// Marks the states from which an end can be reached under `policy`, or with `choose` under some policy, which is
+// written. Returns the first state from which none can, or -1.
 template <class T>
 int64_t cannot_end(Task& t, int64_t* policy, bool choose) {
   const int64_t na = t.na;
@@ -174,9 +174,10 @@ int64_t cannot_end(Task& t, int64_t* policy, bool choose) {
   return -1;
 }
 
-// ---- the methods -------------------------------------------------------------------------------------------------------
+// ---- the methods ----------------------------------------------------------------------------------------------------
 
-// How far one backup moves the values: the largest |next - v|, and the least and the greatest next - v of states with a row.
+// How far one backup moves the values: the largest |next - v|, and the least and the greatest next - v of states with a
+// row.
 struct Change {
   double size = 0, low = __builtin_inf(), high = -__builtin_inf();
 };
@@ -200,8 +201,8 @@ Change change(const Task& t, const double* v) {
 
 double contraction(const Task& t, double discount) { return discount * t.row_sum * (1 + 4 * kUnit); }
 
-// |t.q - Q*| given that t.q = backup(v), t.next = max t.q and |t.next - v| <= change: the residual q - (r + discount T next)
-// is at most rounding + contraction * change. NaN where there is no contraction.
+// |t.q - Q*| given that t.q = backup(v), t.next = max t.q and |t.next - v| <= change: the residual q - (r + discount T
+// next) is at most rounding + contraction * change. NaN where there is no contraction.
 double certificate(const Task& t, double discount, const double* v, double change) {
   const double kappa = contraction(t, discount);
   if (!(kappa < 1)) return __builtin_nan("");
@@ -231,8 +232,8 @@ double tie(const Task& t, double discount, int64_t s, int64_t a, int64_t b) {
   return (t.blocks[s] * 8 + 16) * 2 * kUnit * size;
 }
 
-// Where nothing is known policy iteration starts from the policy of two backups of the largest rewards: they cost less than
-// the evaluations that they save.
+// Where nothing is known policy iteration starts from the policy of two backups of the largest rewards: they cost less
+// than the evaluations that they save.
 template <class T>
 void first_policy(Task& t, double discount) {
   for (int64_t s = 0; s < t.nb * 8; ++s) t.v[s] = t.next[s] = 0;
@@ -312,9 +313,9 @@ void policy_sweep(Task& t, double discount) {
   __builtin_memcpy(t.v, t.next, t.nb * 8 * sizeof(double));
 }
 
-// Value iteration, and with `inner` sweeps of the greedy policy after each backup modified policy iteration (Puterman and
-// Shin 1978). The span rule (Puterman 1994, section 6.6): when next - v is nearly the same everywhere, the middle of it over
-// 1 - contraction is what is still missing, and the values so corrected are what must pass the certificate.
+// Value iteration, and with `inner` sweeps of the greedy policy after each backup modified policy iteration (Puterman
+// and Shin 1978). The span rule (Puterman 1994, section 6.6): when next - v is nearly the same everywhere, the middle
+// of it over 1 - contraction is what is still missing, and the values so corrected are what must pass the certificate.
 template <class T>
 PlanResult sweeps(Task& t, double discount, double tol, int64_t inner) {
   PlanResult out;
@@ -381,8 +382,8 @@ PlanResult vi_pack(const TaskTables& in, void* scratch) {
 
 PlanResult vi_plan(double discount, Method method, double tol, int64_t* policy, double* q, double* v, void* scratch) {
   Task& t = *static_cast<Task*>(scratch);
-  const PlanResult out = t.is_double ? solve<double>(t, discount, method, tol, policy)
-                                     : solve<float>(t, discount, method, tol, policy);
+  const PlanResult out =
+      t.is_double ? solve<double>(t, discount, method, tol, policy) : solve<float>(t, discount, method, tol, policy);
   if (out.refusal != Refusal::none) return out;
   __builtin_memcpy(q, t.q, t.ns * t.na * sizeof(double));
   for (int64_t s = 0; s < t.ns; ++s) v[s] = t.next[s], policy[s] = greedy(t.q + s * t.na, t.na);

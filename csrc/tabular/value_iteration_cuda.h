@@ -1,12 +1,12 @@
-// The GPU planner, written for a team of threads that share one task: Howard policy iteration and Jacobi sweeps in float64.
-// A host build runs it with a team of coroutines, which is how it is tested where there is no GPU.
+// The GPU planner, written for a team of threads that share one task: Howard policy iteration and Jacobi sweeps in
+// float64. A host build runs it with a team of coroutines, which is how it is tested where there is no GPU.
 //
-// A task's table is read once. What is left of a row is its window, from the first to the last entry that is not zero; where
-// `Resident` the windows lie in the team's fast memory for all discounts, else they are read where they were given. Policy
-// evaluation factors I - discount P by panels of four states without pivoting (an M-matrix: every pivot is positive): the
-// inverse of a panel's diagonal block replaces it, the rows below take one product of four terms an entry. A row is stored
-// from its own first column to the last that its panel can reach. One barrier a panel: the first warp updates the next panel
-// and inverts its block while the others do the rest.
+// A task's table is read once. What is left of a row is its window, from the first to the last entry that is not zero;
+// where `Resident` the windows lie in the team's fast memory for all discounts, else they are read where they were
+// given. Policy evaluation factors I - discount P by panels of four states without pivoting (an M-matrix: every pivot
+// is positive): the inverse of a panel's diagonal block replaces it, the rows below take one product of four terms an
+// entry. A row is stored from its own first column to the last that its panel can reach. One barrier a panel: the first
+// warp updates the next panel and inverts its block while the others do the rest.
 #pragma once
 
 #include <cstdint>
@@ -100,7 +100,7 @@ struct Core {
     return least >= 0x1p59 ? -1 : static_cast<int64_t>(least);
   }
 
-  // ---- reading the table -------------------------------------------------------------------------------------------------
+  // ---- reading the table --------------------------------------------------------------------------------------------
 
   // Windows, expected rewards, checks. Every thread returns the same; w.shared[1] says that the windows did not fit.
   ICRL_HD PlanResult pack() {
@@ -141,8 +141,8 @@ struct Core {
     return out;
   }
 
-  // Rows are read one after another, each in two or three steps that wait for one another: bring them nearer at once. The
-  // rewards of dense tables are left where they are, since most of them will not be read.
+  // Rows are read one after another, each in two or three steps that wait for one another: bring them nearer at once.
+  // The rewards of dense tables are left where they are, since most of them will not be read.
   ICRL_HD void prefetch() {
     constexpr int kLine = 128 / sizeof(T);
     for (int k = team.id; k < ns * na; k += team.size) {
@@ -220,14 +220,15 @@ struct Core {
     }
   }
 
-  // ---- a sweep -------------------------------------------------------------------------------------------------------------
+  // ---- a sweep ------------------------------------------------------------------------------------------------------
 
   struct Sweep {
-    double change, largest, news;  // max |v - next|, max |v|; news 1: a better action somewhere, 2: by more than rounding of v
+    double change, largest,
+        news;  // max |v - next|, max |v|; news 1: a better action somewhere, 2: by more than rounding of v
   };
 
-  // rhs = max q and best = argmax q, where q = reward + discount T v; with `improve` also policy iteration's step. q and v
-  // are written where they are asked for. Lane l ends with action l of a chunk of eight.
+  // rhs = max q and best = argmax q, where q = reward + discount T v; with `improve` also policy iteration's step. q
+  // and v are written where they are asked for. Lane l ends with action l of a chunk of eight.
   ICRL_HD Sweep backup(double discount, bool improve, double* q_out, double* v_out) {
     const double slack = 1 - discount * row_sum, amplified = 4 / (slack > 1e-6 ? slack : 1e-6);
     Sweep out{0, 0, 0};
@@ -267,7 +268,8 @@ struct Core {
         }
         if (q > top) top = q, best = arg;
       }
-      out.change = core_larger(out.change, absolute(w.v[s] - top)), out.largest = core_larger(out.largest, absolute(w.v[s]));
+      out.change = core_larger(out.change, absolute(w.v[s] - top)),
+      out.largest = core_larger(out.largest, absolute(w.v[s]));
       if (team.lane == 0) {
         w.rhs[s] = top, w.best[s] = static_cast<uint16_t>(best);
         if (v_out) v_out[s] = top;
@@ -289,11 +291,12 @@ struct Core {
     for (int i = s * na; Resident && i < k; ++i) window(i, next_window);
     const T* p = table() + window(k, next_window);
     double size = 0;
-    for (int j = team.lane; j < w.length[k]; j += kLanes) size += static_cast<double>(p[j]) * absolute(w.v[w.low[k] + j]);
+    for (int j = team.lane; j < w.length[k]; j += kLanes)
+      size += static_cast<double>(p[j]) * absolute(w.v[w.low[k] + j]);
     return w.magnitude[k] + discount * lane_sum(size);
   }
 
-  // ---- policy evaluation ---------------------------------------------------------------------------------------------------
+  // ---- policy evaluation --------------------------------------------------------------------------------------------
 
   // Where the factors of the policy's rows lie. Returns whether they fit.
   ICRL_HD bool envelope() {
@@ -333,7 +336,8 @@ struct Core {
         at += w.right[k] - w.left[i];
       }
     }
-    // two arrays change their meaning: every thread keeps one panel's news until all have read, panel by panel of the team
+    // two arrays change their meaning: every thread keeps one panel's news until all have read, panel by panel of the
+    // team
     for (int k0 = 0; k0 < np; k0 += team.size) {
       const int k = k0 + team.id;
       if (k < np) {
@@ -457,7 +461,7 @@ struct Core {
     return fine;
   }
 
-  // ---- discount 1 ----------------------------------------------------------------------------------------------------------
+  // ---- discount 1 ---------------------------------------------------------------------------------------------------
 
   // As cannot_end in value_iteration.inl: the first state from which no end can be reached, or -1.
   ICRL_HD int64_t cannot_end(bool choose) {
@@ -488,7 +492,7 @@ struct Core {
     return first(stuck);
   }
 
-  // ---- the two methods -----------------------------------------------------------------------------------------------------
+  // ---- the two methods ----------------------------------------------------------------------------------------------
 
   ICRL_HD double rounding(double discount, double largest) const {
     return roundings() * (reward_magnitude + discount * row_sum * largest) + (ns + 16) * kUnderflow;
@@ -497,7 +501,8 @@ struct Core {
   ICRL_HD double certificate(double discount, const Sweep& c) const {
     const double contraction = discount * row_sum * (1 + 2 * kRounding);
     if (!(contraction < 1)) return 0.0 / 0.0;
-    return (rounding(discount, c.largest) + contraction * c.change) / (1 - contraction) * (1 + 8 * kRounding) + kUnderflow;
+    return (rounding(discount, c.largest) + contraction * c.change) / (1 - contraction) * (1 + 8 * kRounding) +
+           kUnderflow;
   }
 
   ICRL_HD PlanResult policy_iteration(double discount, double* q, double* v, bool& fits) {
@@ -541,8 +546,9 @@ struct Core {
   }
 };
 
-// Solves one task; false, and nothing is to be made of the outputs, where `fast` (`bytes`, with `Resident`) was too small for
-// it. `slow` is core_slow_bytes large. Without `Resident` fast memory is global and large enough: core_bytes_at_most.
+// Solves one task; false, and nothing is to be made of the outputs, where `fast` (`bytes`, with `Resident`) was too
+// small for it. `slow` is core_slow_bytes large. Without `Resident` fast memory is global and large enough:
+// core_bytes_at_most.
 template <class T, bool Resident, class Team>
 ICRL_HD bool core_solve(Team& team, const CoreBatch& b, int64_t i, char* fast, int64_t bytes, char* slow) {
   const int ns = static_cast<int>(b.num_states ? b.num_states[i] : b.ns), na = static_cast<int>(b.na);

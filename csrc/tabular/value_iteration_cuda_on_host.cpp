@@ -1,7 +1,7 @@
 // The GPU planner (value_iteration_cuda.h) on the host, for tests where there is no GPU: a team's threads are
-// coroutines on one thread. It is always the first, the last or any of those that can run whose turn it is, until it waits at
-// a barrier: what one may read before another has written it, or after, comes out different, so that a missing barrier shows
-// in the results. Threads that wait at barriers which others never reach are an error.
+// coroutines on one thread. It is always the first, the last or any of those that can run whose turn it is, until it
+// waits at a barrier: what one may read before another has written it, or after, comes out different, so that a missing
+// barrier shows in the results. Threads that wait at barriers which others never reach are an error.
 #include <pybind11/pybind11.h>
 
 #if defined(__linux__)
@@ -26,7 +26,8 @@ struct Barrier {
 
 class Coroutines {
  public:
-  Coroutines(int size, int order) : size_(size), order_(order), shuffle_(order), barriers_(1 + size / kWarp + 1 + size / kLanes) {
+  Coroutines(int size, int order)
+      : size_(size), order_(order), shuffle_(order), barriers_(1 + size / kWarp + 1 + size / kLanes) {
     barriers_[0].members = size;
     for (int i = 0; i < size; ++i) ++barriers_[warp(i)].members, ++barriers_[lanes(i)].members;
   }
@@ -67,9 +68,7 @@ class Coroutines {
     Barrier* barrier;
     int64_t round;
   };
-  bool can_run(int i) const {
-    return !done_[i] && !(waits_[i].barrier && waits_[i].barrier->round == waits_[i].round);
-  }
+  bool can_run(int i) const { return !done_[i] && !(waits_[i].barrier && waits_[i].barrier->round == waits_[i].round); }
   // The first or the last that can run, so that some get as far as barriers let them before others start; or any.
   int next() {
     const int start = order_ > 0 ? static_cast<int>(shuffle_() % size_) : 0;
@@ -102,7 +101,13 @@ struct HostTeam {
   int turn = 0;
 
   HostTeam(int id_, Coroutines& all_, std::vector<double>& slots_)
-      : id(id_), size(all_.size()), lane(id_ % kLanes), group(id_ / kLanes), groups(size / kLanes), all(all_), slots(slots_) {}
+      : id(id_),
+        size(all_.size()),
+        lane(id_ % kLanes),
+        group(id_ / kLanes),
+        groups(size / kLanes),
+        all(all_),
+        slots(slots_) {}
   void sync() { all.arrive(id, 0); }
   void sync_warp() { all.arrive(id, all.warp(id)); }
   void sync_lanes() { all.arrive(id, all.lanes(id)); }
@@ -162,16 +167,15 @@ int64_t solve(const CoreBatch& b, int64_t bytes, int threads, int order) {
   return unfit;
 }
 
-// As value_iteration_cuda, with a team of `threads` (a multiple of 8) that has `bytes` of fast memory, run in `order`: 0
-// first, -1 last, else any by this seed. Returns how many tasks did not fit and were solved in slow memory.
+// As value_iteration_cuda, with a team of `threads` (a multiple of 8) that has `bytes` of fast memory, run in `order`:
+// 0 first, -1 last, else any by this seed. Returns how many tasks did not fit and were solved in slow memory.
 int64_t solve_on_host(uintptr_t transition, uintptr_t reward, bool is_double, bool by_successor, uintptr_t offset,
                       uintptr_t first, uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states,
                       uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na, int method,
                       double tol, uintptr_t q, uintptr_t v, uintptr_t policy, uintptr_t bound, uintptr_t iterations,
                       uintptr_t refusal, int64_t bytes, int threads, int turn) {
-  const CoreBatch b =
-      core_batch(transition, reward, by_successor, offset, first, length, values, terminal, num_states, discount, order,
-                 n, ng, ns, na, method, tol, q, v, policy, bound, iterations, refusal);
+  const CoreBatch b = core_batch(transition, reward, by_successor, offset, first, length, values, terminal, num_states,
+                                 discount, order, n, ng, ns, na, method, tol, q, v, policy, bound, iterations, refusal);
   return is_double ? solve<double>(b, bytes, threads, turn) : solve<float>(b, bytes, threads, turn);
 }
 

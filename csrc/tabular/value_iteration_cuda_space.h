@@ -13,10 +13,11 @@
 
 namespace icrl {
 
-constexpr int kLanes = 8;              // threads of a group, which take one row together: 8 floats are a 32-byte sector
-constexpr int kWarp = 32;              // threads of the warp that runs ahead
-constexpr int kPanel = 4;              // states that are eliminated together
-constexpr int64_t kMostStates = 32768;  // indices are 16 bits wide, places in the factors 32
+// indices are 16 bits wide, places in the factors 32
+constexpr int64_t kMostStates = 32768;
+constexpr int kLanes = 8;  // threads of a group, which take one row together: 8 floats are a 32-byte sector
+constexpr int kWarp = 32;  // threads of the warp that runs ahead
+constexpr int kPanel = 4;  // states that are eliminated together
 
 // A batch as Python hands it over: TaskTables' fields, outputs as in value_iteration.cpp; `order` [N,G] sorts a task's
 // discounts ascending.
@@ -40,22 +41,40 @@ struct CoreBatch {
 };
 
 // Addresses as Python has them; 0 is none.
-inline CoreBatch core_batch(uintptr_t transition, uintptr_t reward, bool by_successor, uintptr_t offset, uintptr_t first,
-                            uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states,
+inline CoreBatch core_batch(uintptr_t transition, uintptr_t reward, bool by_successor, uintptr_t offset,
+                            uintptr_t first, uintptr_t length, int64_t values, uintptr_t terminal, uintptr_t num_states,
                             uintptr_t discount, uintptr_t order, int64_t n, int64_t ng, int64_t ns, int64_t na,
                             int method, double tol, uintptr_t q, uintptr_t v, uintptr_t policy, uintptr_t bound,
                             uintptr_t iterations, uintptr_t refusal) {
   const auto doubles = [](uintptr_t p) { return reinterpret_cast<double*>(p); };
   const auto integers = [](uintptr_t p) { return reinterpret_cast<int64_t*>(p); };
-  return {reinterpret_cast<const void*>(transition), reinterpret_cast<const void*>(reward), integers(offset),
-          reinterpret_cast<const int32_t*>(first), reinterpret_cast<const int32_t*>(length), values,
-          reinterpret_cast<const uint8_t*>(terminal), integers(num_states), doubles(discount), integers(order), n, ng, ns,
-          na, by_successor, method, tol, doubles(q), doubles(v), integers(policy), doubles(bound), integers(iterations),
+  return {reinterpret_cast<const void*>(transition),
+          reinterpret_cast<const void*>(reward),
+          integers(offset),
+          reinterpret_cast<const int32_t*>(first),
+          reinterpret_cast<const int32_t*>(length),
+          values,
+          reinterpret_cast<const uint8_t*>(terminal),
+          integers(num_states),
+          doubles(discount),
+          integers(order),
+          n,
+          ng,
+          ns,
+          na,
+          by_successor,
+          method,
+          tol,
+          doubles(q),
+          doubles(v),
+          integers(policy),
+          doubles(bound),
+          integers(iterations),
           integers(refusal)};
 }
 
-// A team's memory. `reward` and `magnitude` are touched once a sweep and in order: they may be slow. The rest is `fixed`;
-// windows and factors share what is left of the fast memory, `room` bytes from `pool` on.
+// A team's memory. `reward` and `magnitude` are touched once a sweep and in order: they may be slow. The rest is
+// `fixed`; windows and factors share what is left of the fast memory, `room` bytes from `pool` on.
 struct CoreSpace {
   double *reward, *magnitude;  // [ns * na] expected rewards, and sums of |transition * reward|
   double *v, *rhs;             // [padded]; rhs holds the next v after a backup
@@ -98,9 +117,12 @@ ICRL_HD inline int64_t core_layout(CoreSpace& w, char* fixed, char* slow, int64_
   return (reinterpret_cast<char*>(b) - fixed + 15) / 16 * 16;
 }
 
-ICRL_HD inline int64_t core_slow_bytes(int64_t ns, int64_t na) { return ns * na * 2 * static_cast<int64_t>(sizeof(double)); }
+ICRL_HD inline int64_t core_slow_bytes(int64_t ns, int64_t na) {
+  return ns * na * 2 * static_cast<int64_t>(sizeof(double));
+}
 
-// Bytes that no task of this size goes beyond: `windows` entries of the table (0 where it is not resident), full factors.
+// Bytes that no task of this size goes beyond: `windows` entries of the table (0 where it is not resident), full
+// factors.
 template <class T>
 int64_t core_bytes_at_most(int64_t ns, int64_t na, int64_t windows) {
   CoreSpace w;

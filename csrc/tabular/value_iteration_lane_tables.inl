@@ -60,18 +60,18 @@ struct Lane {
   double row_sum, reward_magnitude;  // as in Task
   int64_t widest;                    // entries in the widest row
   double gamma, largest;             // its discount; largest |v|
-  // Rows in groups of eight, [blocks, rows, 8]: as many blocks of eight entries as the widest of the group needs, padded
-  // with zeros. The window of each row, 0 and 0 where it is zero, the blocks of each group and where it begins.
+  // Rows in groups of eight, [blocks, rows, 8]: as many blocks of eight entries as the widest of the group needs,
+  // padded with zeros. The window of each row, 0 and 0 where it is zero, the blocks of each group and where it begins.
   int32_t *first, *end, *blocks, *begin;
   void* table;
-  double *reward, *magnitude;   // [ns * na]: expected reward, sum of |transition * reward|
-  double *q, *v, *next;         // v: zeros follow
-  int32_t* chosen;              // [ns]: the policy's rows
-  int64_t* order;               // discounts in ascending order
-  void *rough_v, *rough_q;      // of the tables' type
+  double *reward, *magnitude;  // [ns * na]: expected reward, sum of |transition * reward|
+  double *q, *v, *next;        // v: zeros follow
+  int32_t* chosen;             // [ns]: the policy's rows
+  int64_t* order;              // discounts in ascending order
+  void *rough_v, *rough_q;     // of the tables' type
 };
 
-// ---- loading a task into a lane ----------------------------------------------------------------------------------------
+// ---- loading a task into a lane -------------------------------------------------------------------------------------
 
 // Eight entries, zeros in place of those from n on.
 template <class T>
@@ -223,7 +223,7 @@ bool load_task(Lane& lane, const TaskTables& in) {
   return plain;
 }
 
-// ---- the first policy --------------------------------------------------------------------------------------------------
+// ---- the first policy -----------------------------------------------------------------------------------------------
 
 // Eight numbers in type E.
 template <class E>
@@ -267,8 +267,8 @@ void backup_lane(const Lane& lane, int64_t na, const E* v, E* q) {
   }
 }
 
-// A first policy for the lane's discount: what is greedy after a few sweeps of value iteration from the values `next`, in
-// the tables' own precision. A sweep costs a tenth of an evaluation or less, and a few of them save one or two.
+// A first policy for the lane's discount: what is greedy after a few sweeps of value iteration from the values `next`,
+// in the tables' own precision. A sweep costs a tenth of an evaluation or less, and a few of them save one or two.
 template <class T>
 void start_policy(Lane& lane, int64_t na) {
   T *v = static_cast<T*>(lane.rough_v), *q = static_cast<T*>(lane.rough_q);

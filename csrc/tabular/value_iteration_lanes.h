@@ -14,12 +14,12 @@ struct LaneJobs {
   int64_t* next;  // position of the first that no thread has taken, shared by all threads
   int64_t most_states, num_states, num_actions, num_discounts;  // of these tasks; of the outputs
   bool is_double;
-  const double* discount;                       // [N, num_discounts]
-  double *q, *v, *bound;                        // [N, num_discounts, num_states, num_actions], ...
+  const double* discount;  // [N, num_discounts]
+  double *q, *v, *bound;   // [N, num_discounts, num_states, num_actions], ...
   int64_t *policy, *iterations;
-  const void* context;                          // for:
+  const void* context;  // for:
   TaskTables (*tables)(const void*, int64_t i);
-  void (*alone)(const void*, int64_t i);        // solves task i by itself: whatever is unusual
+  void (*alone)(const void*, int64_t i);  // solves task i by itself: whatever is unusual
 };
 
 }  // namespace icrl

@@ -1,5 +1,5 @@
-// Policy iteration of many small tasks, one in each lane of the vectors. Included after value_iteration.inl, once for each
-// instruction set, inside its namespace.
+// Policy iteration of many small tasks, one in each lane of the vectors. Included after value_iteration.inl, once for
+// each instruction set, inside its namespace.
 //
 // Only policy evaluation is done across lanes: I - discount P is factored by block LU in tiles of 4 x 4 (times lanes)
 // within the union of the lanes' envelopes. Backups and improvement are each lane's own, on its own windows. A lane
@@ -53,7 +53,7 @@ int64_t lanes_layout(Group& g, char* base, int64_t ns, int64_t na, int64_t ng, i
   return at - base;
 }
 
-// ---- policy evaluation -------------------------------------------------------------------------------------------------
+// ---- policy evaluation ----------------------------------------------------------------------------------------------
 
 struct Columns {
   int32_t first, end, padded_end;
@@ -141,7 +141,8 @@ unsigned evaluate_lanes(Group& g) {
   g.tile[0] = 0;
   for (int64_t i = 0; i < nb; ++i) {
     const Columns filled = gather<T>(g, i);
-    const int64_t own_low = filled.first / 4, own_high = (filled.end + 3) / 4 - 1;  // blocks that the rows themselves fill
+    // blocks that the rows themselves fill
+    const int64_t own_low = filled.first / 4, own_high = (filled.end + 3) / 4 - 1;
     int64_t low = own_low < i ? own_low : i, high = own_high > i ? own_high : i;
     for (int64_t k = low; k < i; ++k) high = g.high[k] > high ? g.high[k] : high;
     g.low[i] = static_cast<int32_t>(low), g.high[i] = static_cast<int32_t>(high);
@@ -167,8 +168,7 @@ unsigned evaluate_lanes(Group& g) {
         }
         for (int64_t k = low; k < last; ++k)
           if (g.high[k] >= j)
-            subtract_tiles(acc, tiles + (k - low) * kTile + part * kPart,
-                           g.tiles + g.tile[k] + (j - g.low[k]) * kTile);
+            subtract_tiles(acc, tiles + (k - low) * kTile + part * kPart, g.tiles + g.tile[k] + (j - g.low[k]) * kTile);
 #pragma GCC unroll 16
         for (int x = 0; x < kTileRows * 4; ++x) keep(here + x * kLanes, acc[x / 4][x % 4]);
         if (j >= i) continue;
@@ -190,8 +190,7 @@ unsigned evaluate_lanes(Group& g) {
       if (j == i) bad |= invert_tile(tiles + (j - low) * kTile, g.inverse + i * kTile);
     }
     for (int64_t r = 0; r < 4; ++r)
-      for (int64_t j = filled.first; j < filled.padded_end; ++j)
-        clear_lanes(buffer + (r * g.columns + j) * kLanes);
+      for (int64_t j = filled.first; j < filled.padded_end; ++j) clear_lanes(buffer + (r * g.columns + j) * kLanes);
   }
   Lanes largest = {}, total = {};
   for (int64_t i = nb - 1; i >= 0; --i) {
@@ -226,7 +225,7 @@ unsigned evaluate_lanes(Group& g) {
   return bits(bad) | bits(~(total <= kLargest));
 }
 
-// ---- policy improvement, one lane --------------------------------------------------------------------------------------
+// ---- policy improvement, one lane -----------------------------------------------------------------------------------
 
 // As tie(), for rows a and b.
 template <class T>
@@ -282,7 +281,7 @@ bool improve_lane(Lane& lane, int64_t na) {
   return changed && lane.small_rounds <= 4;
 }
 
-// ---- the queue ---------------------------------------------------------------------------------------------------------
+// ---- the queue ------------------------------------------------------------------------------------------------------
 
 // Takes tasks from the queue until one is plain.
 template <class T>

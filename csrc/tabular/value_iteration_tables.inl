@@ -1,6 +1,7 @@
 // The tables of one task as the planner wants them, from dense ones or from windows.
 //
-// A row is packed from its first block of eight that is not zero on, over as many blocks as the widest row of its state needs.
+// A row is packed from its first block of eight that is not zero on, over as many blocks as the widest row of its state
+// needs.
 #pragma once
 
 #include <immintrin.h>
@@ -28,10 +29,10 @@ struct Task {
   int64_t* offset;
   // for each state and action: the blocks that are not zero, and the first block that is packed
   int32_t *row_first, *row_end, *row_start;
-  double *reward, *magnitude;    // for each state and action: expected reward, sum of |transition * reward|
+  double *reward, *magnitude;  // for each state and action: expected reward, sum of |transition * reward|
   double *q, *v, *next, *rhs;
-  int32_t *low, *high;  // for each block row of the factors: its first and last block
-  int64_t* tile;        // and where its tiles begin
+  int32_t *low, *high;      // for each block row of the factors: its first and last block
+  int64_t* tile;            // and where its tiles begin
   double *tiles, *inverse;  // U right of the diagonal and multipliers left of it; inverses of the diagonal blocks
   int64_t* policy;
   uint8_t* reached;
@@ -45,7 +46,8 @@ T* take(char*& at, int64_t n) {
   return p;
 }
 
-// Carves; with a null base it only measures. The packed tables come last: they have the only size that depends on the data.
+// Carves; with a null base it only measures. The packed tables come last: they have the only size that depends on the
+// data.
 int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
   char* at = base;
   take<Task>(at, 1);
@@ -62,7 +64,7 @@ int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
   return at - base;
 }
 
-// ---- packing ----------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 // Whether 32 floats, 16 doubles or one block of eight hold anything but zeros. NaN counts.
 #if defined(__AVX512F__)
@@ -154,7 +156,8 @@ void find_windows(const T* table, int64_t rows, int64_t ns, int32_t* first, int3
       const int64_t low = j + __builtin_ctzll(here | 1ull << 63), high = j + 64 - __builtin_clzll(here | 1);
       begin = here && low < begin ? low : begin, end = here ? high : end;
     }
-    first[k] = static_cast<int32_t>(begin < end ? begin : 0), length[k] = static_cast<int32_t>(begin < end ? end - begin : 0);
+    first[k] = static_cast<int32_t>(begin < end ? begin : 0),
+    length[k] = static_cast<int32_t>(begin < end ? end - begin : 0);
   }
 }
 
@@ -195,7 +198,8 @@ PlanResult first_fault(const Task& t, const TaskTables& in) {
   return r;
 }
 
-// Those lanes of a block at p that `bits` has, zeros in the others, of which nothing is read; put in `to`, and returned.
+// Those lanes of a block at p that `bits` has, zeros in the others, of which nothing is read; put in `to`, and
+// returned.
 #if defined(__AVX512F__)
 inline v8 copy(double* to, const double* p, uint32_t bits) {
   const __m512d x = _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p);
