@@ -1,6 +1,13 @@
 // Small matrix products out of L1: C[m][n] = sum_k A(m, k) B[k][n], the tile of C in registers, A broadcast from any
 // strides, rows of B read as vectors. Each entry is one chain of multiply-adds in the order of k, so its bits depend
-// neither on the tile nor on the rows beside it. Include after vec.h. Every M and N here is a multiple of 16.
+// neither on the tile nor on the rows beside it.
+//
+//   A      [M, K] float32 through Left: A(m, k) = p[m * row + k * col], so that a transpose needs no copy
+//   B, C   [K, N] and [M, N] float32, row-major, their rows ldb and ldc numbers apart
+//   M, N   `rows` and `columns`, multiples of 16;  K: `depth`, any
+//   c      of Tile<MR, NR>: MR rows of NR vectors of C in registers, from row m (or m0) and column n on
+//   w      of scale_rows [MR], of scale_columns [NR * kWidth]: factors
+//   x, l   of solve: right-hand sides [16, columns], rows ld apart; lower triangle [16, 16], rows ld_l apart
 #pragma once
 
 #include <immintrin.h>

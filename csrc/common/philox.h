@@ -1,8 +1,14 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): numbers as a function of
 // (seed, record, step, stream) alone, so that no thread count, batch split or resumption can change them. And log, exp
-// and the normal quantile by + - * / sqrt alone: IEEE arithmetic then fixes every bit, on any machine. Whoever includes
-// this must be compiled without contraction into fused multiply-adds. Everything has internal linkage: no instruction
-// set's code can stand in for another's.
+// and the normal quantile by + - * / sqrt alone: IEEE arithmetic then fixes every bit, on any machine.
+//
+//   seed           uint64: the key
+//   record, step   uint64, step < 2^56: the counter, with stream (uint32, below 2^8): what the number is for
+//   Random4        four uint32 numbers of one counter
+//   x              one of them: uniform(x) is a float in [0, 1), below(x, n) an integer in [0, n), normal(x) a double
+//
+// Whoever includes this must be compiled without contraction into fused multiply-adds. Everything has internal linkage:
+// no instruction set's code can stand in for another's.
 #pragma once
 
 #include <cmath>

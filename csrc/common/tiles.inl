@@ -1,5 +1,10 @@
-// Eight doubles at a time, and 8 x 8 tiles of them: products, inverses, products with vectors. Included in a namespace
-// of one instruction set, with immintrin.h before it where that is AVX-512.
+// Eight doubles at a time, and 8 x 8 tiles of them: products, inverses, products with vectors.
+//
+//   v8, v8u   8 doubles, aligned and at any address;  f8u: 8 floats at any address
+//   i8        8 int64, as comparisons give them
+//   a, acc    8 vectors in registers: an 8 x 8 tile by rows, or eight sums whose lanes are still to be added
+//   m, u      [8, 8] doubles in memory, row-major
+//   x         [8] doubles in memory
 #pragma once
 
 #include <immintrin.h>

@@ -1,6 +1,13 @@
 // Float vectors of the file's instruction set in GCC's vector extension, an exponential, and conversions of rows.
-// Include it in <op>_<isa>.cpp inside that ISA's namespace: everything here is in an anonymous namespace, so that no
-// symbol of one instruction set can stand in for another's.
+//
+//   kWidth      floats of a vector: 16 with AVX-512, 8 with AVX2, else 4
+//   Vec, UVec   kWidth floats, aligned and at any address;  IVec: kWidth int32, as comparisons give them
+//   dtype       what an array of the user holds, a code shared with Python: 0 float32, 1 bfloat16, 2 float16
+//   from, to    arrays of a row's n numbers; `at` is the row's first element, counted in numbers of the dtype
+//   padded      length of a row in float32 with zeros from n on, a multiple of 16
+//
+// Everything here is in an anonymous namespace inside the instruction set's, so that no symbol of one instruction set
+// can stand in for another's.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,15 @@
-// A chunk of 16 tokens with decays, everything of it in L1: what the gated linear attentions share.
+// A chunk of 16 tokens with decays, everything of it in L1: what the gated linear attentions share. Float32 throughout.
+//
+//   K, V       channels of queries and keys, of values;  Kp, Vp: the same rounded up to 16, zeros in the rest
+//   n          tokens of the chunk, at most kChunk = 16; rows from n on are zeros
+//   q, k, v    [16, Kp], [16, Kp], [16, Vp]: the tokens' queries, keys and values
+//   g, e       gates as given, in their dtype, and exp g: [16, Kp] for a channel gate, [16] for a scalar one
+//   P, p       products of exp g over the chunk's tokens up to i, shaped as e;  decay [Kp]: P_15
+//   kd, ku     [16, Kp]: k_j / P_j and k_j P_15 / P_j;  kt [Kp, 16]: kd transposed
+//   qr, qd     [16, Kp]: scale q_i and P_i scale q_i;  qs in the gradients: qd, or qr where there is no gate
+//   a, w       [16, 16]: decayed scores A_ij, and weights in their place, such as their gradients da
+//   S, state   [Kp, Vp]; in the gradients transposed, [Vp, Kp]; the user's are [K, V]
+//   d_o, dq, dk, dvalue, dg, gradient   gradients of o, q, k, v, g and of the state, shaped as these
 //
 // With P_i the product of exp g over the chunk's tokens up to i, a query i reads (P_i / P_j) q_i . k_j of token j <= i.
 // 16 tokens are few enough that the state's update costs less than wider chunks' longer triangles. Products of exp g,

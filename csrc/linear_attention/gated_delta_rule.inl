@@ -1,5 +1,17 @@
 // The gated delta rule in chunks of 16 tokens (chunk.inl), one (sequence, value head) at a time.
 //
+//   T, H, Hk   tokens of all sequences; heads of v, g, beta and the state; heads of q and k, each for H / Hk of those
+//   q, k       [T, Hk, K] queries and keys, of DeltaShape::dtype, as v and o
+//   v, o       [T, H, V] values, outputs
+//   g          [T, H, K] or [T, H] log decays, of gate_dtype, or null
+//   beta       [T, H] rates, of beta_dtype, or null: 1
+//   bounds     [sequences + 1] int64: sequence b has the tokens [bounds[b], bounds[b + 1])
+//   S          [K, V] state of a (sequence, head); initial, final: [sequences, H, K, V] float32
+//   N, e, u    of a chunk: [16, 16], [16, Vp] errors, [16, Vp] beta e
+//   dq, dk     [T, H, K], of key_gradient_dtype: the caller sums over the heads that share a key head
+//   d_o, dv, dg, dbeta, d_initial, d_final   gradients, shaped and typed as what they belong to
+//   step       one token a sequence: the same with T = sequences; state [sequences, H, K, V] float32, updated in place
+//
 // In a chunk that begins with state S, with P_i the product of exp g over its tokens up to i, and e_i = v_i - S_i'^T
 // k_i the error that token i corrects, so that its update is k_i (beta_i e_i)^T:
 //   N_ij = -k_i . (P_i / P_j) k_j  (j < i),        e_i = v_i - S^T (P_i k_i) + sum_j N_ij beta_j e_j,

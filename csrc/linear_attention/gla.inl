@@ -1,5 +1,14 @@
 // Gated linear attention in chunks of 16 tokens (chunk.inl), one (sequence, key/value head) at a time.
 //
+//   T, H, Hk   tokens of all sequences; query heads; key/value heads, each read by `group` = H / Hk query heads
+//   q, o       [T, H, K] queries, [T, H, V] outputs, of GlaShape::dtype, as k and v
+//   k, v       [T, Hk, K] keys, [T, Hk, V] values
+//   g          [T, Hk, K] or [T, Hk] log decays, of gate_dtype, or null
+//   bounds     [sequences + 1] int64: sequence b has the tokens [bounds[b], bounds[b + 1])
+//   S          [K, V] state of a (sequence, head); initial, final: [sequences, Hk, K, V] float32
+//   d_o, dq, dk, dv, dg, d_initial, d_final   gradients, shaped and typed as what they belong to
+//   step       one token a sequence: the same with T = sequences; state [sequences, Hk, K, V] float32, updated in place
+//
 // In a chunk that begins with state S, with P_i the product of exp g over its tokens up to i:
 //   A_ij = scale q_i . (P_i / P_j) k_j  (j <= i),   o_i = scale S^T (P_i q_i) + sum_j A_ij v_j,
 //   S'   = P_15 S + sum_j (P_15 / P_j) k_j v_j^T.

@@ -1,7 +1,19 @@
 // Gated slot attention in chunks of 16 tokens (chunk.inl), one (sequence, key/value head) at a time.
 //
-// Slots hold keys S [K][M] and values U [M][V]. In a chunk that begins with these, with P_i the product of exp g (one
-// gate per slot) over its tokens up to i and s_j the weights with which token j writes to the slots:
+//   T, H, Hk   tokens of all sequences; query heads; key/value heads, each read by `group` = H / Hk query heads
+//   M, Mp      slots; rounded up to 16
+//   q, o       [T, H, K] queries, [T, H, V] outputs, of GsaShape::dtype, as k, v and s
+//   k, v       [T, Hk, K] keys, [T, Hk, V] values
+//   s          [T, Hk, M] the weights with which a token writes to the slots; `w` in a step
+//   g          [T, Hk, M] log decays, one per slot, of gate_dtype, or null
+//   bounds     [sequences + 1] int64: sequence b has the tokens [bounds[b], bounds[b + 1])
+//   S, U       [K, M] keys and [M, V] values of the slots; initial_keys, ...: [sequences, Hk, K, M], ... float32
+//   A, B       [16, 16] scores of the two passes, one after the other in `a` where both are not kept
+//   l, p, pd   [16, Mp] logits, their softmax, P p
+//   dl, dp     gradients of l and p; d_o, dq, dk, dv, ds, dg, ...: gradients, shaped and typed as what they belong to
+//   step       one token a sequence: the same with T = sequences; keys and values are updated in place
+//
+// In a chunk that begins with S and U, with P_i the product of exp g over its tokens up to i:
 //   l_i = P_i (scale q_i S) + sum_j A_ij (P_i / P_j) s_j,  A_ij = scale q_i . k_j  (j <= i),   p_i = softmax(l_i),
 //   o_i = (P_i p_i) U + sum_j B_ij v_j,                    B_ij = p_i . (P_i / P_j) s_j,
 // so that both passes take the same decayed s_j, and p lives only as long as its chunk.

@@ -1,5 +1,17 @@
 // RWKV-7's generalized delta rule in chunks of 16 tokens (chunk.inl), one (sequence, head) at a time.
 //
+//   T, H       tokens of all sequences; heads
+//   r, k       [T, H, K] receptances (the queries) and keys, of RwkvShape::dtype, as a, b, v and o
+//   a, b       [T, H, K]: what reads the state into u, and what writes u back
+//   w          [T, H, K] log decays, of gate_dtype
+//   v, o       [T, H, V] values, outputs
+//   bounds     [sequences + 1] int64: sequence i has the tokens [bounds[i], bounds[i + 1])
+//   S          [K, V] state of a (sequence, head); initial, final: [sequences, H, K, V] float32
+//   u          of a chunk: [16, Vp]
+//   x, q       of a chunk: keys k over b and queries a over r, [32, Kp]; `value`: v over u, [32, Vp]
+//   d_o, dr, dw, dk, dv, da, db, d_initial, d_final   gradients, shaped and typed as what they belong to
+//   step       one token a sequence: the same with T = sequences; state [sequences, H, K, V] float32, updated in place
+//
 // In a chunk that begins with state S, with P_i the product of exp w over its tokens up to i and P_-1 = 1:
 //   u_i = S^T (P_{i-1} a_i) + sum_{j < i}  a_i . (P_{i-1} / P_j) k_j v_j + a_i . (P_{i-1} / P_j) b_j u_j,
 //   o_i = S^T (P_i r_i)     + sum_{j <= i} r_i . (P_i / P_j) k_j v_j     + r_i . (P_i / P_j) b_j u_j,

@@ -1,5 +1,8 @@
-// The AnyMDP sampler's numbers: counter-based random ones, and exp and a clipped normal for eight at a time. Included
-// after tiles.inl, once per instruction set.
+// The AnyMDP sampler's numbers: counter-based random ones, and exp and a clipped normal for eight at a time.
+//
+//   key       uint64 of a stream: a hash of the task's key, the attempt and the Quantity
+//   n         int64: the number's place in its stream
+//   v8, u8    8 doubles, 8 uint64;  x, u, a: arguments for eight at a time
 //
 // Value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each quantity of each attempt has a
 // stream of its own in which each number has its place. So a task depends on its key alone, and

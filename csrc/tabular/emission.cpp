@@ -1,4 +1,9 @@
 // Observation tokens of partially observed tasks, drawn by counter: icrl.worlds.TabularTasks.emit.
+//
+//   M, K, S, O         steps to emit for, tokens of each, inner states, observations
+//   emission           [tasks, K, S, O] float32, probabilities of an observation
+//   task, state, key   [M] int64, int64 (-1: none), uint64
+//   out                [M, K] int64
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

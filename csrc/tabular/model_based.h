@@ -1,5 +1,13 @@
 // A tabular model-based learner: counts, and optimistic value iteration on them. This is the specification, and what a
 // GPU runs; model_based.inl does the same sums with vectors, and must give the same bits. Same rules as philox.h.
+//
+//   S, A      states and actions of the batch: strides of the arrays;  ns, na: the task's own
+//   L         A rounded up to 8: the length of a row of per-action scratch
+//   visits, known, reward_sum      [S, A] int32, int32, float32
+//   successors                     [S, S, A] float32: counts of (state, next state, action)
+//   span, value                    [S, 2] int16, [S] float32
+//   mean, inverse, follow, row     [S, L], [S, L], [S, L], [L] float32: scratch
+//   R, T      of histories: records and their steps; r, t one of them; state, action, ... [R, T], q [R, T, A]
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,11 @@
 // model_based.h's sums with vectors of actions: lanes are independent and go through the next states in the same order,
-// so the bits are the same. For inclusion in rollout.inl.
+// so the bits are the same.
+//
+//   Lanes       8 floats, one for each of the actions [c, c + 8) of a state
+//   m           the learner; its S, A, L and arrays are those of model_based.h
+//   s, j        a state; a next state, within span[s]
+//   even, odd   sums over the even and over the odd next states
+//   c           of search: [n] float32, cumulative
 #pragma once
 
 #include <immintrin.h>

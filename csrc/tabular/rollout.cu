@@ -1,5 +1,10 @@
 // The simulator on the GPU: one thread for each record runs the code of rollout_core.h, compiled without fused
 // multiply-adds, so that the bits are the CPU's.
+//
+//   c         the call (rollout.h), its tensors on the GPU
+//   h         of model_based_q: the histories [R, T]
+//   r         the thread's record
+//   scratch   [R, each] float32: scratch_floats(S, A) a record, any content; for histories history_scratch(S, A), zeros
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

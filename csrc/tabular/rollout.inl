@@ -1,5 +1,12 @@
 // The simulator with vectors: the numbers of many steps are drawn at once, and records that learn nothing go in step
 // with one another, so that one's loads are under way while another's arrive. The bits are those of simulate_plain.
+//
+//   Numbers       what kBlock = 32 steps of a record draw, [32] each: place (the next state), noise and normal (the
+//                 reward), choice (the action), explore (whether the action is uniform)
+//   i, size       a step of the block; steps of the block that this call has
+//   lanes         [kTogether = 8] records in step, n of them
+//   scratch       rollout_scratch(c) floats
+// Letters as in rollout_core.h.
 #pragma once
 
 #include <immintrin.h>

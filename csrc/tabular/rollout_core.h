@@ -1,6 +1,20 @@
 // The simulator: what one record does in a step, for the CPU and the GPU alike. See icrl_kernels/rollout.py for the
 // semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with
 // vectors).
+//
+//   R, T      records, and steps of this call: r and t are one of them; outputs are [R, T], labels [R, T, G]
+//   N, S, A   tasks, states and actions of the tables; n the record's task, ns and na its own sizes
+//   P, G      policies by table, references
+//   s, next   states; a an action; sa = s * A + a its row
+//   who       the behaviour that acts: below P a policy by table; then uniform, random, Q-learner, model-based
+//   cumulative, reward             float32, rows one behind the other: row sa is window[sa] = (first, length), and
+//                                  begins at offset[sa]
+//   offset, window                 [S, A] int64, [S, A, 2] int16, of this task
+//   noise_state, noise_action      [S], [S, A] float32: standard deviations
+//   probabilities, choices         [P, S, A] float32 cumulative, [P, S] int16, of this task; one of them or neither
+//   references                     [S, G] int16
+//   q, random                      [S, A] float32: the Q-learner's values, the random policy's rows met so far
+// The tensors of a whole call are in rollout.h.
 #pragma once
 
 #include "tabular/model_based.h"

@@ -1,7 +1,17 @@
 // Batched tabular control on the GPU: a team of threads (a block) for each task, tasks handed out by a counter to a
-// grid that fills the chip once. Tasks differ in what they need of shared memory, which is known only when a table has
-// been read. So the batch is run with as much as most tasks need, those that did not fit again with more, and the last
-// in global memory: which ones is kept on the device, nothing waits for the host, and an empty round costs a launch.
+// grid that fills the chip once.
+//
+//   b            the batch, a CoreBatch (value_iteration_cuda_space.h has its shapes): n tasks, ns states, na actions
+//   i, x         the block's task; its place in the round's list
+//   list, left   [n] int64: the tasks of a round, and those that did not fit
+//   dynamic      [bytes] shared memory of a block: a task's fast memory
+//   fast, slow   [blocks, bytes], [blocks, slow_bytes] global memory: the same where shared memory is too small, and
+//                what may be slow
+//   space        the workspace: each round's two counters and list, then slow and fast
+//
+// Tasks differ in what they need of shared memory, which is known only when a table has been read. So the batch is run
+// with as much as most tasks need, those that did not fit again with more, and the last in global memory: which ones is
+// kept on the device, nothing waits for the host, and an empty round costs a launch.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
@@ -11,6 +21,7 @@
 
 #include "common/cuda_device.h"
 #include "tabular/value_iteration_cuda.h"
+#include "tabular/value_iteration_cuda_space.h"
 
 namespace icrl {
 namespace {

@@ -1,4 +1,13 @@
-// Tabular control in float64. Included after tiles.inl, once for each instruction set, inside its namespace.
+// Tabular control in float64.
+//
+//   t            the packed task and its workspace (value_iteration_tables.inl has their shapes)
+//   T, r         transition probabilities [ns, na, ns], expected rewards [ns, na], in t.packed and t.reward
+//   P            of evaluate: [ns, ns], the policy's rows of T
+//   policy       [ns] int64
+//   v, t.next    [8 nb] double: values, and max q after a backup
+//   q            [ns, na] double: r + discount T v
+//   discount, tol, bound   doubles: gamma, the error wanted, the error proven, |q - Q*|
+//   kappa        discount times the largest row sum: by how much a backup contracts
 //
 // States are taken in blocks of eight (value_iteration_tables.inl): a Bellman backup has no tails, and one branch for
 // each state. Policy evaluation factors I - discount P by block LU without pivoting (it is an M-matrix: every pivot is

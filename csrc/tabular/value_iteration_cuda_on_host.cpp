@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "tabular/value_iteration_cuda.h"
+#include "tabular/value_iteration_cuda_space.h"
 
 namespace icrl {
 namespace {

@@ -1,4 +1,13 @@
 // What a batch of tabular tasks is to the GPU planner, and the memory that a team of threads needs for one task.
+//
+//   n, ng, ns, na        tasks, discounts, states and actions of the batch
+//   transition, reward   dense [n, ns, na, ns], [n, ns, na] or as transition, float or double; packed: `values` numbers
+//   offset, first, length   [n, ns, na] int64, int32, int32: of packed tables, else null
+//   terminal, num_states    [n, ns] uint8 and [n] int64, or null
+//   discount, order         [n, ng] double, int64: `order` sorts a task's discounts ascending
+//   q, v, policy            [n, ng, ns, na] double, [n, ng, ns] double, [n, ng, ns] int64
+//   bound, iterations       [n, ng] double, int64;  refusal [n, 3] int64: kind, row, discount's index
+//   padded, panels          ns rounded up to kPanel = 4; padded / kPanel
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,13 @@
 // What a lane holds: a task's tables, taken over and checked; and a first policy. Part of value_iteration_lanes.inl.
+//
+//   kLanes, kTileRows   tasks in a vector of doubles; rows of a 4 x 4 tile that fit the registers at a time
+//   Lanes, LaneMask     kLanes doubles, kLanes int64 as comparisons give them
+//   k, s                a row, s * na + a; a state
+//   table               groups of eight rows, [blocks[k / 8], 8, 8] of the caller's type from begin[k / 8] on: row k's
+//                       entries from successor first[k] on, zeros from end[k] on
+//   reward, magnitude, q   [ns * na] double;  rough_q as q, in the tables' type
+//   v, next                [2 ns + 16] double, zeros from the task's states on, and [ns];  rough_v as v, in that type
+//   chosen, order          [ns] int32 rows of the policy; [discounts] int64
 #pragma once
 
 #include <immintrin.h>

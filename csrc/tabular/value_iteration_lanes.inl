@@ -1,5 +1,15 @@
-// Policy iteration of many small tasks, one in each lane of the vectors. Included after value_iteration.inl, once for
-// each instruction set, inside its namespace.
+// Policy iteration of many small tasks, one in each lane of the vectors.
+//
+//   ns, nb, na   states, blocks of four states and actions, of the largest task in the lanes
+//   i, j         a block row and a block column; l a lane
+//   rhs, v       [4 nb, kLanes] double: right-hand sides, values
+//   tiles        [4, 4, kLanes] each, double: factors of I - discount P, block row i in columns low[i] to high[i] from
+//                tile[i] on
+//   inverse      [nb, 4, 4, kLanes] double: inverses of the diagonal tiles
+//   buffer       [4, columns, kLanes] of the tables' type: the policies' rows of one block row
+//   gamma        a lane's discount
+// What each lane has of its own is Lane's (value_iteration_lane_tables.inl); what the tasks come from and go to,
+// LaneJobs'.
 //
 // Only policy evaluation is done across lanes: I - discount P is factored by block LU in tiles of 4 x 4 (times lanes)
 // within the union of the lanes' envelopes. Backups and improvement are each lane's own, on its own windows. A lane

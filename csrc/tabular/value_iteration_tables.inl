@@ -1,5 +1,17 @@
 // The tables of one task as the planner wants them, from dense ones or from windows.
 //
+//   ns, na, nb    states, actions, blocks of eight states; s a state, a an action, k = s * na + a a row
+//   transition    the caller's, float or double: dense [ns, na, stride], or windows of rows: row k's entries for the
+//                 successors [first[k], first[k] + length[k]) begin at offset[k]
+//   reward        the caller's: [ns, na], or shaped as transition
+//   packed        state s's rows [na, blocks[s], 8] of the caller's type from offset[s] on; row k holds the blocks from
+//                 row_start[k] on, and those outside [row_first[k], row_end[k]) are zeros
+//   t.reward, t.magnitude, q   [ns * na] double: expected reward, sum of |transition * reward|, values
+//   v, next, rhs               [8 nb] double
+//   tiles, inverse             [8, 8] each, double: factors, block row i in columns low[i] to high[i] from
+//                              tile[i] on, and the inverses of the diagonal tiles
+//   table         of find_windows: [rows, ns]; first, length [rows]
+//
 // A row is packed from its first block of eight that is not zero on, over as many blocks as the widest row of its state
 // needs.
 #pragma once
@@ -18,7 +30,7 @@ constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 
 inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
-// A packed task and the planner's workspace, carved from the caller's scratch by plan_layout.
+// A packed task and the planner's workspace, carved from the caller's scratch by layout.
 struct Task {
   int64_t ns, na, nb;       // states, actions, blocks of eight states
   int64_t widest;           // blocks in the widest packed row
