@@ -4,33 +4,19 @@ ICRL_CUDA=0 leaves CUDA out, ICRL_CUDA=1 fails without nvcc, unset or "auto" tak
 """
 
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from glob import glob
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-ISA_FLAGS = {
-    "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512vl",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mprefer-vector-width=512",
-    ],
-}
-# The simulator's numbers are the same bits on every processor, GPUs included: no contraction into fused multiply-adds.
-SAME_BITS = {
-    ("rollout", ".cpp"): ["-ffp-contract=off"],
-    ("model_based", ".cpp"): ["-ffp-contract=off"],
-    ("rollout", ".cu"): ["-fmad=false"],
-}
+CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -39,6 +25,54 @@ NVCC_FLAGS = [
     "-gencode=arch=compute_90,code=compute_90",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
+INSTRUCTION_SETS = {
+    # -Wpsabi: vectors wider than the registers are passed to inlined functions only
+    "generic": ["-Wno-psabi"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-Wno-psabi"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512vl",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+        "-Wno-maybe-uninitialized",  # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes
+    ],
+}
+# The simulator's numbers are the same bits on every processor, GPUs included: no contraction into fused multiply-adds.
+SAME_BITS, SAME_BITS_CUDA = ["-ffp-contract=off"], ["-fmad=false"]
+
+# Every source with the flags that only it has. An x.isa.cpp is compiled once for each instruction set, with ICRL_ISA as
+# its namespace; an x.cu only where nvcc is. Compiles start in this order: the longest come first, so that at the end no
+# core waits for one of them.
+SOURCES: dict[str, list[str]] = {
+    "tabular/value_iteration.cu": [],
+    "tabular/value_iteration.isa.cpp": [],
+    "linear_attention/gla.isa.cpp": [],
+    "linear_attention/gated_delta_rule.isa.cpp": [],
+    "linear_attention/gsa.isa.cpp": [],
+    "linear_attention/rwkv7.isa.cpp": [],
+    "tabular/rollout.isa.cpp": SAME_BITS,
+    "tabular/anymdp.isa.cpp": [],
+    "tabular/rollout.cu": SAME_BITS_CUDA,
+    "tabular/anymdp.cpp": [],
+    "linear_attention/gated_delta_rule.cpp": [],
+    "linear_attention/gla.cpp": [],
+    "linear_attention/gsa.cpp": [],
+    "tabular/model_based.cpp": SAME_BITS,
+    "tabular/rollout.cpp": SAME_BITS,
+    "tabular/rollout_tables.cpp": SAME_BITS,
+    "linear_attention/rwkv7.cpp": [],
+    "tabular/emission.cpp": [],
+    "tabular/value_iteration.cpp": [],
+    "tabular/value_iteration_cuda_on_host.cpp": [],
+    "common/isa.cpp": [],
+    "common/parallel.cpp": [],
+    "common/step_call.cpp": [],
+    "module.cpp": [],
+}
 
 
 def find_nvcc() -> str | None:
@@ -63,50 +97,35 @@ def cuda_library_dirs(nvcc: str) -> list[str]:
     return re.findall(r'-L([^"\s]+)', line)
 
 
-NVCC = find_nvcc()
+def check_machine(compiler: list[str]) -> str:
+    """The compiler's version; ends the build in one line where the kernels cannot be compiled."""
+    if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
+        raise SystemExit(f"icrl_kernels is for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+    try:
+        run = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    except OSError as error:
+        raise SystemExit(f"icrl_kernels needs g++, but {compiler[0]} does not start: {error}") from None
+    version = dict(re.findall(r'^#define (\w+) "?([^"\n]*)', run.stdout, re.M))
+    if "__clang__" in version or int(version.get("__GNUC__", 0)) < 12:
+        found = version.get("__VERSION__", "no C++ compiler")
+        raise SystemExit(f"icrl_kernels needs g++ 12 or newer, but {compiler[0]} is {found} (CXX chooses another)")
+    return version["__VERSION__"]
 
 
-class Build(build_ext):
-    def build_extensions(self) -> None:
-        compiler, compile_cpp = self.compiler, self.compiler._compile
-        compiler.src_extensions.append(".cu")
-        name_objects = compiler.object_filenames
-
-        def object_filenames(sources, strip_dir=0, output_dir=""):
-            # x.cpp and x.cu must not share x.o
-            return [
-                n[: -len(".o")] + ".cu.o" if s.endswith(".cu") else n
-                for s in sources
-                for n in name_objects([s], strip_dir, output_dir)
-            ]
-
-        def compile_one(obj, src, ext, cc_args, extra, pp_opts):
-            name = os.path.basename(src)
-            own = next(
-                (f for (start, end), f in SAME_BITS.items() if name.startswith(start) and name.endswith(end)), []
-            )
-            if ext == ".cu":
-                return self.spawn([NVCC, "-c", src, "-o", obj, *NVCC_FLAGS, *own, *pp_opts])
-            isa = next((flags for end, flags in ISA_FLAGS.items() if src.endswith(end)), [])
-            return compile_cpp(obj, src, ext, cc_args, [*extra, *isa, *own], pp_opts)
-
-        compiler.object_filenames, compiler._compile = object_filenames, compile_one
-        super().build_extensions()
-
-
-extension = Pybind11Extension(
-    "icrl_kernels._C",
-    sorted(["csrc/module.cpp", *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if NVCC else [])]),
-    depends=[*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)],
-    include_dirs=["csrc"],
-    cxx_std=17,
-    extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"],
-    libraries=["dl", "pthread"],
-)
-if NVCC:
-    extension.define_macros.append(("ICRL_WITH_CUDA", "1"))
-    extension.library_dirs += cuda_library_dirs(NVCC)
-    extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+def compiles(nvcc: str | None) -> dict[str, tuple[str, list[str]]]:
+    """Object: (source, the flags that only it has), in the order in which they are to start."""
+    found = {os.path.relpath(x, "csrc") for end in ("cpp", "cu") for x in glob(f"csrc/**/*.{end}", recursive=True)}
+    if found != SOURCES.keys():
+        raise SystemExit(f"SOURCES in setup.py or csrc/ lacks {', '.join(sorted(found ^ SOURCES.keys()))}")
+    out = {}
+    for name, flags in SOURCES.items():
+        stem, source = name.removesuffix(".cpp"), f"csrc/{name}"
+        if name.endswith(".isa.cpp"):
+            for isa, isa_flags in INSTRUCTION_SETS.items():
+                out[f"csrc/{stem}.{isa}.o"] = (source, [f"-DICRL_ISA={isa}", *isa_flags, *flags])
+        elif nvcc or not name.endswith(".cu"):
+            out[f"csrc/{stem}.o"] = (source, flags)
+    return out
 
 
 def read_by(source: str, found: set[str]) -> set[str]:
@@ -119,10 +138,74 @@ def read_by(source: str, found: set[str]) -> set[str]:
     return found
 
 
-def changed(obj: str, src: str) -> bool:
-    """Whether an object is older than anything it is made of: a rebuild in place compiles only what it must."""
-    return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, read_by(src, set())))
+def up_to_date(obj: str, source: str, command: str) -> bool:
+    """Whether an object was made by this command of what there is now: a build in place compiles only what it must."""
+    if not (os.path.exists(obj) and os.path.exists(f"{obj}.cmd")):
+        return False
+    with open(f"{obj}.cmd") as f:
+        same = f.read() == command
+    return same and os.path.getmtime(obj) >= max(map(os.path.getmtime, read_by(source, set())))
 
 
-with ParallelCompile(default=0, needs_recompile=changed):
+NVCC = find_nvcc()
+COMPILES = compiles(NVCC)
+
+
+class Build(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # what has changed is for up_to_date to say; linking takes a second
+
+    def build_extensions(self) -> None:
+        compiler = self.compiler
+        compile_all, compile_cpp = compiler.compile, compiler._compile
+        cxx = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)
+        version = check_machine(cxx)
+
+        def object_filenames(sources, strip_dir=0, output_dir=""):
+            return [os.path.join(output_dir, obj) for obj in COMPILES]
+
+        def compile_sources(sources, **options):
+            return compile_all([source for source, _ in COMPILES.values()], **options)
+
+        def compile_one(obj, src, ext, cc_args, extra, pp_opts):
+            own = COMPILES[os.path.relpath(obj, self.build_temp)][1]
+            if ext == ".cu":
+                start, flags = [NVCC, "-c", src, "-o", obj], [*NVCC_FLAGS, *own, *pp_opts]
+            else:
+                start, flags = [*cxx, *cc_args, src], [*extra, *own, *pp_opts]
+            # -I names folders of the environment, which pip makes anew for each build
+            whole = [x for x in (*start, *flags) if not x.startswith("-I")]
+            command = shlex.join([*whole, f"g++ {version}", f"pybind11 {pybind11.__version__}"])
+            if up_to_date(obj, src, command):
+                return
+            if os.path.exists(f"{obj}.cmd"):
+                os.remove(f"{obj}.cmd")  # until it is made again: an interrupted compile leaves half an object
+            if ext == ".cu":
+                self.spawn([*start, *flags])
+            else:
+                compile_cpp(obj, src, ext, cc_args, [*extra, *own], pp_opts)
+            with open(f"{obj}.cmd", "w") as f:
+                f.write(command)
+
+        compiler.src_extensions.append(".cu")
+        compiler.object_filenames, compiler.compile, compiler._compile = object_filenames, compile_sources, compile_one
+        super().build_extensions()
+
+
+extension = Pybind11Extension(
+    "icrl_kernels._C",
+    sorted({source for source, _ in COMPILES.values()}),
+    depends=[*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)],
+    include_dirs=["csrc"],
+    cxx_std=17,
+    extra_compile_args=CXX_FLAGS,
+    libraries=["dl", "pthread"],
+)
+if NVCC:
+    extension.define_macros.append(("ICRL_WITH_CUDA", "1"))
+    extension.library_dirs += cuda_library_dirs(NVCC)
+    extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+
+with ParallelCompile(default=0):
     setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -70,7 +70,7 @@ def cuda_rows() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/value_iteration.cubin"
         include = [f"-I{x}" for x in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
-        source = str(CSRC / "cuda/value_iteration.cu")
+        source = str(CSRC / "tabular/value_iteration.cu")
         command = ["nvcc", "-cubin", "-arch=sm_90a", "-O3", "-std=c++17", "-Xptxas=-v", *include, source, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout

@@ -13,7 +13,7 @@ GATE_ALLOWANCE = 1e-4
 
 MAX_HEAD_DIM = 256
 MOST = torch.finfo(torch.float32).max
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/cpu/vec.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/common/vec.h
 
 
 def check_packing(q: Tensor, cu_seqlens: Tensor) -> int:

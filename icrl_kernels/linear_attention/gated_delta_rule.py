@@ -13,7 +13,7 @@ from icrl_kernels.linear_attention import common
 from icrl_kernels.linear_attention.op import Op
 
 L2_EPSILON = 1e-6
-"""qk_l2norm divides by sqrt(sum of squares + this). As kNormEpsilon in csrc/cpu/gated_delta_rule.inl."""
+"""qk_l2norm divides by sqrt(sum of squares + this). As kNormEpsilon in csrc/linear_attention/gated_delta_rule.inl."""
 
 
 def _l2norm(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The AnyMDP sampler in torch, many candidates at once, for any device.
 
-It draws the numbers that csrc/cpu/anymdp.inl draws, in the same places of the same streams, so a key gives the same task
+It draws the numbers that csrc/tabular/anymdp.inl draws, in the same places of the same streams, so a key gives the same task
 up to rounding: the last bits of exp, log and sums differ, and with them, rarely, the last bit of a probability, or the
 fate of a candidate that lies on the border of a filter.
 """

@@ -39,7 +39,7 @@ def _unit(z):
 
 @triton.jit
 def _clipped_normal(u):
-    """clip(N(0,1), .1, 1): the central form of Wichura's PPND16 (AS 241), as in csrc/cpu/anymdp_numbers.inl."""
+    """clip(N(0,1), .1, 1): the central form of Wichura's PPND16 (AS 241), as in csrc/tabular/anymdp_random.inl."""
     # a bare number would reach minimum and maximum as float32
     low, high = tl.full([], 0.5398278372770290, tl.float64), tl.full([], 0.8413447460685429, tl.float64)
     q = tl.minimum(tl.maximum(u, low), high) - 0.5

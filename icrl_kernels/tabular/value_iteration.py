@@ -13,7 +13,7 @@ from icrl_kernels import _C, _checks, _registry
 from icrl_kernels.tabular import value_iteration_reference as specification
 from icrl_kernels.tabular.packed import PackedTransition
 
-# The number is csrc/cpu/policy_iteration.h's Method.
+# The number is csrc/tabular/policy_iteration.h's Method.
 METHODS = {"auto": 0, "policy_iteration": 0, "value_iteration": 1, "modified_policy_iteration": 2}
 CERTIFIED_AT_ONCE = (
     2**24

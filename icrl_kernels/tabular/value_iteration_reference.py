@@ -38,7 +38,7 @@ def select(i: Tensor, transition: Tensor, reward: Tensor, windows: list[Tensor])
 def refuse(
     kind: int, row: tuple[int, int, int], g: int, transition: Tensor, windows: list[Tensor], discount: Tensor
 ) -> NoReturn:
-    """Kinds as in csrc/cpu/policy_iteration.h."""
+    """Kinds as in csrc/tabular/policy_iteration.h."""
     n, s, a = row
     if kind == 10:
         refuse_window(PackedTransition(transition, *windows), *row)

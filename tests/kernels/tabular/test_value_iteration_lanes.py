@@ -15,7 +15,7 @@ from icrl.worlds import sample_anymdp
 from icrl_kernels import _C, PackedTransition, pack_transition, value_iteration
 
 GAMMAS = torch.tensor([0.93, 0.0, 0.994, 0.5], dtype=torch.float64)
-CROSSOVER = 96  # kMostLaneStates of csrc/cpu/value_iteration.cpp
+CROSSOVER = 96  # kMostLaneStates of csrc/tabular/value_iteration.cpp
 PADDED = CROSSOVER + 8
 
 

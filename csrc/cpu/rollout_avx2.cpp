@@ -1,7 +1,0 @@
-#include <immintrin.h>
-
-#include "cpu/rollout_core.h"
-
-namespace icrl::avx2 {
-#include "cpu/rollout.inl"
-}  // namespace icrl::avx2

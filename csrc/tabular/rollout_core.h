@@ -1,0 +1,250 @@
+// The simulator: what one record does in a step, for the CPU and the GPU alike. See icrl_kernels/rollout.py for the
+// semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with
+// vectors).
+//
+//   R, T      records, and steps of this call: r and t are one of them; outputs are [R, T], labels [R, T, G]
+//   N, S, A   tasks, states and actions of the tables; n the record's task, ns and na its own sizes
+//   P, G      policies by table, references
+//   s, next   states; a an action; sa = s * A + a its row
+//   who       the behaviour that acts: below P a policy by table; then uniform, random, Q-learner, model-based
+//   cumulative, reward             float32, rows one behind the other: row sa is window[sa] = (first, length), and
+//                                  begins at offset[sa]
+//   offset, window                 [S, A] int64, [S, A, 2] int16, of this task
+//   noise_state, noise_action      [S], [S, A] float32: standard deviations
+//   probabilities, choices         [P, S, A] float32 cumulative, [P, S] int16, of this task; one of them or neither
+//   references                     [S, G] int16
+//   q, random                      [S, A] float32: the Q-learner's values, the random policy's rows met so far
+// The tensors of a whole call are in rollout.h.
+#pragma once
+
+#include "tabular/model_based.h"
+#include "tabular/rollout.h"
+
+namespace icrl {
+namespace {
+
+enum Stream : uint32_t { kStep, kEpisode, kPolicy };  // what a random number is for
+
+template <class Ops>
+struct Record {
+  const RolloutCall* c;
+  int64_t r, n, ns, na, S, A, P, G;
+  int64_t horizon, step, s, elapsed, who;
+  uint64_t seed, number;
+  const float *cumulative, *reward, *noise_state, *noise_action, *probabilities;
+  const int64_t* offset;
+  const int16_t *window, *choices, *references;
+  const uint8_t* terminal;
+  float epsilon, decay;
+  // the learners; both learn from every step, whoever acted
+  bool use_q, use_model;
+  ModelBased model;  // its sizes and visits are those of the Q-learner too
+  float* q;
+  double scale;   // root mean square of the rewards so far
+  float* random;  // scratch [S,A]: the random policy's rows met so far; a row not met ends with 0
+
+  // Floats of scratch for one record.
+  ICRL_HD static int64_t scratch_floats(const RolloutCall& c) {
+    if (!c.behaviours.initial) return 0;
+    return c.tables.S * c.tables.A + ModelBased::scratch_floats(c.tables.S, c.tables.A);
+  }
+
+  ICRL_HD bool used(int64_t m) const {
+    const RolloutBehaviours& b = c->behaviours;
+    return b.initial && (b.initial[r * (P + 4) + m] > 0 || b.later[r * (P + 4) + m] > 0);
+  }
+
+  ICRL_HD void load(const RolloutCall& call, int64_t record, float* scratch) {
+    c = &call, r = record;
+    const RolloutTables& tb = call.tables;
+    const RolloutState& st = call.state;
+    n = st.task[r], S = tb.S, A = tb.A, P = call.P, G = call.G;
+    ns = tb.num_states[n], na = tb.num_actions[n], horizon = tb.max_steps[n];
+    step = st.step[r], s = st.state[r], elapsed = st.elapsed[r], who = st.behaviour[r];
+    seed = static_cast<uint64_t>(st.seed[r]), number = static_cast<uint64_t>(st.record[r]);
+    cumulative = tb.cumulative, reward = tb.reward, offset = tb.offset + n * S * A, window = tb.window + n * S * A * 2;
+    noise_state = tb.noise_state + n * S, noise_action = tb.noise_action + n * S * A, terminal = tb.terminal + n * S;
+    probabilities = call.probabilities ? call.probabilities + n * P * S * A : nullptr;
+    choices = call.choices ? call.choices + n * P * S : nullptr;
+    references = call.references ? call.references + n * S * G : nullptr;
+    epsilon = decay = 0, use_q = use_model = false;
+    const RolloutBehaviours& b = call.behaviours;
+    if (b.initial) {
+      epsilon = b.epsilon[r], decay = b.epsilon_decay[r];
+      use_q = used(P + 2), use_model = used(P + 3), random = scratch;
+      if (used(P + 1))
+        for (int64_t i = 0; i < S * A; ++i) random[i] = 0;
+    }
+    if (learns()) {
+      model.ns = ns, model.na = na, model.S = S, model.A = A, model.visits = st.visits + r * S * A;
+      model.known = model.visits;
+      scale = step ? std::sqrt(st.reward_square[r] / static_cast<double>(step)) : 0.0;
+      q = use_q ? st.q + r * S * A : nullptr;
+      if (use_model) {
+        model.reward_sum = st.reward_sum + r * S * A, model.successors = st.successors + r * S * S * A;
+        model.span = st.span + r * S * 2, model.value = st.value + r * S;
+        model.discount = b.model_discount[r], model.bonus = b.model_bonus[r];
+        model.begin(scratch + S * A);
+      }
+    }
+    if (s < 0)
+      begin_episode();
+    else if (who < 0 && b.initial)  // the state came from outside actions
+      who = draw(b.initial, uniform(philox(seed, number, static_cast<uint64_t>(step), kEpisode).v[2]));
+  }
+
+  ICRL_HD bool learns() const { return use_q || use_model; }
+
+  ICRL_HD void store() const {
+    const RolloutState& st = c->state;
+    st.step[r] = step, st.state[r] = s, st.elapsed[r] = elapsed, st.behaviour[r] = who;
+  }
+
+  ICRL_HD int64_t draw(const float* all, float u) const {
+    const float* weights = all + r * (P + 4);
+    double total = 0;
+    for (int64_t i = 0; i < P + 4; ++i) total += weights[i];
+    double x = u * total;
+    int64_t last = 0;
+    for (int64_t i = 0; i < P + 4; ++i) {
+      if (!(weights[i] > 0)) continue;
+      last = i;
+      if ((x -= weights[i]) < 0) break;
+    }
+    return last;
+  }
+
+  ICRL_HD void begin_episode() {
+    const Random4 x = philox(seed, number, static_cast<uint64_t>(step), kEpisode);
+    s = Ops::search(c->tables.start + n * S, ns, uniform(x.v[0]));
+    elapsed = 0;
+    const RolloutBehaviours& b = c->behaviours;
+    if (!b.initial) return;
+    if (who < 0)
+      who = draw(b.initial, uniform(x.v[2]));
+    else if (uniform(x.v[1]) < b.switching[r])
+      who = draw(b.later, uniform(x.v[2]));
+  }
+
+  // The softmax of Gaussian logits in state s, cumulative: a function of (seed, record, state), so that nothing is
+  // kept.
+  ICRL_HD const float* random_row() {
+    float* row = random + s * A;
+    if (row[na - 1] != 0) return row;
+    const float spread = c->behaviours.policy_scale[r];
+    float peak = -INFINITY, total = 0, sum = 0;
+    for (int64_t a = 0; a < na; ++a) {
+      row[a] =
+          spread * static_cast<float>(normal(philox(seed, number, static_cast<uint64_t>(s * A + a), kPolicy).v[0]));
+      peak = row[a] > peak ? row[a] : peak;
+    }
+    for (int64_t a = 0; a < na; ++a) total += row[a] = static_cast<float>(portable_exp(row[a] - peak));
+    for (int64_t a = 0; a < na; ++a) row[a] = (sum += row[a]) / total;
+    row[na - 1] = 2;
+    return row;
+  }
+
+  // Ties go to the first of them from a random place on, round the circle.
+  template <class F>
+  ICRL_HD int64_t greedy(uint32_t x, F score) const {
+    const int64_t from = below(x, na);
+    int64_t best = from;
+    float best_score = -INFINITY;
+    for (int64_t i = 0, a = from; i < na; ++i, a = a + 1 == na ? 0 : a + 1) {
+      const float v = score(a);
+      if (v > best_score) best = a, best_score = v;
+    }
+    return best;
+  }
+
+  ICRL_HD int64_t act_q(uint32_t x) const {
+    const int32_t* visits = model.visits + s * A;
+    const float* row = q + s * A;
+    double total = 1;
+    for (int64_t a = 0; a < na; ++a) total += visits[a];
+    const float width = c->behaviours.q_bonus[r] * static_cast<float>(scale * std::sqrt(portable_log(total)));
+    return greedy(
+        x, [=](int64_t a) { return visits[a] ? row[a] + width / std::sqrt(static_cast<float>(visits[a])) : INFINITY; });
+  }
+
+  ICRL_HD int64_t act_model(uint32_t x) {
+    Ops::sweep(model, static_cast<float>(scale), step & 1);
+    Ops::fill_row(model, s);
+    const float* row = model.row;
+    return greedy(x, [=](int64_t a) { return row[a]; });
+  }
+
+  ICRL_HD void observe(int64_t a, float gain, int64_t next, bool terminated) {
+    const int64_t i = s * A + a;
+    const int32_t visits = ++model.visits[i];
+    double& square = c->state.reward_square[r];
+    square += static_cast<double>(gain) * gain;
+    scale = std::sqrt(square / static_cast<double>(step));
+    if (use_q) {  // Jin et al. 2018's rate, (H+1)/(H+n) with H = 1/(1-discount)
+      const float discount = c->behaviours.q_discount[r], H = 1 / (1 - discount);
+      float best = 0;
+      if (!terminated) {
+        const float* row = q + next * A;
+        best = row[0];
+        for (int64_t b = 1; b < na; ++b) best = row[b] > best ? row[b] : best;
+      }
+      q[i] += (H + 1) / (H + visits) * (gain + discount * best - q[i]);
+    }
+    if (use_model) model.observe(s, a, gain, terminated ? kTerminated : next);
+  }
+
+  // Step t of this call; x: its random numbers. `noise(x)` is normal(x) or the same number from a table.
+  template <bool kLearns, class Noise>
+  ICRL_HD void advance(int64_t t, uint32_t place, uint32_t choice, uint32_t explore, Noise noise) {
+    const int64_t o = r * c->T + t;
+    int64_t a;
+    if (c->actions)
+      a = c->actions[o];
+    else if (who == P || (epsilon > 0 && uniform(explore) < epsilon - decay * static_cast<float>(step)))
+      a = below(choice, na);
+    else if (who < P)
+      a = choices ? choices[who * S + s] : Ops::search(probabilities + (who * S + s) * A, na, uniform(choice));
+    else if (!kLearns || who == P + 1)
+      a = Ops::search(random_row(), na, uniform(choice));
+    else if (who == P + 2)
+      a = act_q(choice);
+    else
+      a = act_model(choice);
+
+    const int64_t sa = s * A + a;
+    const int64_t j = Ops::search(cumulative + offset[sa], window[2 * sa + 1], uniform(place)),
+                  next = window[2 * sa] + j;
+    float gain = reward[offset[sa] + j];
+    const float std = noise_state[next] + noise_action[sa];
+    if (std > 0) gain = static_cast<float>(gain + static_cast<double>(std) * noise());
+    ++step, ++elapsed;
+    const int done = terminal[next] ? 1 : elapsed >= horizon ? 2 : 0;
+    const RolloutOut& out = c->out;
+    out.reward[o] = gain, out.done[o] = static_cast<uint8_t>(done), out.next_state[o] = static_cast<int16_t>(next);
+    if (out.state) {
+      out.state[o] = static_cast<int16_t>(s), out.action[o] = static_cast<int16_t>(a);
+      out.behaviour[o] = c->actions ? 255 : static_cast<uint8_t>(who);
+    }
+    for (int64_t g = 0; g < G; ++g) out.labels[o * G + g] = references[s * G + g];
+    if (kLearns) observe(a, gain, next, done == 1);
+    s = next;
+    if (done) begin_episode();
+  }
+};
+
+// The whole of record r, plainly.
+ICRL_HD inline void simulate_plain(const RolloutCall& c, int64_t r, float* scratch) {
+  Record<PlainOps> record;
+  record.load(c, r, scratch);
+  const bool learns = record.learns();
+  for (int64_t t = 0; t < c.T; ++t) {
+    const Random4 x = philox(record.seed, record.number, static_cast<uint64_t>(record.step), kStep);
+    const auto noise = [x] { return normal(x.v[1]); };
+    learns ? record.advance<true>(t, x.v[0], x.v[2], x.v[3], noise)
+           : record.advance<false>(t, x.v[0], x.v[2], x.v[3], noise);
+  }
+  record.store();
+}
+
+}  // namespace
+}  // namespace icrl

@@ -1,0 +1,4 @@
+// Compiled once for each instruction set (setup.py), in whose namespace ICRL_ISA its code is.
+#include "tabular/value_iteration.inl"
+
+#include "tabular/value_iteration_lanes.inl"
