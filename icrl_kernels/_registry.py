@@ -1,59 +1,108 @@
-"""The torch.library handle, and how a backend is chosen for an op.
+"""The torch.library handle, and how an op is defined: the op is the border that every call passes.
 
-Every op has a schema `torch.ops.icrl.<op>` with a `str backend` argument ("auto" or a name). An explicit name that cannot
-serve the device raises: nothing falls back in silence.
+Every op has a schema `torch.ops.icrl.<op>` whose last argument is `str backend` ("auto" or a name). Whoever calls it, by
+whatever door, meets `check` once, before any backend. An explicit backend that cannot serve raises: nothing falls back in
+silence.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from icrl_kernels import _torch_private
+
 LIBRARY = torch.library.Library("icrl", "FRAGMENT")
 
-# op -> backend name -> (device types it serves, function). The first listed that serves a device is its "auto".
-BACKENDS: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., Any]]]] = {}
+
+def _present() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute an op.
+
+    devices: the device types that it serves. run: `run(found, *arguments)` with what `check` returned and the op's
+    arguments but `backend`. missing: says why this installation lacks the backend, None where it is there.
+    """
+
+    devices: tuple[str, ...]
+    run: Callable[..., Any]
+    missing: Callable[[], str | None] = _present
+
+
+BACKENDS: dict[str, dict[str, Backend]] = {}  # by op; the first listed that serves a device is its "auto"
 
 
 def define(
-    schema: str, backends: dict[str, tuple[tuple[str, ...], Callable[..., Any]]], fake: Callable[..., Any]
+    schema: str,
+    backends: dict[str, Backend],
+    fake: Callable[..., Any],
+    check: Callable[..., Any],
+    values: Callable[..., None] | None = None,
 ) -> None:
-    """Define `icrl::<schema>`; its last argument must be `str backend`. Backend functions take the other arguments."""
+    """Define `icrl::<schema>`, whose last argument must be `str backend`.
+
+    Args:
+        fake: `fake(found, *arguments)` returns empty outputs on the inputs' device.
+        check: `check(*arguments)` raises ValueError, naming the argument, for shapes, dtypes, devices and layouts other
+            than the op's; it reads no values. What it returns (sizes, say) is `found`.
+        values: `values(found, *arguments)` raises for values, and is called for CPU tensors alone: on a GPU the host would
+            have to wait, and a graph could not be captured.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     BACKENDS[name] = backends
-    arguments = torch._C.parse_schema(schema).arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = _torch_private.written(schema)
 
-    def run(*args: Any) -> Any:
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        result = resolve(name, device.type, args[-1])[1](*args[:-1])
+    def run(device: str, *args: Any) -> Any:
+        arguments = args[:-1]
+        found = check(*arguments)
+        backend = resolve(name, device, args[-1])[1]
+        if values is not None and device == "cpu":
+            values(found, *arguments)
+        result = backend.run(found, *arguments)
         if written:  # so that a graph that saved the tensor before refuses to use it
-            torch.autograd.graph.increment_version([args[i] for i in written if isinstance(args[i], torch.Tensor)])
+            changed = []
+            for i in written:
+                changed += args[i] if isinstance(args[i], (list, tuple)) else [args[i]]
+            torch.autograd.graph.increment_version([t for t in changed if isinstance(t, torch.Tensor)])
         return result
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"icrl::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, lambda *args: run("cpu", *args), "CPU")
+    LIBRARY.impl(name, lambda *args: run("cuda", *args), "CUDA")
+
+    def traced(*args: Any) -> Any:
+        return fake(check(*args[:-1]), *args[:-1])
+
+    torch.library.register_fake(f"icrl::{name}", traced, lib=LIBRARY)
 
 
-def resolve(op: str, device_type: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
-    """The backend (name, function) that serves `op` on this device type; ValueError names what there is.
+def resolve(op: str, device_type: str, backend: str = "auto") -> tuple[str, Backend]:
+    """The backend and its name that serves `op` on this device type; ValueError says what there is.
 
     Under TRITON_INTERPRET=1 an explicit backend="triton" serves the CPU too, by Triton's interpreter.
     """
     table = BACKENDS[op]
-    if backend != "auto" and backend not in table:
-        raise ValueError(f"backend: {op} has {', '.join(table)} (or 'auto'), got {backend!r}")
-    for name, (devices, function) in table.items():
-        interpreted = name == "triton" == backend and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if (device_type in devices or interpreted) and backend in ("auto", name):
-            return name, function
     if backend == "auto":
-        raise ValueError(f"{op} has no backend for device type {device_type!r}")
-    raise ValueError(
-        f"backend={backend!r} serves {op} on {', '.join(table[backend][0])}, but the tensors are on {device_type!r}"
-    )
+        for name, entry in table.items():
+            if device_type in entry.devices and entry.missing() is None:
+                return name, entry
+        why = "; ".join(f"{n}: {m}" for n, e in table.items() if device_type in e.devices and (m := e.missing()))
+        raise ValueError(f"backend: {op} has none for device type {device_type!r}" + (f" ({why})" if why else ""))
+    entry = table.get(backend)
+    if entry is None:
+        raise ValueError(f"backend: {op} has {', '.join(table)} (or 'auto'), got {backend!r}")
+    if (why := entry.missing()) is not None:
+        raise ValueError(f"backend: {backend!r} cannot serve {op} here: {why}")
+    interpreted = backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type not in entry.devices and not interpreted:
+        raise ValueError(
+            f"backend={backend!r} serves {op} on {', '.join(entry.devices)}, but the tensors are on {device_type!r}"
+        )
+    return backend, entry

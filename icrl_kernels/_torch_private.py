@@ -1,0 +1,62 @@
+"""Every private name of torch that this package uses, each with what stands in for it where a torch has it no longer.
+
+A stand-in may be slower or refuse less, but gives the same numbers. `tests/kernels/test_torch_private.py` makes each name
+vanish in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+TRIED = "2.13"  # the newest torch that the tests have run under
+
+
+def _find(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.<path>`; `otherwise` where this torch has no such name."""
+    try:
+        return attrgetter(path)(torch)
+    except AttributeError:
+        return otherwise
+
+
+def _written_in(schema: str) -> list[int]:
+    """Positions of the arguments that a schema writes to, marked `(a!)`."""
+    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+    return [i for i, a in enumerate(arguments) if "!" in a]
+
+
+# Whether something wants to see a call that skips torch's dispatcher. Where one cannot be asked, the answer is yes: the step
+# then takes the dispatcher's way.
+dispatch_modes = _find("_C._len_torch_dispatch_stack", lambda: 1)
+function_modes = _find("_C._len_torch_function_stack", lambda: 1)
+tracing = _find("_C._get_tracing_state", lambda: True)
+profiling = _find("autograd._profiler_enabled", lambda: True)
+# Of torch.func's transforms, the innermost; None: there is none.
+transform = _find("_C._functorch.peek_interpreter_stack", lambda: None)
+
+
+def forward_level() -> int:
+    """Level of forward-mode differentiation, -1 outside; 0 (perhaps inside) where this torch does not say."""
+    return getattr(forward_ad, "_current_level", 0)
+
+
+def tangent(x: Tensor) -> Tensor | None:
+    """x's tangent in forward mode; None outside."""
+    try:
+        return forward_ad.unpack_dual(x).tangent
+    except RuntimeError:  # outside every level, which a torch without `_current_level` does not say before
+        return None
+
+
+def written(schema: str) -> list[int]:
+    """Positions of the arguments that an op's schema writes to."""
+    parse = _find("_C.parse_schema", lambda _: None)(schema)
+    if parse is None:
+        return _written_in(schema)
+    return [i for i, a in enumerate(parse.arguments) if a.alias_info is not None and a.alias_info.is_write]
