@@ -14,7 +14,7 @@ struct RolloutTables {
   const float* start;                // [N,S] cumulative
   const uint8_t* terminal;           // [N,S]
   const int64_t *max_steps, *num_states, *num_actions;  // [N]
-  int64_t N, S, A;
+  int64_t N, S, A, M;  // M: entries of `cumulative` and `reward` that rows may have
 };
 
 struct RolloutBehaviours {
@@ -49,6 +49,16 @@ struct RolloutCall {
   RolloutState state;
   RolloutOut out;
   int64_t R, T, P, G;
+};
+
+// What a record met that is out of range: nothing outside the tensors is read or written, and the record goes no further.
+// `at` is the flat index in the argument that the kind names, or the record's own number.
+struct RolloutFault {
+  enum Kind {
+    none, task, num_states, num_actions, max_steps, step, state, elapsed, behaviour, q_learning, model_based, span, action,
+    choice, policy, row, thresholds, start
+  } kind = none;
+  int64_t record = 0, at = 0;
 };
 
 // Recorded histories, and what the model-based learner would think at each of their steps.
