@@ -129,7 +129,7 @@ struct ModelBased {
 struct PlainOps {
   ICRL_HD static void sweep(ModelBased& model, float rms, bool forward) { model.sweep(rms, forward); }
   ICRL_HD static void fill_row(ModelBased& model, int64_t s) { model.fill_row(s); }
-  // The first j with u < c[j]; c does not decrease and c[n-1] > 1.
+  // The first j with u < c[j], where c does not decrease; n where there is none, which c[n-1] > 1 rules out.
   ICRL_HD static int64_t search(const float* c, int64_t n, float u) {
     int64_t j = 0;
     while (n > 1) {
@@ -137,7 +137,7 @@ struct PlainOps {
       j += c[j + half - 1] <= u ? half : 0;
       n -= half;
     }
-    return j;
+    return j + (c[j] <= u);
   }
 };
 
@@ -146,7 +146,8 @@ ICRL_HD inline int64_t history_scratch(int64_t S, int64_t A) {
   return S * S * A + 3 * S * A + 2 * S + ModelBased::scratch_floats(S, A);
 }
 
-// The q of record r's history before each step, learning from the steps before it. scratch: zeros.
+// The q of record r's history before each step, learning from the steps before it; NaN from the first step on whose
+// state, action, done or next state is out of range. scratch: zeros.
 template <class Ops>
 ICRL_HD void history(const ModelHistory& h, int64_t r, float* scratch) {
   const int64_t S = h.S, A = h.A;
@@ -163,14 +164,20 @@ ICRL_HD void history(const ModelHistory& h, int64_t r, float* scratch) {
   double square = 0;
   for (int64_t t = 0; t < h.T; ++t) {
     const int64_t i = r * h.T + t, s = h.state[i], a = h.action[i], done = h.done[i];
+    // without next_state, the state after a truncated step is the next episode's first
+    const bool known_next = h.next_state || (done == 0 && t + 1 < h.T);
+    const int64_t to = h.next_state ? h.next_state[i] : known_next ? h.state[i + 1] : 0;
+    if (s < 0 || s >= S || a < 0 || a >= A || done < 0 || done > 2 || to < 0 || to >= S) {
+      for (int64_t k = i * A; k < (r + 1) * h.T * A; ++k) h.q[k] = NAN;
+      return;
+    }
     const float rms = static_cast<float>(std::sqrt(square / static_cast<double>(t > 1 ? t : 1)));
     for (int64_t k = 0; k < h.sweeps; ++k) Ops::sweep(m, rms, k & 1);
     Ops::fill_row(m, s);
     for (int64_t b = 0; b < A; ++b) h.q[i * A + b] = m.row[b];
     square += static_cast<double>(h.reward[i]) * h.reward[i];
     if (t + 1 == h.T) break;
-    // without next_state, the state after a truncated step is the next episode's first
-    const int64_t next = done == 1 ? kTerminated : h.next_state ? h.next_state[i] : done ? kUnknown : h.state[i + 1];
+    const int64_t next = done == 1 ? kTerminated : known_next ? to : kUnknown;
     ++m.visits[s * A + a];
     known[s * A + a] += next != kUnknown;
     m.observe(s, a, h.reward[i], next);

@@ -20,7 +20,7 @@ constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) simulate_kernel(RolloutCall c, float* scratch, int64_t each) {
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (r < c.R) simulate_plain(c, r, scratch + r * each);
+  if (r < c.R) simulate_or_spoil(c, r, scratch + r * each);
 }
 
 __global__ void __launch_bounds__(kThreads) history_kernel(ModelHistory h, float* scratch, int64_t each) {
@@ -35,12 +35,12 @@ int64_t scratch_floats(int64_t S, int64_t A) { return S * A + ModelBased::scratc
 
 void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices, uintptr_t references,
              const Pointers& behaviours, uintptr_t actions, const Pointers& state, const Pointers& out, int64_t N,
-             int64_t S, int64_t A, int64_t P, int64_t G, int64_t R, int64_t T, uintptr_t scratch, int device,
+             int64_t S, int64_t A, int64_t M, int64_t P, int64_t G, int64_t R, int64_t T, uintptr_t scratch, int device,
              uintptr_t stream) {
   if (R == 0) return;
   Guard guard(device);
   const RolloutCall c =
-      rollout_call(tables, probabilities, choices, references, behaviours, actions, state, out, N, S, A, P, G, R, T);
+      rollout_call(tables, probabilities, choices, references, behaviours, actions, state, out, N, S, A, M, P, G, R, T);
   simulate_kernel<<<blocks(R), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
       c, reinterpret_cast<float*>(scratch), scratch ? Record<PlainOps>::scratch_floats(c) : 0);
   check(cudaGetLastError(), "rollout");

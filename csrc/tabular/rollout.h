@@ -16,7 +16,7 @@ struct RolloutTables {
   const float* start;                                   // [N,S] cumulative
   const uint8_t* terminal;                              // [N,S]
   const int64_t *max_steps, *num_states, *num_actions;  // [N]
-  int64_t N, S, A;
+  int64_t N, S, A, M;                                   // M: entries of `cumulative` and `reward` that rows may have
 };
 
 struct RolloutBehaviours {
@@ -53,6 +53,32 @@ struct RolloutCall {
   int64_t R, T, P, G;
 };
 
+// What a record met that is out of range: nothing outside the tensors is read or written, and the record goes no
+// further. `at` is the flat index in the argument that the kind names, or the record's own number.
+struct RolloutFault {
+  enum Kind {
+    none,
+    task,
+    num_states,
+    num_actions,
+    max_steps,
+    step,
+    state,
+    elapsed,
+    behaviour,
+    q_learning,
+    model_based,
+    span,
+    action,
+    choice,
+    policy,
+    row,
+    thresholds,
+    start
+  } kind = none;
+  int64_t record = 0, at = 0;
+};
+
 // Recorded histories, and what the model-based learner would think at each of their steps.
 struct ModelHistory {
   const int64_t *state, *action, *done, *next_state;  // [R,T]; next_state may be null
@@ -64,9 +90,9 @@ struct ModelHistory {
 
 // rollout_records simulates the records [from, to) with rollout_scratch(c) floats of scratch. model_based_history fills
 // q of record r with history_scratch(h.S, h.A) floats of scratch (model_based.h), zeros.
-#define ICRL_ROLLOUT_ENTRIES                                                            \
-  void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch); \
-  int64_t rollout_scratch(const RolloutCall& c);                                        \
+#define ICRL_ROLLOUT_ENTRIES                                                                    \
+  RolloutFault rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch); \
+  int64_t rollout_scratch(const RolloutCall& c);                                                \
   void model_based_history(const ModelHistory& h, int64_t r, float* scratch);
 ICRL_IN_EACH_ISA(ICRL_ROLLOUT_ENTRIES)
 #undef ICRL_ROLLOUT_ENTRIES

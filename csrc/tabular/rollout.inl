@@ -105,21 +105,24 @@ bool noisy(const Record<FastOps>& r) {
 }
 
 // A learner, step by step: it needs each reward at once.
-void go_alone(Record<FastOps>& record, int64_t steps, Numbers& x) {
+RolloutFault go_alone(Record<FastOps>& record, int64_t steps, Numbers& x) {
   const bool noise = noisy(record);
   for (int64_t from = 0; from < steps; from += kBlock) {
     const int size = steps - from < kBlock ? static_cast<int>(steps - from) : kBlock;
     draw_numbers(record.seed, record.number, static_cast<uint64_t>(record.step), x);
     if (noise) draw_normals(x);
-    for (int i = 0; i < size; ++i)
+    for (int i = 0; i < size && !record.fault.kind; ++i)
       record.advance<true>(from + i, x.place[i], x.choice[i], x.explore[i], [&] { return x.normal[i]; });
+    if (record.fault.kind) return record.fault;
   }
-  record.store();
+  if (!record.fault.kind) record.store();
+  return record.fault;
 }
 
 enum Source { kChoices, kUniform, kTable, kRandom, kOutside };  // where actions come from
 
-// A record among others: only the way of its states is found step by step, the rest of a block of steps afterwards.
+// A record among others: only the way of its states is found step by step, the rest of a block of steps afterwards. One
+// that meets what is out of range stays where it is, and its block is not written.
 struct Lane {
   Record<FastOps> record;
   Numbers x;
@@ -175,8 +178,11 @@ struct Lane {
       a = FastOps::search(table + s * r.A, r.na, uniform(x.choice[i]));
     else
       record.s = s, a = FastOps::search(record.random_row(), r.na, uniform(x.choice[i]));
-    const int64_t sa = s * r.A + a, offset = r.offset[sa];
-    const int64_t j = FastOps::search(r.cumulative + offset, r.window[2 * sa + 1], place[i]), to = r.window[2 * sa] + j;
+    if (__builtin_expect(r.no_action(a), 0)) return record.fail_action(from + i, s);
+    const int64_t sa = s * r.A + a, offset = r.offset[sa], first = r.window[2 * sa], length = r.window[2 * sa + 1];
+    if (__builtin_expect(r.leaves(first, length, offset), 0)) return fail(RolloutFault::row, sa);
+    const int64_t j = FastOps::search(r.cumulative + offset, length, place[i]), to = first + j;
+    if (__builtin_expect(j == length, 0)) return fail(RolloutFault::thresholds, sa);
     at[i] = offset + j;
     state[i] = static_cast<int16_t>(s), action[i] = static_cast<int16_t>(a), next[i] = static_cast<int16_t>(to);
     behaviour[i] = static_cast<uint8_t>(r.who);
@@ -184,6 +190,10 @@ struct Lane {
     done[i] = static_cast<uint8_t>(how);
     s = to;
     if (how) end_episode(i);
+  }
+
+  __attribute__((noinline)) void fail(RolloutFault::Kind kind, int64_t sa) {
+    record.fail(kind, record.n * record.S * record.A + sa);
   }
 
   __attribute__((noinline)) void end_episode(int i) {
@@ -224,7 +234,7 @@ struct Lane {
   }
 };
 
-void go_together(Lane* lanes, int n, int64_t steps) {
+RolloutFault go_together(Lane* lanes, int n, int64_t steps) {
   for (int k = 0; k < n; ++k) lanes[k].begin();
   for (int64_t from = 0; from < steps; from += kBlock) {
     const int size = steps - from < kBlock ? static_cast<int>(steps - from) : kBlock;
@@ -235,26 +245,35 @@ void go_together(Lane* lanes, int n, int64_t steps) {
     else
       for (int i = 0; i < size; ++i)
         for (int k = 0; k < n; ++k) lanes[k].advance(i);
-    for (int k = 0; k < n; ++k) lanes[k].write(size);
+    for (int k = 0; k < n; ++k) {
+      if (lanes[k].record.fault.kind) return lanes[k].record.fault;
+      lanes[k].write(size);
+    }
   }
+  for (int k = 0; k < n; ++k)
+    if (lanes[k].record.fault.kind) return lanes[k].record.fault;
   for (int k = 0; k < n; ++k) lanes[k].record.store();
+  return {};
 }
 
 }  // namespace
 
-void rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch) {
+// Records [from, to), up to the first fault, which is returned. scratch: rollout_scratch(c) floats.
+RolloutFault rollout_records(const RolloutCall& c, int64_t from, int64_t to, float* scratch) {
   Lane lanes[kTogether];
   const int64_t each = Record<FastOps>::scratch_floats(c);
   int n = 0;
   for (int64_t r = from; r < to; ++r) {
     Record<FastOps>& record = lanes[n].record;
     record.load(c, r, scratch + n * each);
+    RolloutFault fault;
     if (record.learns())
-      go_alone(record, c.T, lanes[n].x);
+      fault = go_alone(record, c.T, lanes[n].x);
     else if (++n == kTogether)
-      go_together(lanes, n, c.T), n = 0;
+      fault = go_together(lanes, n, c.T), n = 0;
+    if (fault.kind) return fault;
   }
-  if (n) go_together(lanes, n, c.T);
+  return n ? go_together(lanes, n, c.T) : RolloutFault{};
 }
 
 int64_t rollout_scratch(const RolloutCall& c) { return kTogether * Record<FastOps>::scratch_floats(c); }

@@ -14,8 +14,8 @@ using Pointers = std::vector<uintptr_t>;
 
 inline RolloutCall rollout_call(const Pointers& tables, uintptr_t probabilities, uintptr_t choices,
                                 uintptr_t references, const Pointers& behaviours, uintptr_t actions,
-                                const Pointers& state, const Pointers& out, int64_t N, int64_t S, int64_t A, int64_t P,
-                                int64_t G, int64_t R, int64_t T) {
+                                const Pointers& state, const Pointers& out, int64_t N, int64_t S, int64_t A, int64_t M,
+                                int64_t P, int64_t G, int64_t R, int64_t T) {
   size_t i = 0;
   const Pointers* from = &tables;
   const auto next = [&](auto*& to) { to = reinterpret_cast<std::remove_reference_t<decltype(to)>>((*from)[i++]); };
@@ -27,7 +27,7 @@ inline RolloutCall rollout_call(const Pointers& tables, uintptr_t probabilities,
   RolloutTables& tb = c.tables;
   take(tables, tb.cumulative, tb.reward, tb.offset, tb.window, tb.noise_state, tb.noise_action, tb.start, tb.terminal,
        tb.max_steps, tb.num_states, tb.num_actions);
-  tb.N = N, tb.S = S, tb.A = A;
+  tb.N = N, tb.S = S, tb.A = A, tb.M = M;
   RolloutBehaviours& b = c.behaviours;
   if (!behaviours.empty())
     take(behaviours, b.initial, b.later, b.switching, b.epsilon, b.epsilon_decay, b.policy_scale, b.q_bonus,

@@ -25,10 +25,41 @@ namespace {
 
 enum Stream : uint32_t { kStep, kEpisode, kPolicy };  // what a random number is for
 
+constexpr int64_t kMostSteps = int64_t{1} << 56;  // that philox can count
+
+// Whether a record's own numbers are in range: what `Record::load` and every step then rely on. The tables' rows,
+// starts and policies are judged where they are read.
+ICRL_HD inline RolloutFault first_fault(const RolloutCall& c, int64_t r) {
+  const RolloutTables& tb = c.tables;
+  const RolloutState& st = c.state;
+  const RolloutBehaviours& b = c.behaviours;
+  const int64_t n = st.task[r], s = st.state[r], who = st.behaviour[r], P = c.P;
+  const auto fault = [r](RolloutFault::Kind kind, int64_t at) { return RolloutFault{kind, r, at}; };
+  if (n < 0 || n >= tb.N) return fault(RolloutFault::task, r);
+  if (tb.num_states[n] < 1 || tb.num_states[n] > tb.S) return fault(RolloutFault::num_states, n);
+  if (tb.num_actions[n] < 1 || tb.num_actions[n] > tb.A) return fault(RolloutFault::num_actions, n);
+  if (tb.max_steps[n] < 1) return fault(RolloutFault::max_steps, n);
+  if (st.step[r] < 0 || st.step[r] > kMostSteps - c.T) return fault(RolloutFault::step, r);
+  if (s < -1 || s >= tb.num_states[n] || (s >= 0 && tb.terminal[n * tb.S + s])) return fault(RolloutFault::state, r);
+  if (st.elapsed[r] < 0 || st.elapsed[r] > kMostSteps) return fault(RolloutFault::elapsed, r);
+  if (who < -1 || (b.initial && who >= P + 4)) return fault(RolloutFault::behaviour, r);
+  if (!b.initial) return {};
+  const auto used = [&](int64_t m) { return b.initial[r * (P + 4) + m] > 0 || b.later[r * (P + 4) + m] > 0; };
+  const bool use_q = used(P + 2), use_model = used(P + 3), counts = st.visits && st.reward_square;
+  if (use_q && !(counts && st.q)) return fault(RolloutFault::q_learning, r);
+  if (use_model && !(counts && st.reward_sum && st.successors && st.span && st.value))
+    return fault(RolloutFault::model_based, r);
+  if ((who == P + 2 && !use_q) || (who == P + 3 && !use_model)) return fault(RolloutFault::behaviour, r);
+  for (int64_t i = r * tb.S * 2; use_model && i < (r + 1) * tb.S * 2; ++i)
+    if (st.span[i] < 0 || st.span[i] > tb.S) return fault(RolloutFault::span, i);
+  return {};
+}
+
 template <class Ops>
 struct Record {
   const RolloutCall* c;
-  int64_t r, n, ns, na, S, A, P, G;
+  RolloutFault fault;
+  int64_t r, n, ns, na, S, A, P, G, M;
   int64_t horizon, step, s, elapsed, who;
   uint64_t seed, number;
   const float *cumulative, *reward, *noise_state, *noise_action, *probabilities;
@@ -55,10 +86,10 @@ struct Record {
   }
 
   ICRL_HD void load(const RolloutCall& call, int64_t record, float* scratch) {
-    c = &call, r = record;
+    c = &call, r = record, fault = {};
     const RolloutTables& tb = call.tables;
     const RolloutState& st = call.state;
-    n = st.task[r], S = tb.S, A = tb.A, P = call.P, G = call.G;
+    n = st.task[r], S = tb.S, A = tb.A, P = call.P, G = call.G, M = tb.M;
     ns = tb.num_states[n], na = tb.num_actions[n], horizon = tb.max_steps[n];
     step = st.step[r], s = st.state[r], elapsed = st.elapsed[r], who = st.behaviour[r];
     seed = static_cast<uint64_t>(st.seed[r]), number = static_cast<uint64_t>(st.record[r]);
@@ -72,7 +103,7 @@ struct Record {
     if (b.initial) {
       epsilon = b.epsilon[r], decay = b.epsilon_decay[r];
       use_q = used(P + 2), use_model = used(P + 3), random = scratch;
-      if (used(P + 1))
+      if (used(P + 1) || who == P + 1)
         for (int64_t i = 0; i < S * A; ++i) random[i] = 0;
     }
     if (learns()) {
@@ -94,6 +125,20 @@ struct Record {
   }
 
   ICRL_HD bool learns() const { return use_q || use_model; }
+
+  ICRL_HD void fail(RolloutFault::Kind kind, int64_t at) {
+    if (!fault.kind) fault = {kind, r, at};
+  }
+  ICRL_HD bool no_action(int64_t a) const { return static_cast<uint64_t>(a) >= static_cast<uint64_t>(na); }
+  // Whether a row leads out of the task's states, or its numbers lie outside the table.
+  ICRL_HD bool leaves(int64_t first, int64_t length, int64_t at) const {
+    return (first < 0) | (length < 1) | (first + length > ns) | (at < 0) | (at > M - length);
+  }
+  ICRL_HD void fail_action(int64_t t, int64_t state) {
+    if (c->actions) return fail(RolloutFault::action, r * c->T + t);
+    const int64_t row = (n * P + who) * S + state;
+    choices ? fail(RolloutFault::choice, row) : fail(RolloutFault::policy, row);
+  }
 
   ICRL_HD void store() const {
     const RolloutState& st = c->state;
@@ -117,6 +162,7 @@ struct Record {
   ICRL_HD void begin_episode() {
     const Random4 x = philox(seed, number, static_cast<uint64_t>(step), kEpisode);
     s = Ops::search(c->tables.start + n * S, ns, uniform(x.v[0]));
+    if (s == ns) s = 0, fail(RolloutFault::start, n);
     elapsed = 0;
     const RolloutBehaviours& b = c->behaviours;
     if (!b.initial) return;
@@ -211,10 +257,12 @@ struct Record {
     else
       a = act_model(choice);
 
-    const int64_t sa = s * A + a;
-    const int64_t j = Ops::search(cumulative + offset[sa], window[2 * sa + 1], uniform(place)),
-                  next = window[2 * sa] + j;
-    float gain = reward[offset[sa] + j];
+    if (no_action(a)) return fail_action(t, s);
+    const int64_t sa = s * A + a, first = window[2 * sa], length = window[2 * sa + 1], at = offset[sa];
+    if (leaves(first, length, at)) return fail(RolloutFault::row, n * S * A + sa);
+    const int64_t j = Ops::search(cumulative + at, length, uniform(place)), next = first + j;
+    if (j == length) return fail(RolloutFault::thresholds, n * S * A + sa);
+    float gain = reward[at + j];
     const float std = noise_state[next] + noise_action[sa];
     if (std > 0) gain = static_cast<float>(gain + static_cast<double>(std) * noise());
     ++step, ++elapsed;
@@ -232,18 +280,32 @@ struct Record {
   }
 };
 
-// The whole of record r, plainly.
-ICRL_HD inline void simulate_plain(const RolloutCall& c, int64_t r, float* scratch) {
+// The whole of record r, plainly. first_fault found nothing. After a fault its state is as before, its learner's tables
+// have what it learned on the way.
+ICRL_HD inline RolloutFault simulate_plain(const RolloutCall& c, int64_t r, float* scratch) {
   Record<PlainOps> record;
   record.load(c, r, scratch);
   const bool learns = record.learns();
-  for (int64_t t = 0; t < c.T; ++t) {
+  for (int64_t t = 0; t < c.T && !record.fault.kind; ++t) {
     const Random4 x = philox(record.seed, record.number, static_cast<uint64_t>(record.step), kStep);
     const auto noise = [x] { return normal(x.v[1]); };
     learns ? record.advance<true>(t, x.v[0], x.v[2], x.v[3], noise)
            : record.advance<false>(t, x.v[0], x.v[2], x.v[3], noise);
   }
-  record.store();
+  if (!record.fault.kind) record.store();
+  return record.fault;
+}
+
+// Where nothing can be raised: a record that meets what is out of range gets rewards of NaN, done 0, behaviour 255 and
+// -1 for the rest, at all of its steps.
+ICRL_HD inline void simulate_or_spoil(const RolloutCall& c, int64_t r, float* scratch) {
+  if (!first_fault(c, r).kind && !simulate_plain(c, r, scratch).kind) return;
+  const RolloutOut& out = c.out;
+  for (int64_t o = r * c.T; o < (r + 1) * c.T; ++o) {
+    out.state[o] = out.action[o] = out.next_state[o] = -1;
+    out.reward[o] = NAN, out.done[o] = 0, out.behaviour[o] = 255;
+    for (int64_t g = 0; g < c.G; ++g) out.labels[o * c.G + g] = -1;
+  }
 }
 
 }  // namespace

@@ -10,6 +10,8 @@ from torch import Tensor
 from icrl_kernels import _C, _checks
 from icrl_kernels.tabular.packed import PackedTransition
 
+MOST_OBSERVATIONS = 2**31 - 1  # of which a list is made
+
 
 class AnymdpWindows(NamedTuple):
     transition: PackedTransition
@@ -51,7 +53,7 @@ def sample_anymdp_tables(
     n, s, a = _check(keys, num_states, *parts, num_observations, max_attempts)
     for name, table in (("transition", transition), ("reward", reward)):
         _tensor(name, table, "NSAS", torch.float32, N=n, S=s, A=a)
-    attempts = torch.zeros(n, dtype=torch.int64)
+    attempts = torch.zeros(n, dtype=torch.int64, device=keys.device)
     pointers = [t.data_ptr() for t in (keys, num_states, transition, reward)]
     others = [t.data_ptr() for t in (*parts, attempts)]
     _C.anymdp_sample(*pointers, 0, 0, *others, n, s, a, num_observations, max_attempts, torch.get_num_threads())
@@ -81,8 +83,8 @@ def sample_anymdp_windows(
     """
     parts = (noise_state, noise_action, start, terminal, state_mapping, max_steps)
     n, s, a = _check(keys, num_states, *parts, num_observations, max_attempts)
-    attempts = torch.zeros(n, dtype=torch.int64)
-    first, length = (torch.zeros(n, s, a, dtype=torch.int32) for _ in range(2))
+    attempts = torch.zeros(n, dtype=torch.int64, device=keys.device)
+    first, length = (torch.zeros(n, s, a, dtype=torch.int32, device=keys.device) for _ in range(2))
     pointers = [t.data_ptr() for t in (keys, num_states)]
     others = [t.data_ptr() for t in (first, length, *parts, attempts)]
     threads = torch.get_num_threads()
@@ -90,7 +92,7 @@ def sample_anymdp_windows(
     _all_found(attempts, num_states, max_attempts)
     ends = length.flatten().cumsum(0)
     offset = (ends - length.flatten()).view_as(length)
-    probability, reward = (torch.empty(int(ends[-1]) if n else 0) for _ in range(2))
+    probability, reward = (noise_action.new_empty(int(ends[-1]) if n else 0) for _ in range(2))
     made.move_to(probability.data_ptr(), reward.data_ptr(), offset.data_ptr(), s * a, threads)
     return AnymdpWindows(PackedTransition(probability, offset, first, length), reward, attempts)
 
@@ -133,10 +135,14 @@ def _check(
         _tensor(name, tensor, wanted, dtype, N=n, S=s, A=a)
     if n and (int(num_states.min()) < 8 or int(num_states.max()) > s):
         raise ValueError(f"num_states: wanted 8 to {s}, got {int(num_states.min())} to {int(num_states.max())}")
-    if a < 2 or num_observations < s or max_attempts < 1:
-        raise ValueError(
-            f"A, num_observations, max_attempts: wanted at least 2, {s}, 1, got {a}, {num_observations}, {max_attempts}"
-        )
+    if a < 2:
+        raise ValueError(f"noise_action: wanted at least 2 actions, got shape {list(noise_action.shape)}")
+    for name, value, least, most in (
+        ("num_observations", num_observations, s, MOST_OBSERVATIONS),
+        ("max_attempts", max_attempts, 1, 2**62),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{name}: wanted {least} to {most}, got {value}")
     return n, s, a
 
 

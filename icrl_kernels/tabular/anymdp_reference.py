@@ -67,9 +67,9 @@ def max_steps_of(keys: Tensor, sizes: Tensor) -> Tensor:
 
 def state_mapping_of(keys: Tensor, sizes: Tensor, states: int, ids: int) -> Tensor:
     """[N,S] int64: observed ids by Fisher and Yates's shuffle, -1 in the padding."""
-    at = torch.arange(states, device=keys.device)
+    at = torch.arange(states, dtype=torch.int64, device=keys.device)
     other = at + (Stream(keys, 0).uniform(1 + at.expand(len(keys), -1)) * (ids - at)).long()
-    order = torch.arange(ids, device=keys.device).repeat(len(keys), 1)
+    order = torch.arange(ids, dtype=torch.int64, device=keys.device).repeat(len(keys), 1)
     for s in range(states):
         pick = other[:, s : s + 1]
         chosen = order.gather(1, pick)
@@ -90,7 +90,7 @@ def sample(
     fitting = _memory(keys.device) // (40 * table + 80 * states * states)
     block = max(1, min(fitting, (2**31 - 1) // table))  # CUDA's nonzero counts in 32 bits
     found: list[Found] = []
-    waiting = torch.arange(len(keys), device=keys.device)
+    waiting = torch.arange(len(keys), dtype=torch.int64, device=keys.device)
     attempt = torch.ones_like(waiting)
     with tqdm(total=len(keys), unit="task", disable=not progress) as bar:
         while len(waiting):
@@ -134,7 +134,7 @@ def _candidates(
     accepted = settled & _worth_playing(transition, arriving, expected, start, terminal, sizes, max_steps)
 
     filled = transition != 0
-    some, at = filled.any(-1), torch.arange(states, device=keys.device)
+    some, at = filled.any(-1), torch.arange(states, dtype=torch.int64, device=keys.device)
     first = torch.where(some, filled.to(torch.int8).argmax(-1), 0)
     end = torch.where(some, states - filled.flip(-1).to(torch.int8).argmax(-1), 0)
     inside = (at >= first[..., None]) & (at < end[..., None]) & accepted[:, None, None, None]
@@ -170,10 +170,10 @@ def _normal(stream: Stream, n: Tensor) -> Tensor:
 
 def _ends(streams: list[Stream], sizes: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
     """start [B,S] float64, terminal [B,S], goal [B]: whether the last state ends the episode."""
-    at = torch.arange(states, device=sizes.device)
-    retry = torch.arange(RETRIES, device=sizes.device)
+    at = torch.arange(states, dtype=torch.int64, device=sizes.device)
+    retry = torch.arange(RETRIES, dtype=torch.int64, device=sizes.device)
     start = torch.zeros(len(sizes), states, dtype=F64, device=sizes.device)
-    left, round_ = torch.arange(len(sizes), device=sizes.device), 0
+    left, round_ = torch.arange(len(sizes), dtype=torch.int64, device=sizes.device), 0
     while len(left):  # until a start state has a weight
         n = (6 * (round_ + retry))[:, None] + 2 * at[:3]
         weights = _normal(streams[START][left], n.expand(len(left), -1, -1)).clamp(min=0)
@@ -187,7 +187,7 @@ def _ends(streams: list[Stream], sizes: Tensor, states: int) -> tuple[Tensor, Te
     real = at < sizes[:, None]
     rate = (-0.2 + 0.6 * _scalar(streams[SCALARS], 0)).clamp(min=0)
     terminal = torch.zeros(len(sizes), states, dtype=torch.bool, device=sizes.device)
-    left, round_ = torch.arange(len(sizes), device=sizes.device), 0
+    left, round_ = torch.arange(len(sizes), dtype=torch.int64, device=sizes.device), 0
     while len(left):  # until there are not too many
         ns = sizes[left, None, None]
         drawn = streams[ENDS][left].uniform((round_ + retry)[:, None] * ns + at) < rate[left, None, None]
@@ -210,7 +210,7 @@ def _clipped_normal(u: Tensor) -> Tensor:
 def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions: int, rows: Rows) -> Tensor:
     """[B,S,A,S] float64, of float32's precision."""
     batch, states = terminal.shape
-    at = torch.arange(states, device=sizes.device)
+    at = torch.arange(states, dtype=torch.int64, device=sizes.device)
     ns = sizes[:, None]
     live = (at < ns) & ~terminal
 
@@ -228,7 +228,7 @@ def _transition(streams: list[Stream], sizes: Tensor, terminal: Tensor, actions:
     e = torch.maximum(to_min + (windows.uniform((3 * at + 1).expand(batch, -1)) * (to_max - to_min)).long(), ahead)
     sigma = _exponential(windows.uniform((3 * at + 2).expand(batch, -1))).clamp(0.2, 1.6)
 
-    n = at[:, None] * actions + torch.arange(actions, device=sizes.device)
+    n = at[:, None] * actions + torch.arange(actions, dtype=torch.int64, device=sizes.device)
     center = (f - 1)[..., None] + (e - (f - 1))[..., None] * streams[CENTERS].uniform(n.expand(batch, -1, -1))
     return rows(streams[WEIGHTS].key, sizes, f.where(live, 0), e.where(live, 0), sigma, center, SELF_LOOP)
 
@@ -237,7 +237,7 @@ def _rows(
     key: Tensor, sizes: Tensor, first: Tensor, end: Tensor, sigma: Tensor, center: Tensor, self_loop: float
 ) -> Tensor:
     """`icrl_kernels.tabular.anymdp_triton.transition_rows`, which says what the arguments are."""
-    at = torch.arange(center.shape[1], device=sizes.device)
+    at = torch.arange(center.shape[1], dtype=torch.int64, device=sizes.device)
     live = first < end
     uniform = Stream.of(key).uniform(at[:, None] * sizes[:, None, None] + at)
     weight = _clipped_normal(uniform).mul_((at >= first[..., None]) & (at < end[..., None]))
@@ -259,15 +259,15 @@ def _rows(
 
 def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tensor, actions: int) -> Rewards:
     batch, states = terminal.shape
-    at = torch.arange(states, device=sizes.device)
+    at = torch.arange(states, dtype=torch.int64, device=sizes.device)
     real = at < sizes[:, None]
     scalar, item, position, cost = (streams[k] for k in (SCALARS, ITEMS, POSITION, COSTS))
-    u = scalar.uniform(torch.arange(9, device=sizes.device).expand(batch, -1))
+    u = scalar.uniform(torch.arange(9, dtype=torch.int64, device=sizes.device).expand(batch, -1))
 
     wanted = torch.where(u[:, 2] < 0.5, 0, _exponential(u[:, 3]).clamp(0.2, 5.0))
     box = (-wanted + 2 * wanted * u[:, 4]).clamp(min=0)
     items = 1 + (u[:, 5] * 3).long()
-    n = (16 * torch.arange(3, device=sizes.device)).expand(batch, -1)
+    n = (16 * torch.arange(3, dtype=torch.int64, device=sizes.device)).expand(batch, -1)
     scale = (box / items.double().sqrt())[:, None] * (n < 16 * items[:, None])
     order = 1 + (item.uniform(n) * 5).long() + _normal(item, n + 1)
     sine = _normal(item, n + 3) * scale * _exponential(item.uniform(n + 5))
@@ -286,7 +286,9 @@ def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tenso
     noise_state = (-0.3 + 0.6 * position.uniform(n + 2)).clamp(min=0) * base * stays
 
     amount = (0.05 * _exponential(u[:, 8])).clamp(max=0.1)[:, None, None]
-    n = (3 * (at[:, None] * actions + torch.arange(actions, device=sizes.device))).expand(batch, -1, -1)
+    n = (3 * (at[:, None] * actions + torch.arange(actions, dtype=torch.int64, device=sizes.device))).expand(
+        batch, -1, -1
+    )
     amount = amount * (cost.uniform(n) >= 0.7) * real[..., None]
     radius, angle = (-2 * torch.log1p(-cost.uniform(n + 1))).sqrt() * amount, 2 * torch.pi * cost.uniform(n + 2)
     z = 0.01 * _normal(scalar, torch.full_like(sizes, 9)[:, None])[:, 0]
@@ -318,11 +320,11 @@ def _settle(
 ) -> tuple[Tensor, Tensor]:
     """bonus [B,S] of arriving, and whether [B] five rounds put pitfalls below every value, the last state above starts."""
     batch, states = terminal.shape
-    at = torch.arange(states, device=sizes.device)
+    at = torch.arange(states, dtype=torch.int64, device=sizes.device)
     last = at == sizes[:, None] - 1
     open_states = (at < sizes[:, None]) & ~terminal
     bonus, settled = last.double(), torch.zeros(batch, dtype=torch.bool, device=sizes.device)
-    left, tables = torch.arange(batch, device=sizes.device), transition
+    left, tables = torch.arange(batch, dtype=torch.int64, device=sizes.device), transition
     for k in range(5):
         u = stream[left].uniform(3 * k + at[:3].expand(len(left), -1))
         mean = _mean_reward(tables, (arriving + bonus)[left], expected[left])
@@ -359,8 +361,8 @@ def _worth_playing(
     gamma = torch.exp2(-1 / sizes.double())[:, None]
     mean = _mean_reward(transition, arriving, expected)
     best = value_iteration(transition, mean, gamma, terminal=terminal, num_states=sizes)
-    at = torch.arange(states, device=sizes.device)
-    chain = transition[torch.arange(batch, device=sizes.device)[:, None], at, best.policy[:, 0]]
+    at = torch.arange(states, dtype=torch.int64, device=sizes.device)
+    chain = transition[torch.arange(batch, dtype=torch.int64, device=sizes.device)[:, None], at, best.policy[:, 0]]
     chain = torch.where(terminal[..., None], start[:, None], chain)
     power = torch.frexp(max_steps.double()).exponent  # ⌊log2⌋ + 1
     for k in range(int(power.max()) if batch else 0):

@@ -42,8 +42,18 @@ def constant_behaviours(
     num_records: int, num_policies: int, weights: dict[int | str, float], **settings: float
 ) -> Behaviours:
     """The same `Behaviours` for every record: weights by policy index or `BUILTIN` name, the rest by field name."""
+    return same_behaviours(num_records, num_policies, weights, torch.device("cpu"), **settings)
+
+
+def same_behaviours(
+    num_records: int, num_policies: int, weights: dict[int | str, float], device: torch.device, **settings: float
+) -> Behaviours:
+    """As `constant_behaviours`, on any device."""
+    for name, size in (("num_records", num_records), ("num_policies", num_policies)):
+        if size < 0:
+            raise ValueError(f"{name}: wanted an int >= 0, got {size}")
     names = {**{i: i for i in range(num_policies)}, **{name: num_policies + i for i, name in enumerate(BUILTIN)}}
-    row = torch.zeros(num_policies + len(BUILTIN))
+    row = torch.zeros(num_policies + len(BUILTIN), dtype=torch.float32, device=device)
     for name, weight in weights.items():
         if name not in names:
             raise ValueError(f"weights: wanted a policy below {num_policies} or one of {BUILTIN}, got {name!r}")
@@ -54,15 +64,21 @@ def constant_behaviours(
         raise ValueError(f"settings: wanted {', '.join(values)}, got {', '.join(sorted(unknown))}")
     values |= settings
     rows = row.expand(num_records, -1).contiguous()
-    return Behaviours(rows, rows, **{name: torch.full((num_records,), float(v)) for name, v in values.items()})
+    full = {name: row.new_full((num_records,), float(v)) for name, v in values.items()}
+    return Behaviours(rows, rows, **full)
 
 
-def check_behaviours(behaviours: Behaviours, R: int, P: int) -> None:
+def check_shapes(behaviours: Behaviours, R: int, P: int) -> None:
+    """ValueError if shapes, dtypes or layouts are not `Behaviours`'. Reads no values."""
     for name, tensor in behaviours._asdict().items():
         _checks.shape(name, tensor, [R, P + len(BUILTIN)] if name in ("initial", "later") else [R])
         _checks.dtype(name, tensor, [torch.float32])
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: wanted contiguous")
+
+
+def check_values(behaviours: Behaviours) -> None:
+    for name, tensor in behaviours._asdict().items():
         if name in ("q_discount", "model_discount"):
             ok, wanted = (tensor >= 0) & (tensor < 1), "values in [0, 1)"
         elif name in ("switch", "epsilon"):

@@ -29,15 +29,15 @@ def wrap(x: int) -> int:
 
 def keys_of(seed: int | Tensor, index: Tensor, stream: int = 0) -> Tensor:
     """One int64 key for each index under (seed, stream); a tensor of seeds goes along with the indices."""
-    given = seed if isinstance(seed, Tensor) else torch.tensor(wrap(seed), device=index.device)
-    root = mix(mix(given) ^ torch.tensor(wrap(stream * GOLDEN), device=index.device))
+    given = seed if isinstance(seed, Tensor) else torch.tensor(wrap(seed), dtype=torch.int64, device=index.device)
+    root = mix(mix(given) ^ torch.tensor(wrap(stream * GOLDEN), dtype=torch.int64, device=index.device))
     return mix(root + (index + 1) * GOLDEN)
 
 
 def bits(keys: Tensor, stream: int, count: int) -> Tensor:
     """[N, count] int64 hashes for keys [N]."""
-    inner = mix(keys ^ mix(torch.tensor(wrap((stream + 1) * GOLDEN), device=keys.device)))
-    return mix(inner[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
+    inner = mix(keys ^ mix(torch.tensor(wrap((stream + 1) * GOLDEN), dtype=torch.int64, device=keys.device)))
+    return mix(inner[:, None] + torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * GOLDEN)
 
 
 class Stream:
@@ -46,7 +46,7 @@ class Stream:
     key: Tensor  # [N] int64, hashed with the stream's number
 
     def __init__(self, keys: Tensor, stream: int | Tensor) -> None:
-        number = torch.as_tensor(stream, device=keys.device)
+        number = torch.as_tensor(stream, dtype=torch.int64, device=keys.device)
         self.key = mix(keys ^ mix((number + 1) * GOLDEN))
 
     @classmethod

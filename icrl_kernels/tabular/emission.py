@@ -19,6 +19,8 @@ def draw_tokens(emission: Tensor, task: Tensor, state: Tensor, key: Tensor) -> T
             0 ≤ task < N, -1 ≤ state < S. All on one device.
     Returns:
         [M,K] int64.
+    Raises:
+        ValueError: a shape, dtype, device or index is not as above; on a GPU the host waits for the indices.
     """
     _checks.shape("emission", emission, ["N", "K", "S", "O"])
     n, k, s, o = emission.shape
@@ -49,7 +51,8 @@ def draw_tokens_reference(emission: Tensor, task: Tensor, state: Tensor, key: Te
     """The specification of `draw_tokens`, in torch on any device."""
     _, tokens, _, ids = emission.shape
     out = torch.empty(len(state), tokens, dtype=torch.int64, device=state.device)
-    for some in torch.arange(len(state), device=state.device).split(max(1, packed.ENTRIES // (tokens * ids))):
+    records = torch.arange(len(state), dtype=torch.int64, device=state.device)
+    for some in records.split(max(1, packed.ENTRIES // max(1, tokens * ids))):
         total = emission[task[some], :, state[some]].double().cumsum(-1)
         u = counter_rng.uniforms(key[some], 0, tokens) * (1 - 2.0**-52)  # so that rounding cannot reach the total
         out[some] = (total <= (u * total[..., -1])[..., None]).sum(-1).clamp(max=ids - 1)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks
-from icrl_kernels._registry import define
+from icrl_kernels._registry import Backend, define
+from icrl_kernels.tabular.backends import no_cuda
+
+MOST_ENTRIES = 2**58  # whose bytes 64 bits count
+MOST_SWEEPS = 2**16
 
 
 def model_based_q(
@@ -44,76 +49,106 @@ def model_based_q(
         done: [R,T] int64: 0 no; 1 the step led to a terminal state; 2 truncated.
         next_state: [R,T] int64, where each step led, before any reset. Without it that is the next step's state, and where
             a truncated step led is not on record: its reward counts all the same.
+        sweeps: 1 to 65536.
         backend: "cpu", "cuda", "plain" (the GPU's code on the CPU; the same bits) or "reference".
 
     Raises:
-        ValueError: shapes, dtypes or devices differ from the above, an index or the discount is out of range, or a reward
-            is not finite.
+        ValueError: shapes, dtypes or devices differ from the above, a size, the discount, the bonus or the sweeps are out of
+            range, or the reward requires a gradient; on a CPU also for an index out of range and a reward that is not
+            finite. On a GPU, where reading them would wait, the values of a record are NaN from its first step on whose
+            state, action, done or next state is out of range, and rewards that are not finite spread.
     """
-    _checks.shape("state", state, ["R", "T"])
-    R, T = state.shape
-    for name, tensor, dtype in (
-        ("state", state, torch.int64),
-        ("action", action, torch.int64),
-        ("reward", reward, torch.float32),
-        ("done", done, torch.int64),
-    ):
-        _checks.shape(name, tensor, ["R", "T"], R=R, T=T)
-        _checks.dtype(name, tensor, [dtype])
-    if next_state is not None:
-        _checks.shape("next_state", next_state, ["R", "T"], R=R, T=T)
-        _checks.dtype("next_state", next_state, [torch.int64])
-    _checks.same_device(state=state, action=action, reward=reward, done=done, next_state=next_state)
-    if reward.requires_grad and torch.is_grad_enabled():
-        raise ValueError("reward: model_based_q has no gradient; detach it")
-    if num_states < 1 or num_actions < 1 or num_states > 32767:
-        raise ValueError(
-            f"num_states, num_actions: wanted at least 1 (states at most 32767), got {num_states}, {num_actions}"
-        )
-    if not 0 <= discount <= 0.9999 or not 0 <= bonus <= 1e6 or sweeps < 1:
-        raise ValueError(
-            f"discount, bonus, sweeps: wanted [0, .9999], [0, 1e6], >= 1, got {discount}, {bonus}, {sweeps}"
-        )
-    if R * T:
-        indices = [("state", state, num_states), ("action", action, num_actions), ("done", done, 3)]
-        if next_state is not None:
-            indices.append(("next_state", next_state, num_states))
-        for name, tensor, most in indices:
-            low, high = int(tensor.min()), int(tensor.max())
-            if low < 0 or high >= most:
-                raise ValueError(f"{name}: wanted 0 to {most - 1}, got {low} to {high}")
-        if not bool(reward.isfinite().all()):
-            raise ValueError("reward: holds NaN or infinity")
     return torch.ops.icrl.model_based_q(
         state, action, reward, done, next_state, num_states, num_actions, bonus, discount, sweeps, backend
     )
 
 
-def _compiled(plain: bool, *tensors: Tensor | None, sizes: tuple[int, int], settings: tuple[Any, ...]) -> Tensor:
-    state = tensors[0]
-    assert state is not None
-    q = torch.empty(*state.shape, sizes[1])
-    inputs = [None if t is None else t.contiguous() for t in (*tensors, q)]
-    pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    _C.model_based_q(*pointers, *state.shape, *sizes, *settings, plain, torch.get_num_threads())
-    return q
+def _check(
+    state: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    next_state: Tensor | None,
+    num_states: int,
+    num_actions: int,
+    bonus: float,
+    discount: float,
+    sweeps: int,
+) -> None:
+    _checks.shape("state", state, ["R", "T"])
+    R, T = state.shape
+    given = {"state": state, "action": action, "reward": reward, "done": done, "next_state": next_state}
+    for name, tensor in given.items():
+        if tensor is not None:
+            _checks.shape(name, tensor, ["R", "T"], R=R, T=T)
+            _checks.dtype(name, tensor, [torch.float32 if name == "reward" else torch.int64])
+    _checks.same_device(**given)
+    if reward.requires_grad and torch.is_grad_enabled():
+        raise ValueError("reward: model_based_q has no gradient; detach it")
+    for name, size, most in (("num_states", num_states, 32767), ("num_actions", num_actions, MOST_ENTRIES)):
+        if not 1 <= size <= most:
+            raise ValueError(f"{name}: wanted 1 to {most}, got {size}")
+    if max(R, 1) * (num_states + 3) ** 2 * (num_actions + 8) > MOST_ENTRIES or R * T * num_actions > MOST_ENTRIES:
+        raise ValueError(
+            f"num_actions: wanted tables of at most {MOST_ENTRIES} entries in all, got {num_actions} with R={R}, T={T}, "
+            f"num_states={num_states}"
+        )
+    for name, value, least, most in (
+        ("bonus", bonus, 0, 1e6),
+        ("discount", discount, 0, 0.9999),
+        ("sweeps", sweeps, 1, MOST_SWEEPS),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{name}: wanted {least} to {most}, got {value}")
 
 
-def _cpu(*args: Any) -> Tensor:
-    return _compiled(False, *args[:5], sizes=args[5:7], settings=args[7:])
+def _values(
+    _: None,
+    state: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    next_state: Tensor | None,
+    num_states: int,
+    num_actions: int,
+    *rest: float,
+) -> None:
+    if not state.numel():
+        return
+    for name, tensor, most in (
+        ("state", state, num_states),
+        ("action", action, num_actions),
+        ("done", done, 3),
+        ("next_state", next_state, num_states),
+    ):
+        if tensor is None:
+            continue
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= most:
+            raise ValueError(f"{name}: wanted 0 to {most - 1}, got {low} to {high}")
+    if not bool(reward.isfinite().all()):
+        raise ValueError("reward: holds NaN or infinity")
 
 
-def _plain(*args: Any) -> Tensor:
-    return _compiled(True, *args[:5], sizes=args[5:7], settings=args[7:])
+def _host(plain: bool) -> Callable[..., Tensor]:
+    def run(_: None, *args: Any) -> Tensor:
+        tensors, sizes, settings = args[:5], args[5:7], args[7:]
+        state = tensors[0]
+        q = torch.empty(*state.shape, sizes[1], dtype=torch.float32, device=state.device)
+        inputs = [None if t is None else t.contiguous() for t in (*tensors, q)]
+        pointers = [0 if t is None else t.data_ptr() for t in inputs]
+        _C.model_based_q(*pointers, *state.shape, *sizes, *settings, plain, torch.get_num_threads())
+        return q
+
+    return run
 
 
-def _cuda(*args: Any) -> Tensor:
-    if not _C.with_cuda:
-        raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1, or use 'reference'")
+def _cuda(_: None, *args: Any) -> Tensor:
     inputs = [None if t is None else t.contiguous() for t in args[:5]]
     state, sizes = args[0], args[5:7]
-    q = torch.empty(*state.shape, sizes[1], device=state.device)
-    scratch = torch.zeros(state.shape[0] * _C.model_based_q_cuda_scratch(*sizes), device=state.device)
+    q = torch.empty(*state.shape, sizes[1], dtype=torch.float32, device=state.device)
+    each = _C.model_based_q_cuda_scratch(*sizes)
+    scratch = torch.zeros(state.shape[0] * each, dtype=torch.float32, device=state.device)
     pointers = [0 if t is None else t.data_ptr() for t in (*inputs, q)]
     index = state.get_device()
     stream = torch.cuda.current_stream(index).cuda_stream
@@ -122,6 +157,7 @@ def _cuda(*args: Any) -> Tensor:
 
 
 def _reference(
+    _: None,
     state: Tensor,
     action: Tensor,
     reward: Tensor,
@@ -135,11 +171,12 @@ def _reference(
 ) -> Tensor:
     """The specification, in float64: all records at once, one step after another."""
     R, T = state.shape
-    reward, everyone = reward.double(), torch.arange(R)
-    n, known, total = (torch.zeros(R, S, A, dtype=torch.float64) for _ in range(3))
-    follow, value = torch.zeros(R, S, A, S, dtype=torch.float64), torch.zeros(R, S, dtype=torch.float64)
-    out = torch.empty(R, T, A)
-    blocks = list(torch.arange(S).split(8))
+    reward, everyone = reward.double(), torch.arange(R, dtype=torch.int64, device=state.device)
+    n, known, total = (reward.new_zeros(R, S, A) for _ in range(3))
+    follow, value = reward.new_zeros(R, S, A, S), reward.new_zeros(R, S)
+    out = torch.empty(R, T, A, dtype=torch.float32, device=state.device)
+    states = torch.arange(S, dtype=torch.int64, device=state.device)
+    blocks = list(states.split(8))
 
     for t in range(T):
         sigma = (reward[:, :t] ** 2).sum(1).div(max(t, 1)).sqrt()[:, None, None]
@@ -155,7 +192,7 @@ def _reference(
         for k in range(sweeps):
             for block in blocks if k % 2 else reversed(blocks):
                 value[:, block] = q(block).amax(2)
-        out[:, t] = q(torch.arange(S))[everyone, state[:, t]].float()
+        out[:, t] = q(states)[everyone, state[:, t]].float()
         if t + 1 == T:
             break
         s, a, ends = state[:, t], action[:, t], done[:, t] == 1
@@ -168,16 +205,20 @@ def _reference(
     return out
 
 
+def _fake(_: None, state: Tensor, *args: Any) -> Tensor:
+    return torch.empty(*state.shape, args[5], dtype=torch.float32, device=state.device)
+
+
 define(
     "model_based_q(Tensor state, Tensor action, Tensor reward, Tensor done, Tensor? next_state, int num_states, "
     "int num_actions, float bonus, float discount, int sweeps, str backend) -> Tensor",
     {
-        "cpu": (("cpu",), _cpu),
-        "plain": (("cpu",), _plain),
-        "cuda": (("cuda",), _cuda),
-        "reference": (("cpu",), _reference),
+        "cpu": Backend(("cpu",), _host(plain=False)),
+        "plain": Backend(("cpu",), _host(plain=True)),
+        "cuda": Backend(("cuda",), _cuda, no_cuda),
+        "reference": Backend(("cpu",), _reference),
     },
-    lambda state, action, reward, done, next_state, num_states, num_actions, *rest: reward.new_empty(
-        *state.shape, num_actions
-    ),
+    _fake,
+    _check,
+    _values,
 )

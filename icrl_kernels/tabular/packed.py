@@ -52,16 +52,26 @@ class PackedTransition(NamedTuple):
         return self
 
     def unpack(self, values: Tensor | None = None) -> Tensor:
-        """[N,S,A,S]: the table of `probability`, or of other `values` [M] in the same windows; zero elsewhere."""
-        values = self.probability if values is None else values
+        """[N,S,A,S]: the table of `probability`, or of other `values` [M] in the same windows; zero elsewhere.
+
+        ValueError as in `check`; on a GPU windows are not looked at before, and there is zero where one leaves its table.
+        """
+        on_cpu = self.offset.device.type == "cpu" and not _checks.compiling()
+        _ = self.check() if on_cpu else self.check_shapes()
+        return self._unpack(self.probability if values is None else values)
+
+    def _unpack(self, values: Tensor) -> Tensor:
+        """`unpack` of windows that are checked, or are to give zeros."""
         _checks.shape("values", values, ["M"], M=len(self.probability))
+        _checks.same_device(values=values, offset=self.offset)
         s = self.offset.shape[1]
-        j = torch.arange(s, device=values.device)
+        j = torch.arange(s, dtype=torch.int64, device=values.device)
         at = j - self.first[..., None].long()
-        inside = (at >= 0) & (at < self.length[..., None])
+        place = self.offset[..., None] + at
+        inside = (at >= 0) & (at < self.length[..., None]) & (place >= 0) & (place < len(values))
         if not values.numel():
             return values.new_zeros(inside.shape)
-        return torch.where(inside, values[torch.where(inside, self.offset[..., None] + at, 0)], 0)
+        return torch.where(inside, values[torch.where(inside, place, 0)], 0)
 
 
 def refuse_window(packed: PackedTransition, n: int, s: int, a: int) -> NoReturn:
@@ -83,6 +93,9 @@ def pack_transition(
     """Windows of a dense table [N,S,A,S]: from the first to the last entry of each row that is not zero.
 
     A reward [N,S,A,S] is packed into the same windows and returned beside them, [M].
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above.
     """
     _checks.shape("transition", transition, ["N", "S", "A", "S"])
     n, s, a, _ = transition.shape
@@ -93,7 +106,8 @@ def pack_transition(
         _checks.same_dtype(transition=transition, reward=reward)
         _checks.same_device(transition=transition, reward=reward)
     tables = [transition] if reward is None else [transition, reward]
-    if transition.device.type == "cpu" and not any(x.requires_grad for x in tables):
+    plain = all(type(x) is Tensor and not x.requires_grad for x in tables) and not _checks.compiling()
+    if transition.device.type == "cpu" and plain:
         windows, packed = _pack_on_cpu([x.contiguous() for x in tables])
     else:
         windows, packed = _pack(tables)
@@ -104,7 +118,7 @@ def pack_transition(
 def _pack_on_cpu(tables: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
     size, s = tables[0].shape[:3], tables[0].shape[3]
     rows, threads, double = size.numel(), torch.get_num_threads(), tables[0].dtype == torch.float64
-    first, length = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    first, length = (torch.empty(size, dtype=torch.int32, device=tables[0].device) for _ in range(2))
     _C.find_windows(tables[0].data_ptr(), double, rows, s, first.data_ptr(), length.data_ptr(), threads)
     ends = length.flatten().cumsum(0)
     offset = ends.view_as(length) - length
@@ -124,7 +138,7 @@ def _pack(tables: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], list[Ten
     else:
         first = length = torch.zeros_like(some, dtype=torch.int64)
     ends = length.flatten().cumsum(0)
-    j = torch.arange(s, device=filled.device)
+    j = torch.arange(s, dtype=torch.int64, device=filled.device)
     inside = (j >= first[..., None]) & (j < (first + length)[..., None])
     windows = ends.view_as(length) - length, first.to(torch.int32), length.to(torch.int32)
     return windows, [x[inside] for x in tables]
@@ -148,7 +162,7 @@ def blocks(p: PackedTransition) -> Iterator[tuple[slice, Tensor]]:
         lengths = p.length[i:j].flatten().long()
         shift = p.offset[i:j].flatten() - (lengths.cumsum(0) - lengths)
         index = torch.repeat_interleave(shift, lengths)
-        yield slice(i, j), index.add_(torch.arange(len(index), device=index.device))
+        yield slice(i, j), index.add_(torch.arange(len(index), dtype=torch.int64, device=index.device))
         i, done = j, int(ends[j - 1])
 
 
@@ -160,7 +174,7 @@ def row_sums(p: PackedTransition, *factors: Tensor) -> Tensor:
         terms = factors[0][index].double()
         for factor in factors[1:]:
             terms = terms * factor[index].double()
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        rows = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int64, device=lengths.device), lengths)
         out[tasks].view(-1).scatter_add_(0, rows, terms)
     return out
 
@@ -190,7 +204,7 @@ def take(p: PackedTransition, reward: Tensor, index: Tensor) -> tuple[PackedTran
     if len(kept) < len(p.offset):
         rows = PackedTransition(p.probability, *(x[kept] for x in p[1:]))
         p, reward = compact(rows, reward)
-        if torch.equal(where, torch.arange(len(kept), device=where.device)):
+        if torch.equal(where, torch.arange(len(kept), dtype=torch.int64, device=where.device)):
             return p, reward
         index = where
     return PackedTransition(p.probability, *(x[index] for x in p[1:])), reward
@@ -215,10 +229,10 @@ def concatenate(parts: Sequence[PackedTransition]) -> PackedTransition:
 
 def unpack(p: PackedTransition, reward: Tensor) -> tuple[Tensor, Tensor]:
     """Dense transition and reward [N,S,A,S]."""
-    n, s, a = p.offset.shape
+    n, s, a = p.check().offset.shape
     tables = [v.new_empty(n, s, a, s) for v in (p.probability, reward)]
     for tasks in dense_blocks(n, s, a):
         rows = PackedTransition(p.probability, *(x[tasks] for x in p[1:]))
         for table, values in zip(tables, (p.probability, reward), strict=True):
-            table[tasks] = rows.unpack(values)
+            table[tasks] = rows._unpack(values)
     return tables[0], tables[1]

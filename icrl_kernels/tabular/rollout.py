@@ -11,19 +11,23 @@ calls, or on how steps are split into calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from icrl_kernels import _C, _checks
-from icrl_kernels._registry import define
-from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours, check_behaviours, constant_behaviours
+from icrl_kernels import _C, _checks, _torch_private
+from icrl_kernels._registry import Backend, define
+from icrl_kernels.tabular import behaviours as behaving
+from icrl_kernels.tabular.backends import no_cuda
+from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours
 from icrl_kernels.tabular.rollout_reference import OUT_DTYPES, thresholds
-from icrl_kernels.tabular.rollout_tables import RolloutTables
+from icrl_kernels.tabular.rollout_tables import DTYPES, READ_PAST, RolloutTables, check_tables, table_shapes
 
 MOST_POLICIES = 255 - len(BUILTIN)  # Rollout.behaviour is uint8, and 255 is taken
+MOST_ENTRIES = 2**58  # of an output, whose bytes 64 bits count
 
 
 class RolloutState(NamedTuple):
@@ -58,6 +62,18 @@ class Rollout(NamedTuple):
     final: RolloutState
 
 
+STATE_DTYPES = (
+    *([torch.int64] * 7),
+    *(torch.int32, torch.float32, torch.float32, torch.float32, torch.int16, torch.float32, torch.float64),
+)  # of the fields of RolloutState
+
+
+def state_shapes(R: int, S: int, A: int) -> tuple[tuple[int, ...], ...]:
+    """Of the fields of RolloutState; from `visits` on a tensor may be empty instead."""
+    row = (R, S, A)
+    return *([(R,)] * 7), row, row, row, (R, S, S, A), (R, S, 2), (R, S), (R,)
+
+
 def rollout_start(
     tables: RolloutTables,
     *,
@@ -71,37 +87,46 @@ def rollout_start(
     Args:
         seed: an int, or [R] int64. task_index: [R] int64, each record's task; 0..N-1 by default.
         record: [R] int64, each record's random sequence under the seed; 0..R-1 by default. Give it to split a batch.
-        behaviours: only what the learners among them need is allocated.
+        behaviours: only what the learners among them need is allocated. Which there are is read: on a GPU the host waits.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above, or task_index is out of range.
+        ValueError: a shape, dtype or device is not as above; on a CPU also where task_index, or a table where it is read,
+            is out of range. On a GPU such a record does not start: its steps come out as `rollout` says.
     """
+    _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
     N, S, A = tables.offset.shape
     device = tables.offset.device
-    task = torch.arange(N, device=device) if task_index is None else task_index
+    task = torch.arange(N, dtype=torch.int64, device=device) if task_index is None else task_index
     _checks.shape("task_index", task, ["R"])
     R = task.shape[0]
     if not isinstance(seed, Tensor):
         if not isinstance(seed, Integral):
             raise ValueError(f"seed: wanted an int or a tensor, got {seed!r}")
         seed = torch.full((R,), _as_int64(int(seed)), dtype=torch.int64, device=device)
-    record = torch.arange(R, device=device) if record is None else record
+    record = torch.arange(R, dtype=torch.int64, device=device) if record is None else record
     for name, tensor in (("task_index", task), ("record", record), ("seed", seed)):
         _checks.shape(name, tensor, ["R"], R=R)
         _checks.dtype(name, tensor, [torch.int64])
-    _checks.same_device(tables=tables.offset, task_index=task, record=record, seed=seed)
     uses_q = uses_model = False
     if behaviours is not None:
+        for name in ("initial", "later"):
+            _checks.shape(name, getattr(behaviours, name), ["R", "M"], R=R)
+        _checks.same_device(initial=behaviours.initial, later=behaviours.later)
+        if behaviours.initial.shape[1] < len(BUILTIN) or behaviours.later.shape != behaviours.initial.shape:
+            raise ValueError(
+                f"initial, later: wanted both [{R}, policies + {len(BUILTIN)}], got {list(behaviours.initial.shape)} and "
+                f"{list(behaviours.later.shape)}"
+            )
         weights = behaviours.initial + behaviours.later
         uses_q, uses_model = bool((weights[:, -2] > 0).any()), bool((weights[:, -1] > 0).any())
 
     def learner(used: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape if used else 0, dtype=dtype, device=device)
+        return torch.zeros(shape if used else (0,), dtype=dtype, device=device)
 
     state = RolloutState(
-        seed=seed.clone(),
-        record=record.clone(),
-        task=task.clone(),
+        seed=_copy(seed),
+        record=_copy(record),
+        task=_copy(task),
         step=torch.zeros_like(task),
         state=torch.full_like(task, -1),
         elapsed=torch.zeros_like(task),
@@ -143,35 +168,37 @@ def rollout(
         backend: "cpu", "cuda", or "plain": the GPU's code on the CPU, record by record. All give the same bits.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above; a policy row is not a distribution over the task's own
-            actions; behaviours are out of range (negative weights, epsilon outside [0,1], discount outside [0,1), ...).
+        ValueError: a shape, dtype, device or layout is not as above. On a CPU also where a policy row is not a distribution
+            over the task's own actions; where behaviours are out of range (negative weights, epsilon outside [0,1], discount
+            outside [0,1), ...); where the state is; and where a table is, as soon as a record reads it there.
+
+    On a GPU values are not looked at before, as the host would have to wait. A record that meets one out of range (its task
+    or state, a policy's action, a row that leaves its table, ...) reads and writes nothing outside its tensors: all its
+    steps come out with reward NaN, done 0, behaviour 255 and -1 for the rest, and `final` has it where it was. References
+    beyond 16 bits are clipped there.
     """
     if (seed is None) == (state is None):
         raise ValueError("seed, state: give exactly one of them")
     if state is not None and task_index is not None:
         raise ValueError("task_index: the state already says which task each record has")
-    if policies is not None:
-        policies = _policies(policies, tables)
-        if policies.shape[1] > MOST_POLICIES:
-            raise ValueError(f"policies: wanted at most {MOST_POLICIES} behaviours, got {policies.shape[1]}")
-    if task_index is not None:
-        _checks.shape("task_index", task_index, ["R"])
+    _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
+    N = tables.offset.shape[0]
+    policies = None if policies is None else _policies(policies, N)
     P = 0 if policies is None else policies.shape[1]
-    given = task_index if state is None else state.task
-    R = tables.offset.shape[0] if given is None else given.shape[0]
-    if behaviours is None:
-        behaviours = constant_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0})
-        behaviours = Behaviours(*(t.to(tables.offset.device) for t in behaviours))
-    _checks.same_device(tables=tables.offset, **behaviours._asdict())
-    check_behaviours(behaviours, R, P)
+    given, name = (task_index, "task_index") if state is None else (state.task, "state.task")
+    if given is not None:
+        _checks.shape(name, given, ["R"])
+    R = N if given is None else given.shape[0]
     if state is None:
         assert seed is not None
         final = rollout_start(tables, seed=seed, task_index=task_index, behaviours=behaviours)
     else:
-        _check_state(state, tables, R)
-        final = RolloutState(*(t.clone() for t in state))
+        final = RolloutState(*map(_copy, state))
+    if behaviours is None:
+        device = tables.offset.device
+        behaviours = behaving.same_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0}, device)
     if references is not None:
-        references = _references(references, tables)
+        references = _references(references, N)
     arguments = (policies, references, list(behaviours), None, list(final), _steps(steps), backend)
     return Rollout._make([*torch.ops.icrl.rollout(*tables, *arguments), final])
 
@@ -189,28 +216,56 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
         after it, the state to act in is `state.state`).
 
     Raises:
-        ValueError: a shape or dtype is not as above, or an action is not one of its task's.
+        ValueError: a shape, dtype, device or layout is not as above; on a CPU also for an action that is not its task's, and
+            for a state or a table out of range, where a record reads it: if it is a table, the other records may have made
+            their step. On a GPU such a record comes out as `rollout` says.
     """
-    R = state.task.shape[0]
-    _checks.shape("action", action, ["R"], R=R)
-    _checks.dtype("action", action, [torch.int64])
-    _checks.same_device(tables=tables.offset, state=state.seed, action=action)
-    action = action.contiguous()
-    if action.device.type != "cpu" or _checks.compiling() or type(action) is not Tensor:
-        arguments = (None, None, [], action.unsqueeze(1), list(state), 1, "auto")
-        out = torch.ops.icrl.rollout(*tables, *arguments)
+    everything = (*tables, *state, action)
+    if _checks.compiling() or not _plain(everything):
+        _checks.shape("action", action, ["R"])
+        out = torch.ops.icrl.rollout(*tables, None, None, [], action.unsqueeze(1), list(state), 1, "auto")
         return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
-    _check_tables(tables)
     # past the dispatcher, which takes longer than a step of a few hundred records
-    reward, done = torch.empty(R), torch.empty(R, dtype=torch.uint8)
-    next_state = torch.empty(R, dtype=torch.int16)
-    _check_records(state, "cpu")
     N, S, A = tables.offset.shape
-    pointers = [t.data_ptr() for t in state]
+    R = len(action)
+    reward = torch.empty(R, dtype=torch.float32, device="cpu")
+    done = torch.empty(R, dtype=torch.uint8, device="cpu")
+    next_state = torch.empty(R, dtype=torch.int16, device="cpu")
+    pointers = list(map(Tensor.data_ptr, everything))
     out = [0, 0, reward.data_ptr(), done.data_ptr(), 0, next_state.data_ptr(), 0]
-    sizes = (N, S, A, 0, 0, R, 1, False, torch.get_num_threads())
-    _C.rollout([t.data_ptr() for t in tables], 0, 0, 0, [], action.data_ptr(), pointers, out, *sizes)
+    sizes = (N, S, A, len(tables.cumulative) - READ_PAST, 0, 0, R, 1, FAST, torch.get_num_threads())
+    _C.rollout(pointers[:11], 0, 0, 0, [], pointers[25], pointers[11:25], out, *sizes)
     return reward, done, next_state
+
+
+_DTYPES = [*DTYPES, *STATE_DTYPES, torch.int64]
+_EMPTY = [(0,)] * 7  # of a state without learners
+
+
+def _plain(everything: tuple[Tensor, ...]) -> bool:
+    """Whether a step's tables, state and action are all that `_check` wants, on the CPU, and nobody watches the call."""
+    if len(everything) != 26 or set(map(type, everything)) != {Tensor} or _torch_private.dispatch_modes():
+        return False
+    shapes = [t.shape for t in everything]
+    if len(shapes[2]) != 3 or len(shapes[0]) != 1 or len(shapes[1]) != 1 or len(shapes[25]) != 1:
+        return False
+    (N, S, A), R = shapes[2], shapes[25][0]
+    own = state_shapes(R, S, A)
+    learners = shapes[18:25]
+    return (
+        [t.dtype for t in everything] == _DTYPES
+        and all([t.is_cpu for t in everything])
+        and all(map(Tensor.is_contiguous, everything))
+        and shapes[2:11] == list(table_shapes(N, S, A)[2:])
+        and READ_PAST <= shapes[0][0] <= shapes[1][0] + READ_PAST
+        and S <= 32767 >= A
+        and shapes[11:18] == list(own[:7])
+        and (learners == _EMPTY or all(0 in x or x == y for x, y in zip(learners, own[7:], strict=True)))
+    )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _as_int64(seed: int) -> int:
@@ -220,191 +275,177 @@ def _as_int64(seed: int) -> int:
 
 
 def _steps(steps: int) -> int:
-    if not isinstance(steps, Integral) or steps < 0:
+    if not isinstance(steps, Integral):
         raise ValueError(f"steps: wanted an int >= 0, got {steps!r}")
-    return steps
+    return int(steps)
 
 
-def _policies(policies: Tensor, tables: RolloutTables) -> Tensor:
-    """Actions [N,P,S] int16, or probabilities as thresholds."""
-    N, S, A = tables.offset.shape
-    _checks.same_device(policies=policies, offset=tables.offset)
-    device = policies.device
-    states = torch.arange(S, device=device)
-    acts = ((states < tables.num_states[:, None]) & ~tables.terminal)[:, None]
+def _policies(policies: Tensor, N: int) -> Tensor:
+    """Actions [N,P,S] int16, or probabilities as thresholds: zeros in place of rows that are no distribution."""
     if not policies.dtype.is_floating_point:
-        policies = _actions("policies", policies, [N, "P", S], N=N, S=S)
-        bad = acts & ((policies < 0) | (policies >= tables.num_actions[:, None, None]))
-        if bool(bad.any()):
-            n, p, s = bad.nonzero()[0].tolist()
-            raise ValueError(f"policies[{n}, {p}, {s}]: wanted one of the task's own actions, got {policies[n, p, s]}")
-        return policies
-    _checks.shape("policies", policies, [N, "P", S, A], N=N, S=S, A=A)
+        _checks.shape("policies", policies, [N, "P", "S"], N=N)
+        _checks.dtype("policies", policies, INTEGERS)
+        if policies.dtype in (torch.int32, torch.int64):
+            policies = policies.clamp(-1, 32767)  # neither is a task's action
+        return policies.to(torch.int16)
+    _checks.shape("policies", policies, [N, "P", "S", "A"], N=N)
     _checks.dtype("policies", policies, [torch.float32])
-    own_action = torch.arange(A, device=device) < tables.num_actions[:, None]
-    ok = (policies.double().sum(3) - 1).abs() <= 1e-4
-    ok &= ((policies >= 0) & (own_action[:, None, None] | (policies == 0))).all(3)
-    if bool((acts & ~ok).any()):
-        n, p, s = (acts & ~ok).nonzero()[0].tolist()
-        raise ValueError(f"policies[{n}, {p}, {s}]: wanted probabilities with sum 1 on the task's own actions")
-    return thresholds(policies)
+    ok = ((policies.double().sum(3) - 1).abs() <= 1e-4) & (policies >= 0).all(3)
+    return thresholds(policies).masked_fill(~ok[..., None], 0.0)
 
 
-def _references(references: Tensor, tables: RolloutTables) -> Tensor:
-    N, S, _ = tables.offset.shape
-    _checks.same_device(references=references, offset=tables.offset)
-    return _actions("references", references, [N, "G", S], N=N, S=S).transpose(1, 2).contiguous()
+def _references(references: Tensor, N: int) -> Tensor:
+    """[N,S,G] int16."""
+    _checks.shape("references", references, [N, "G", "S"], N=N)
+    _checks.dtype("references", references, INTEGERS)
+    if references.dtype in (torch.int32, torch.int64) and references.numel():
+        if references.device.type == "cpu":
+            low, high = int(references.min()), int(references.max())
+            if low < -32768 or high > 32767:
+                raise ValueError(f"references: wanted actions that fit 16 bits, got {low} to {high}")
+        else:
+            references = references.clamp(-32768, 32767)
+    return references.to(torch.int16).transpose(1, 2).contiguous()
 
 
-def _actions(name: str, actions: Tensor, wanted: list[int | str], **sizes: int) -> Tensor:
-    _checks.shape(name, actions, wanted, **sizes)
-    _checks.dtype(name, actions, [torch.int16, torch.int32, torch.int64, torch.int8, torch.uint8])
-    if actions.dtype not in (torch.int16, torch.int8, torch.uint8) and actions.numel():
-        low, high = int(actions.min()), int(actions.max())
-        if low < -32768 or high > 32767:
-            raise ValueError(f"{name}: wanted actions that fit 16 bits, got {low} to {high}")
-    return actions.to(torch.int16).contiguous()
+INTEGERS = (torch.int16, torch.int32, torch.int64, torch.int8, torch.uint8)
 
 
-def _check_state(state: RolloutState, tables: RolloutTables, R: int) -> None:
-    _, S, A = tables.offset.shape
-    sizes = {
-        "visits": [S, A],
-        "q": [S, A],
-        "reward_sum": [S, A],
-        "successors": [S, S, A],
-        "span": [S, 2],
-        "value": [S],
-    }
-    dtypes = {"visits": torch.int32, "span": torch.int16, "reward_square": torch.float64}
-    for i, (name, tensor) in enumerate(state._asdict().items()):
-        if i < 7 or tensor.numel():
-            _checks.shape(f"state.{name}", tensor, [R, *sizes.get(name, [])])
-        _checks.dtype(f"state.{name}", tensor, [torch.int64 if i < 7 else dtypes.get(name, torch.float32)])
-    _checks.same_device(offset=tables.offset, **state._asdict())
+# ---- the op ----------------------------------------------------------------------------------------------------------
 
 
-def _check_tables(tables: RolloutTables) -> None:
-    device = tables.offset.device
-    for i, t in enumerate(tables):
-        if t.device != device or not t.is_contiguous():
-            raise ValueError(
-                f"tables.{tables._fields[i]}: wanted a contiguous tensor on {device}, as offset is, "
-                f"got one on {t.device} with strides {t.stride()}"
-            )
+class Sizes(NamedTuple):
+    """What the op's arguments have in common: M entries of the tables, P policies, G references, R records, T steps."""
+
+    N: int
+    S: int
+    A: int
+    M: int
+    P: int
+    G: int
+    R: int
+    T: int
 
 
-def _check_records(state: RolloutState, device: str) -> None:
-    records = state.seed.shape
-    for t in state[:7]:
-        if t.shape != records or t.dtype != torch.int64 or t.device.type != device:
-            break
-    else:
-        for t in state:
-            if not t.is_contiguous():
-                raise ValueError("state: wanted contiguous tensors")
-        return
-    for name, t in state._asdict().items():
-        if name == "visits":
-            break
-        _checks.dtype(f"state.{name}", t, [torch.int64])
-        _checks.shape(f"state.{name}", t, ["R"], R=state.seed.numel())
-    raise ValueError(f"state: wanted tensors on {device!r}")
-
-
-def _prepare(args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[Any]]:
-    """The op's outputs, and the arguments of the C++ functions."""
+def _check(*args: Any) -> Sizes:
     tables, (policies, references, behaviours, actions, state, steps) = RolloutTables(*args[:11]), args[11:]
-    state = RolloutState(*state)
-    N, S, A = tables.offset.shape
-    R, P, G = state.seed.shape[0], 0 if policies is None else policies.shape[1], 0
-    _check_tables(tables)
-    _check_records(state, tables.offset.device.type)
-    if actions is not None:
-        _checks.shape("action", actions, ["R", "T"], R=R)
-        _checks.dtype("action", actions, [torch.int64])
-        if actions.shape[1] < steps:
-            raise ValueError(f"action: wanted {steps} steps of actions, got {actions.shape[1]}")
-    if behaviours:
-        weights = behaviours[0] + behaviours[1]
-        for i, names in ((-2, ("visits", "q", "reward_square")), (-1, RolloutState._fields[9:])):
-            if bool((weights[:, i] > 0).any()) and any(not getattr(state, name).numel() for name in names):
-                raise ValueError(f"state: was started without {BUILTIN[i]}, which the behaviours use")
+    N, S, A, M = check_tables(tables)
+    if steps < 0:
+        raise ValueError(f"steps: wanted an int >= 0, got {steps}")
+    if len(state) != len(RolloutState._fields):
+        raise ValueError(f"state: wanted the {len(RolloutState._fields)} tensors of a RolloutState, got {len(state)}")
+    _checks.shape("state.seed", state[0], ["R"])
+    R = state[0].shape[0]
+    for i, (name, tensor) in enumerate(zip(RolloutState._fields, state, strict=True)):
+        if i < 7 or tensor.numel():
+            _checks.shape(f"state.{name}", tensor, state_shapes(R, S, A)[i])
+        _checks.dtype(f"state.{name}", tensor, [STATE_DTYPES[i]])
+        if not tensor.is_contiguous():
+            raise ValueError(f"state.{name}: wanted a contiguous tensor, got strides {tensor.stride()}")
+    P = G = 0
+    if policies is not None:
+        choices = policies.dtype == torch.int16
+        _checks.shape("policies", policies, [N, "P", S] if choices else [N, "P", S, A], N=N, S=S, A=A)
+        _checks.dtype("policies", policies, [torch.int16, torch.float32])
+        P = policies.shape[1]
+        if P > MOST_POLICIES:
+            raise ValueError(f"policies: wanted at most {MOST_POLICIES} behaviours, got {P}")
     if references is not None:
+        _checks.shape("references", references, [N, S, "G"], N=N, S=S)
+        _checks.dtype("references", references, [torch.int16])
         G = references.shape[2]
-    out = _empty(tables.offset, R, steps, G)
-    choices = policies is not None and policies.dtype == torch.int16
+    if behaviours:
+        if len(behaviours) != len(Behaviours._fields):
+            raise ValueError(f"behaviours: wanted none or the {len(Behaviours._fields)} tensors, got {len(behaviours)}")
+        behaving.check_shapes(Behaviours(*behaviours), R, P)
+    if actions is not None:
+        _checks.shape("action", actions, ["R", "T"], R=R, T=steps)
+        _checks.dtype("action", actions, [torch.int64])
+    elif not behaviours:
+        raise ValueError("behaviours, actions: wanted one of them, got neither")
+    if R * steps * max(G, 1) > MOST_ENTRIES or R * (S + 3) * (A + 8) > MOST_ENTRIES:
+        raise ValueError(
+            f"steps: wanted at most {MOST_ENTRIES} entries in all, got {steps} with R={R}, S={S}, A={A}, G={G}"
+        )
+    names = {
+        **dict(zip(Behaviours._fields, behaviours, strict=False)),
+        **dict(zip(RolloutState._fields, state, strict=True)),
+    }
+    _checks.same_device(offset=tables.offset, policies=policies, references=references, action=actions, **names)
+    return Sizes(N, S, A, M, P, G, R, steps)
+
+
+def _values(found: Sizes, *args: Any) -> None:
+    """What the C++ code, which judges the state first and tables where it reads them, does not see."""
+    tables, policies, behaviours = RolloutTables(*args[:11]), args[11], args[13]
+    if behaviours:
+        behaving.check_values(Behaviours(*behaviours))
+    if policies is None:
+        return
+    states = torch.arange(found.S, dtype=torch.int64, device=policies.device)
+    acts = ((states < tables.num_states[:, None]) & ~tables.terminal)[:, None]
+    own = tables.num_actions[:, None, None]
+    if policies.dtype == torch.int16:
+        bad, wanted = (policies < 0) | (policies >= own), "one of the task's own actions, got "
+    else:
+        last = (own - 1).clamp(0, max(found.A - 1, 0))[..., None].expand(found.N, found.P, found.S, 1)
+        bad = (
+            ~(policies.gather(3, last).squeeze(3) >= 2)
+            if found.A
+            else torch.ones_like(policies[..., 0], dtype=torch.bool)
+        )
+        wanted = "probabilities with sum 1 on the task's own actions"
+    bad &= acts
+    if bool(bad.any()):
+        n, p, s = bad.nonzero()[0].tolist()
+        got = int(policies[n, p, s]) if policies.dtype == torch.int16 else ""
+        raise ValueError(f"policies[{n}, {p}, {s}]: wanted {wanted}{got}")
+
+
+def _call(found: Sizes, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[Any]]:
+    """The op's outputs, and the arguments of the C++ functions."""
+    tables, (policies, references, behaviours, actions, state, _) = args[:11], args[11:]
+    policies, references, actions = (None if t is None else t.contiguous() for t in (policies, references, actions))
+    out = _empty(tables[0], found)
 
     def at(t: Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
+        return 0 if t is None or not t.numel() else t.data_ptr()
 
-    groups = [[t.data_ptr() for t in group] for group in (tables, behaviours, state, out)]
-    who = (0, at(policies)) if choices else (at(policies), 0)
-    sizes = (N, S, A, P, G, R, steps)
-    return out, [groups[0], *who, at(references), groups[1], at(actions), groups[2], groups[3], *sizes]
-
-
-def _empty(like: Tensor, R: int, steps: int, G: int) -> tuple[Tensor, ...]:
-    out = [like.new_empty(R, steps, dtype=dtype) for dtype in OUT_DTYPES]
-    return (*out, like.new_empty(R, steps, G, dtype=torch.int16))
+    groups = [[at(t) for t in group] for group in (tables, behaviours, state, out)]
+    who = (0, at(policies)) if policies is not None and policies.dtype == torch.int16 else (at(policies), 0)
+    kept = (policies, references, actions)  # copies, perhaps, that must outlive the call
+    return (*out, *kept), [groups[0], *who, at(references), groups[1], at(actions), *groups[2:], *found]
 
 
-def _cpu(*args: Any) -> tuple[Tensor, ...]:
-    out, arguments = _prepare(args)
-    _C.rollout(*arguments, False, torch.get_num_threads())
-    return out
+def _empty(like: Tensor, found: Sizes) -> tuple[Tensor, ...]:
+    out = [like.new_empty(found.R, found.T, dtype=dtype) for dtype in OUT_DTYPES]
+    return (*out, like.new_empty(found.R, found.T, found.G, dtype=torch.int16))
 
 
-def _plain(*args: Any) -> tuple[Tensor, ...]:
-    out, arguments = _prepare(args)
-    _C.rollout(*arguments, True, 1)
-    return out
+FAST, PLAIN, SPOIL = range(3)  # csrc's Way; the last is what a GPU does with values out of range, for tests
 
 
-def _cuda(*args: Any) -> tuple[Tensor, ...]:
-    if not _C.with_cuda:
-        raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1")
-    _check_values(RolloutTables(*args[:11]), args[11], args[13], args[14], RolloutState(*args[15]))
-    out, arguments = _prepare(args)
-    like, (_, S, A) = args[2], args[2].shape
-    R = args[15][0].shape[0]
-    scratch = torch.empty(R * _C.rollout_cuda_scratch(S, A) if args[13] else 0, device=like.device)
-    index = like.get_device()
+def _host(way: int) -> Callable[..., tuple[Tensor, ...]]:
+    def run(found: Sizes, *args: Any) -> tuple[Tensor, ...]:
+        out, arguments = _call(found, args)
+        _C.rollout(*arguments, way, 1 if way else torch.get_num_threads())
+        return out[:7]
+
+    return run
+
+
+def _cuda(found: Sizes, *args: Any) -> tuple[Tensor, ...]:
+    out, arguments = _call(found, args)
+    device = args[0].device
+    each = _C.rollout_cuda_scratch(found.S, found.A) if args[13] else 0
+    scratch = torch.empty(found.R * each, dtype=torch.float32, device=device)
+    index = args[0].get_device()
     _C.rollout_cuda(*arguments, scratch.data_ptr(), index, torch.cuda.current_stream(index).cuda_stream)
-    return out
+    return out[:7]
 
 
-def _check_values(
-    tables: RolloutTables,
-    policies: Tensor | None,
-    behaviours: list[Tensor],
-    actions: Tensor | None,
-    state: RolloutState,
-) -> None:
-    """What the CPU's code checks record by record, before a kernel that cannot refuse."""
-    N = tables.offset.shape[0]
-    if bool(((state.task < 0) | (state.task >= N)).any()):
-        raise ValueError(f"task_index: wanted 0 to {N - 1}, as there are {N} tasks")
-    begun = state.state.clamp_min(0)
-    wrong = (state.state < -1) | (begun >= tables.num_states[state.task])
-    wrong |= (state.state >= 0) & tables.terminal[state.task, begun.clamp_max(tables.offset.shape[1] - 1)]
-    most = (0 if policies is None else policies.shape[1]) + 3 if behaviours else 2**62
-    wrong |= (state.behaviour < -1) | (state.behaviour > most)
-    if bool(wrong.any()):
-        r = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"state: record {r} is in state {int(state.state[r])} with behaviour {int(state.behaviour[r])}: wanted a state "
-            f"of task {int(state.task[r])} that is not terminal, or -1, and a behaviour from -1 to {most}"
-        )
-    if state.span.numel() and bool(((state.span < 0) | (state.span > tables.offset.shape[1])).any()):
-        raise ValueError(f"state.span: wanted next states within {tables.offset.shape[1]} states")
-    if actions is not None and bool(((actions < 0) | (actions >= tables.num_actions[state.task][:, None])).any()):
-        raise ValueError("action: wanted actions of the record's task")
-
-
-def _fake(cumulative: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    references, state, steps = args[11], args[-3], args[-2]
-    return _empty(cumulative, state[0].shape[0], steps, 0 if references is None else references.shape[2])
+def _fake(found: Sizes, *args: Any) -> tuple[Tensor, ...]:
+    return _empty(args[0], found)
 
 
 define(
@@ -412,6 +453,12 @@ define(
     "Tensor start, Tensor terminal, Tensor max_steps, Tensor num_states, Tensor num_actions, Tensor? policies, "
     "Tensor? references, Tensor[] behaviours, Tensor? actions, Tensor(a!)[] state, int steps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": (("cpu",), _cpu), "plain": (("cpu",), _plain), "cuda": (("cuda",), _cuda)},
+    {
+        "cpu": Backend(("cpu",), _host(FAST)),
+        "plain": Backend(("cpu",), _host(PLAIN)),
+        "cuda": Backend(("cuda",), _cuda, no_cuda),
+    },
     _fake,
+    _check,
+    _values,
 )

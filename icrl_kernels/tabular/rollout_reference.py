@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels.tabular.behaviours import Behaviours, constant_behaviours
+from icrl_kernels.tabular.behaviours import Behaviours, same_behaviours
 
 OUT_DTYPES = (torch.int16, torch.int16, torch.float32, torch.uint8, torch.uint8, torch.int16)  # as in Rollout
 
@@ -35,13 +35,16 @@ def rollout_reference(
     """
     R = task_index.shape[0]
 
+    def at_step(t: int) -> Tensor:
+        return torch.full((), t, dtype=torch.int64, device=task_index.device)
+
     def sample(cumulative: Tensor, x: Tensor) -> Tensor:
         return (cumulative <= _uniform(x)[:, None]).sum(1)
 
     def draw(weights: Tensor, x: Tensor) -> Tensor:
         w = weights.double()
         left = _uniform(x).double()[:, None] * w.sum(1, keepdim=True)
-        chosen = torch.full((R,), -1)
+        chosen = torch.full((R,), -1, dtype=torch.int64, device=x.device)
         for m in range(w.shape[1]):
             left[:, 0] -= w[:, m]
             chosen = torch.where((chosen < 0) & (left[:, 0] < 0) & (w[:, m] > 0), m, chosen)
@@ -50,14 +53,14 @@ def rollout_reference(
     cumulative, starts = thresholds(transition), thresholds(start)
     P = 0 if policies is None else policies.shape[1]
     if behaviours is None:
-        behaviours = constant_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0})
+        behaviours = same_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0}, transition.device)
     acts = None if policies is None else thresholds(policies)
-    x = philox(seed, record, torch.tensor(0), 1)
-    state, elapsed = sample(starts[task_index], x[0]), torch.zeros(R, dtype=torch.int64)
+    x = philox(seed, record, at_step(0), 1)
+    state, elapsed = sample(starts[task_index], x[0]), torch.zeros_like(task_index)
     who = draw(behaviours.initial, x[2])
     out = []
     for t in range(steps):
-        x = philox(seed, record, torch.tensor(t), 0)
+        x = philox(seed, record, at_step(t), 0)
         if actions is not None:
             action = actions[:, t]
         else:
@@ -75,7 +78,7 @@ def rollout_reference(
         gain = torch.where(std > 0, mean + std * _normal(x[1]), mean).float()
         outside = torch.full_like(who, 255)
         out.append((state, action, gain, done, who if actions is None else outside, following))
-        x = philox(seed, record, torch.tensor(t + 1), 1)
+        x = philox(seed, record, at_step(t + 1), 1)
         ended = done > 0
         state = torch.where(ended, sample(starts[task_index], x[0]), following)
         elapsed = elapsed.masked_fill(ended, 0)

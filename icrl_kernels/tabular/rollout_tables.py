@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,12 @@ from icrl_kernels import _C, _checks
 from icrl_kernels.tabular.packed import PackedTransition
 
 READ_PAST = 16  # elements that a reader of a row of `cumulative` may load past its end
+
+
+DTYPES = (
+    *(torch.float32, torch.float32, torch.int64, torch.int16, torch.float32, torch.float32, torch.float32, torch.bool),
+    *(torch.int64, torch.int64, torch.int64),
+)  # of the fields of RolloutTables
 
 
 class RolloutTables(NamedTuple):
@@ -34,6 +41,39 @@ class RolloutTables(NamedTuple):
     def to(self, device: torch.device | str) -> RolloutTables:
         """The same tables on another device: a simulation runs where they are."""
         return RolloutTables(*(t.to(device) for t in self))
+
+
+def check_tables(tables: RolloutTables) -> tuple[int, int, int, int]:
+    """N, S, A and M, if shapes, dtypes, devices and layouts are `RolloutTables`'. Reads no values."""
+    _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
+    N, S, A = tables.offset.shape
+    for (name, tensor), wanted, dtype in zip(tables._asdict().items(), table_shapes(N, S, A), DTYPES, strict=True):
+        _checks.shape(f"tables.{name}", tensor, wanted)
+        _checks.dtype(f"tables.{name}", tensor, [dtype])
+        if tensor.device != tables.offset.device or not tensor.is_contiguous():
+            raise ValueError(
+                f"tables.{name}: wanted a contiguous tensor on {tables.offset.device}, as offset is, "
+                f"got one on {tensor.device} with strides {tensor.stride()}"
+            )
+    M = tables.cumulative.shape[0] - READ_PAST
+    if M < 0 or tables.reward.shape[0] < M:
+        raise ValueError(
+            f"tables.cumulative, tables.reward: wanted [M + {READ_PAST}] and at least [M], got "
+            f"{list(tables.cumulative.shape)} and {list(tables.reward.shape)}"
+        )
+    _fit_16_bits("tables.offset", S, A)
+    return N, S, A, M
+
+
+def table_shapes(N: int, S: int, A: int) -> tuple[Sequence[int | None], ...]:
+    """Of the fields of RolloutTables; None: any size."""
+    row, state, task = (N, S, A), (N, S), (N,)
+    return (None,), (None,), row, (N, S, A, 2), state, row, state, state, task, task, task
+
+
+def _fit_16_bits(name: str, S: int, A: int) -> None:
+    if S > 32767 or A > 32767:
+        raise ValueError(f"{name}: at most 32767 states and actions, got S={S} and A={A}")
 
 
 def rollout_tables(
@@ -74,8 +114,7 @@ def rollout_tables(
         _checks.shape("transition", transition, ["N", "S", "A", "S"])
         N, S, A, _ = transition.shape
         table, layout = transition, [N, S, A, S]
-    if S > 32767:
-        raise ValueError(f"transition: at most 32767 states, got {S}")
+    _fit_16_bits("transition", S, A)
     named = {
         "transition": (table, layout, torch.float32),
         "reward": (reward, layout, torch.float32),
@@ -97,7 +136,9 @@ def rollout_tables(
         ("num_actions", num_actions, A),
     ):
         if N and (int(size.min()) < 1 or (most is not None and int(size.max()) > most)):
-            raise ValueError(f"{name}: wanted 1 to {most or 'any'}, got {int(size.min())} to {int(size.max())}")
+            raise ValueError(
+                f"{name}: wanted 1 to {'any' if most is None else most}, got {int(size.min())} to {int(size.max())}"
+            )
     for name, noise in (("noise_state", noise_state), ("noise_action", noise_action)):
         if noise.numel() and not (float(noise.min()) >= 0 and float(noise.max()) < torch.inf):
             raise ValueError(f"{name}: wanted finite values >= 0")
@@ -109,7 +150,7 @@ def rollout_tables(
     places = [t.data_ptr() for t in rows] if packed else [0, 0, 0]
     sizes = [t.data_ptr() for t in (terminal, num_states, num_actions)]
     threads = torch.get_num_threads()
-    window = torch.empty(N, S, A, 2, dtype=torch.int16)
+    window = torch.empty(N, S, A, 2, dtype=torch.int16, device=table.device)
     bad = _C.rollout_windows(table.data_ptr(), *places, *sizes, window.data_ptr(), N, S, A, threads)
     if bad >= 0:
         raise ValueError(
@@ -119,10 +160,10 @@ def rollout_tables(
     ends = length.cumsum(0)
     offset = (ends - length).view(N, S, A)
     total = int(ends[-1]) if ends.numel() else 0
-    cumulative = torch.empty(total + READ_PAST)
+    cumulative = torch.empty(total + READ_PAST, dtype=torch.float32, device=table.device)
     cumulative[total:] = 2
     as_given = packed and bool(((window[..., 1] == 0) | (rows[0] + window[..., 0] - rows[1] == offset)).all())
-    own_reward = reward if as_given else torch.empty(total)
+    own_reward = reward if as_given else torch.empty(total, dtype=torch.float32, device=table.device)
     start_cumulative = torch.empty_like(start)
     out = (start, window, offset, cumulative)
     kind, index = _C.rollout_tables(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks, _registry
 from icrl_kernels.tabular import value_iteration_reference as specification
+from icrl_kernels.tabular.backends import no_cuda, no_triton
 from icrl_kernels.tabular.packed import PackedTransition
 
 # The number is csrc/tabular/policy_iteration.h's Method.
 METHODS = {"auto": 0, "policy_iteration": 0, "value_iteration": 1, "modified_policy_iteration": 2}
+MOST_ENTRIES = 2**58  # whose bytes 64 bits count
 CERTIFIED_AT_ONCE = (
     2**24
 )  # entries of the tables in float64, of which the proof without contraction makes several copies
@@ -79,17 +81,12 @@ def value_iteration(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; γ outside [0, 1]; a transition that is negative,
             not finite, or whose row sums to neither 0 nor, within 1e-4, 1; a window that leaves its table; a reward
-            that is not finite; values beyond float64; γ = 1 as above.
+            that is not finite; values beyond float64; γ = 1 as above. On a GPU too: the host waits for what was refused, so
+            that a CUDA graph cannot capture this op.
     """
     windows: list[Tensor] = []
     if isinstance(transition, PackedTransition):
         transition, *windows = transition
-    given: dict[str, object] = {"transition": transition, "reward": reward, "discount": discount}
-    for name, x in given.items():
-        if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(
-                f"{name}: value_iteration is not differentiable, but {name} requires a gradient: detach it"
-            )
     for name, x in (("discount", discount), ("tol", tol)):
         if not isinstance(x, (Real, Tensor)):
             raise ValueError(f"{name}: wanted a number, got {x!r}")
@@ -114,8 +111,15 @@ def _check(
     num_states: Tensor | None,
     tol: float,
     method: str,
-) -> None:
-    """Everything that shapes, dtypes and devices tell."""
+) -> tuple[int, int, int]:
+    """N, S, A, if that is all that shapes, dtypes and devices tell."""
+    for name, x in (("transition", transition), ("reward", reward), ("discount", discount)):
+        if x.requires_grad:
+            raise ValueError(
+                f"{name}: value_iteration is not differentiable, but {name} requires a gradient: detach it"
+            )
+    if len(windows) not in (0, 3):
+        raise ValueError(f"windows: wanted none, or offset, first and length, got {len(windows)} tensors")
     if windows:
         packed = PackedTransition(transition, *windows).check_shapes()
         n, s, a = packed.offset.shape
@@ -134,6 +138,10 @@ def _check(
     _checks.same_dtype(transition=transition, reward=reward)
     _checks.shape("discount", discount, ("N", "G")[-1 if discount.dim() == 1 else -2 :], N=n)
     _checks.dtype("discount", discount, (torch.float32, torch.float64))
+    if n * discount.shape[-1] * s * a > MOST_ENTRIES:
+        raise ValueError(
+            f"discount: wanted at most {MOST_ENTRIES} values in all, got {discount.shape[-1]} discounts of N={n}, S={s}, A={a}"
+        )
     if terminal is not None:
         _checks.shape("terminal", terminal, ("N", "S"), N=n, S=s)
         _checks.dtype("terminal", terminal, (torch.bool,))
@@ -147,9 +155,21 @@ def _check(
         raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     if not tol > 0:
         raise ValueError(f"tol: wanted a positive number, got {tol}")
+    return n, s, a
 
 
-def _check_values(discount: Tensor, num_states: Tensor | None, s: int) -> None:
+def _values(
+    found: tuple[int, int, int],
+    transition: Tensor,
+    reward: Tensor,
+    windows: list[Tensor],
+    discount: Tensor,
+    terminal: Tensor | None,
+    num_states: Tensor | None,
+    *settings: float | str,
+) -> None:
+    """What is not told while the tables are read: there every row and window is judged."""
+    s = found[1]
     wrong = ~((discount >= 0) & (discount <= 1))
     if wrong.any():
         at = wrong.nonzero()[0].tolist()
@@ -159,9 +179,10 @@ def _check_values(discount: Tensor, num_states: Tensor | None, s: int) -> None:
         raise ValueError(f"num_states: wanted 1 to {s}, got {int(num_states[at])} at index {at}")
 
 
-def _sizes(transition: Tensor, windows: list[Tensor]) -> tuple[int, int, int]:
-    n, s, a = (windows[0] if windows else transition).shape[:3]
-    return n, s, a
+def _values_on_gpu(found: tuple[int, int, int], *arguments: Any) -> None:
+    """There the op, which waits for its refusals anyway, waits for this too."""
+    if arguments[0].device.type != "cpu":
+        _values(found, *arguments)
 
 
 def _empty(n: int, g: int, s: int, a: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -192,10 +213,11 @@ def _certify_the_rest(
     return out
 
 
-# ---- backends: each takes what the op takes ------------------------------------------------------------------------
+# ---- backends: each takes N, S, A and what the op takes ------------------------------------------------------------------------
 
 
 def _reference(
+    found: tuple[int, int, int],
     transition: Tensor,
     reward: Tensor,
     windows: list[Tensor],
@@ -205,9 +227,8 @@ def _reference(
     tol: float,
     method: str,
 ) -> tuple[Tensor, ...]:
-    _check(transition, reward, windows, discount, terminal, num_states, tol, method)
-    n, s, a = _sizes(transition, windows)
-    _check_values(discount, num_states, s)
+    _values_on_gpu(found, transition, reward, windows, discount, terminal, num_states)
+    n, s, a = found
     transition, reward = specification.dense(transition, reward, windows, num_states)
     t, r, size = specification.tables(transition, reward, discount, terminal, num_states)
     gammas = discount.double().expand(n, -1)
@@ -229,12 +250,21 @@ def _reference(
 
 
 def _compiled(
-    call, transition, reward, windows, discount, terminal, num_states, tol, method, ascending
+    call: Callable[..., object],
+    found: tuple[int, int, int],
+    transition: Tensor,
+    reward: Tensor,
+    windows: list[Tensor],
+    discount: Tensor,
+    terminal: Tensor | None,
+    num_states: Tensor | None,
+    tol: float,
+    method: str,
+    ascending: bool,
 ) -> tuple[Tensor, ...]:
-    """Check, allocate, `call(*pointers and sizes)`, raise what it refused, certify what it could not."""
-    _check(transition, reward, windows, discount, terminal, num_states, tol, method)
-    n, s, a = _sizes(transition, windows)
-    _check_values(discount, num_states, s)
+    """Allocate, `call(*pointers and sizes)`, raise what it refused, certify what it could not."""
+    _values_on_gpu(found, transition, reward, windows, discount, terminal, num_states)
+    n, s, a = found
     transition, reward = transition.contiguous(), reward.contiguous()
     windows = [x.contiguous() for x in windows]
     terminal = None if terminal is None else terminal.contiguous()
@@ -266,22 +296,20 @@ def _compiled(
     return _certify_the_rest(out, transition, reward, windows, gammas, terminal, num_states)
 
 
-def _cpu(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments) -> tuple[Tensor, ...]:
-    def call(*x) -> None:
+def _cpu(found: tuple[int, int, int], *arguments: Any) -> tuple[Tensor, ...]:
+    def call(*x: Any) -> None:
         _C.value_iteration_cpu(*x, torch.get_num_threads())
 
-    return _compiled(call, transition, reward, windows, *arguments, ascending=False)
+    return _compiled(call, found, *arguments, ascending=False)
 
 
-def _cuda(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments) -> tuple[Tensor, ...]:
-    if not _C.with_cuda:
-        raise ValueError("backend: this build of icrl_kernels has no CUDA; build with ICRL_CUDA=1, or use 'reference'")
-    _check(transition, reward, windows, *arguments)
-    if arguments[-1] == "modified_policy_iteration":
+def _cuda(found: tuple[int, int, int], *arguments: Any) -> tuple[Tensor, ...]:
+    transition, windows, method = arguments[0], arguments[2], arguments[-1]
+    if method == "modified_policy_iteration":
         raise ValueError(
             "method: the cuda backend has policy_iteration and value_iteration, got 'modified_policy_iteration'"
         )
-    n, s, a = _sizes(transition, windows)
+    n, s, a = found
     most = _C.value_iteration_cuda_most_states
     if s > most or s * a >= 2**31:
         raise ValueError(f"transition: the cuda backend serves up to {most} states and 2**31 rows, got S={s}, A={a}")
@@ -290,14 +318,15 @@ def _cuda(transition: Tensor, reward: Tensor, windows: list[Tensor], *arguments)
     size = _C.value_iteration_cuda_workspace(n, s, a, values, transition.dtype == torch.float64, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=transition.device)
 
-    def call(*x) -> None:
+    def call(*x: Any) -> None:
         stream = torch.cuda.current_stream(device).cuda_stream
         _C.value_iteration_cuda(*x, workspace.data_ptr(), device, stream)
 
-    return _compiled(call, transition, reward, windows, *arguments, ascending=True)
+    return _compiled(call, found, *arguments, ascending=True)
 
 
 def _triton(
+    found: tuple[int, int, int],
     transition: Tensor,
     reward: Tensor,
     windows: list[Tensor],
@@ -307,9 +336,8 @@ def _triton(
     tol: float,
     method: str,
 ) -> tuple[Tensor, ...]:
-    _check(transition, reward, windows, discount, terminal, num_states, tol, method)
-    n, s, a = _sizes(transition, windows)
-    _check_values(discount, num_states, s)
+    _values_on_gpu(found, transition, reward, windows, discount, terminal, num_states)
+    n, s, a = found
     if method == "policy_iteration":
         raise ValueError(
             "method: the triton backend has value_iteration and modified_policy_iteration (which is its auto)"
@@ -355,38 +383,21 @@ def _triton(
     return out
 
 
-def _fake(
-    transition: Tensor,
-    reward: Tensor,
-    windows: list[Tensor],
-    discount: Tensor,
-    terminal: Tensor | None,
-    num_states: Tensor | None,
-    tol: float,
-    method: str,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    _check(transition, reward, windows, discount, terminal, num_states, tol, method)
-    n, s, a = _sizes(transition, windows)
-    return _empty(n, discount.shape[-1], s, a, transition.device)
+def _fake(found: tuple[int, int, int], *arguments: Any) -> tuple[Tensor, ...]:
+    n, s, a = found
+    return _empty(n, arguments[3].shape[-1], s, a, arguments[0].device)
 
 
-# On a GPU: cuda where it was built, else triton where it is installed, else the reference. A forced "cuda" or "triton" that
-# is not there says what is missing.
-_table = {
-    "cpu": (("cpu",), _cpu),
-    "cuda": (("cuda",), _cuda),
-    "triton": (("cuda",), _triton),
-    "reference": (("cpu", "cuda"), _reference),
-}
-_missing = [] if _C.with_cuda else ["cuda"]
-if importlib.util.find_spec("triton") is None:
-    _missing.append("triton")
-for _name in _missing:
-    _table[_name] = _table.pop(_name)
 _registry.define(
     "value_iteration(Tensor transition, Tensor reward, Tensor[] windows, Tensor discount, Tensor? terminal, "
     "Tensor? num_states, float tol, str method, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _table,
+    {
+        "cpu": _registry.Backend(("cpu",), _cpu),
+        "cuda": _registry.Backend(("cuda",), _cuda, no_cuda),
+        "triton": _registry.Backend(("cuda",), _triton, no_triton),
+        "reference": _registry.Backend(("cpu", "cuda"), _reference),
+    },
     _fake,
+    _check,
+    _values,
 )

@@ -22,10 +22,10 @@ def dense(
         return transition, reward
     offset, first, length = windows
     if num_states is not None:
-        padding = torch.arange(offset.shape[1], device=offset.device) >= num_states[:, None]
+        padding = torch.arange(offset.shape[1], dtype=torch.int64, device=offset.device) >= num_states[:, None]
         first, length = (x.masked_fill(padding[:, :, None], 0) for x in (first, length))
     packed = PackedTransition(transition, offset, first, length).check()
-    return packed.unpack(), packed.unpack(reward) if reward.dim() == 1 else reward
+    return packed._unpack(transition), packed._unpack(reward) if reward.dim() == 1 else reward
 
 
 def select(i: Tensor, transition: Tensor, reward: Tensor, windows: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -75,7 +75,7 @@ def tables(
     t = transition.double()
     real = torch.ones(n, s, dtype=torch.bool, device=t.device)
     if num_states is not None:
-        real = torch.arange(s, device=t.device) < num_states[:, None]
+        real = torch.arange(s, dtype=torch.int64, device=t.device) < num_states[:, None]
         t = torch.where(real[:, :, None, None] & real[:, None, None, :], t, 0.0)
     mass, ends = t.sum(-1), (t == 0).all(-1)
     done = ends.all(-1) if terminal is None else terminal

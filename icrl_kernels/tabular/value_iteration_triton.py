@@ -49,7 +49,7 @@ def _prepare(
     state = (row // A) % S
     states = tl.zeros([ROWS], tl.int64) + S
     if RAGGED:
-        states = tl.load(num_states + task, mask=there, other=0)
+        states = tl.minimum(tl.load(num_states + task, mask=there, other=0), S)
     real = there & (state < states)
     if PACKED:
         begin = tl.load(first + row, mask=real, other=0).to(tl.int64)
