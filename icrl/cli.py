@@ -112,12 +112,11 @@ def train_omnirl(
         compile: over the configuration.
         json: write the last evaluation here.
     """
-    import torch
-
     from icrl.omnirl.training import OmniRLLearner, OmniRLTraining
     from icrl.plots import training_picture
     from icrl.training.config import LoopConfig, configured
-    from icrl.training.loop import rank, start_processes, train
+    from icrl.training.loop import train
+    from icrl.training.process import flushed_denormals, prepare, rank
 
     _new_file("json", json)
     given: dict[str, Any] = {}
@@ -134,15 +133,10 @@ def train_omnirl(
     loop = replace(
         loop, **{k: v for k, v in {"updates": updates, "threads": threads, "compile": compile}.items() if v is not None}
     )
-    if loop.threads:
-        torch.set_num_threads(loop.threads)
-    start_processes()
+    prepare(loop)
     learner = OmniRLLearner(training, loop)
-    torch.set_flush_denormal(True)  # decays lead there, and they are slow
-    try:
+    with flushed_denormals():
         path = train(learner, loop, out)
-    finally:
-        torch.set_flush_denormal(False)
     if rank() == 0:
         training_picture(out / "metrics.jsonl", out / "curve.png")
         print(f"model: {path}\npicture: {out / 'curve.png'}")

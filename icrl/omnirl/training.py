@@ -24,7 +24,7 @@ from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, Tokens
 from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
 from icrl.training.config import LoopConfig
-from icrl.training.loop import rank, world_size
+from icrl.training.process import rank, world_size
 from icrl_kernels import model_based_q
 
 

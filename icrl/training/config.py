@@ -41,6 +41,11 @@ class LoopConfig:
     evaluate_every: int = 150
     log_every: int = 20
     seed: int = 0
+    """Of weights, batches and all else that is drawn."""
+    device: str = "auto"
+    """Where the model and its tensors live: a torch device, or "auto", which is CUDA where there is one, else the CPU."""
+    autocast: bool = False
+    """Compute in bfloat16 where torch's autocast does; weights and states stay float32."""
     threads: int = 0
     """Threads of this process; 0 leaves torch's choice."""
     compile: bool = False

@@ -8,7 +8,6 @@ Several processes (`torchrun --nproc-per-node 2 -m icrl.cli train ...`) share on
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
+from icrl.training.process import rank, world_size
 
 
 class Learner(Protocol):
@@ -38,20 +38,6 @@ class Learner(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def save_model(self, path: Path, **facts: Any) -> None: ...
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start_processes() -> None:
-    """Join the group that torchrun describes, if it does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def rate(update: int, config: LoopConfig) -> float:
