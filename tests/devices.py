@@ -27,10 +27,7 @@ import icrl
 PACKAGE = str(Path(icrl.__file__).parent)
 MAKERS = {
     getattr(torch, name)
-    for name in (
-        "arange empty empty_strided eye full linspace logspace ones rand randint randn randperm range tensor zeros "
-        "as_tensor asarray bartlett_window hann_window tril_indices triu_indices"
-    ).split()
+    for name in ["arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range", "tensor", "zeros", "as_tensor", "asarray", "bartlett_window", "hann_window", "tril_indices", "triu_indices"]
 }  # fmt: skip
 CONVERTERS = {torch.as_tensor, torch.asarray}  # of a tensor, they make none
 

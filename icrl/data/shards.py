@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl.data.seeds import hash_seed
-from icrl.training.checkpoint import checksum
+from icrl.files import checksum, sync, sync_folder, write_text
 from icrl_kernels import set_threads_here
 
 FORMAT, VERSION = "icrl.shards", 1
@@ -224,12 +224,12 @@ def _write_shard(folder: Path, dataset: DataSet, shard: int, make: Maker, full: 
         try:
             rows = dataset.rows_of(shard)
             file.write(_bytes_of(dataset, shard, make(rows.start, len(rows))))
-            _sync(file)
+            sync(file)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    _sync_folder(folder)
+    sync_folder(folder)
     return check_shard(folder, dataset, shard)
 
 
@@ -244,19 +244,6 @@ def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> bool | str
     except ValueError as e:
         return str(e)
     return True
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the rename itself
-    finally:
-        os.close(handle)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -284,12 +271,8 @@ def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
                 continue  # a damaged one is not finished
     facts = {"format": FORMAT, "version": VERSION, "identity": dataset.identity(), **dataset.facts()}
     facts |= {"rows": dataset.rows, "num_shards": dataset.num_shards, "complete": len(whole) == dataset.num_shards}
-    part = folder / f"{INDEX}.part"
-    with open(part, "wb") as file:
-        file.write(_index_text({**facts, "shards": [s._asdict() for s in whole]}).encode())
-        _sync(file)
-    os.replace(part, folder / INDEX)
-    _sync_folder(folder)
+    write_text(folder / INDEX, _index_text({**facts, "shards": [s._asdict() for s in whole]}))
+    sync_folder(folder)
     return whole
 
 

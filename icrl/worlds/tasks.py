@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icrl.training.checkpoint import checksum
+from icrl.files import checksum
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
