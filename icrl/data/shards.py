@@ -462,13 +462,13 @@ class ShardReader:
             raise ValueError(
                 f"names: wanted some of {', '.join(by_row)}, which have rows, got {', '.join(sorted(others))}"
             )
-        rows = torch.as_tensor(rows, dtype=torch.int64)
+        rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(f"rows: wanted some of 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
         out: dict[str, Tensor] = {}
         for name in names:
             shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]
-            out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype))
+            out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype), device="cpu")
         for begin, shard, first, count in self._runs(rows.tolist()):
             mapped = self._mapped(shard)
             for name in names:
@@ -515,10 +515,11 @@ def batch_rows(
     epoch, step = divmod(index, rows // (batch * world))
     first = (step * world + rank) * batch
     if not shuffle:
-        return torch.arange(first, first + batch)
+        return torch.arange(first, first + batch, device="cpu")
     return _order(rows, seed, epoch)[first : first + batch]
 
 
 @lru_cache(maxsize=2)
 def _order(rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(hash_seed(seed, epoch)))
+    generator = torch.Generator().manual_seed(hash_seed(seed, epoch))
+    return torch.randperm(rows, generator=generator, device="cpu")
