@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from icrl.training.config import LoopConfig
 
@@ -88,6 +90,17 @@ def prepare(loop: LoopConfig) -> torch.device:
     if _promised("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model as a learner calls it: itself, or with several processes one that averages their gradients.
+
+    The processes' parameters are made rank 0's. Which parameters get a gradient must be the same in every step; those that
+    never do are left alone.
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
 
 
 def finish() -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icrl.training.checkpoint import checksum
+from icrl.files import checksum
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
@@ -399,7 +399,8 @@ class TabularTasks:
         if self.emission is None:
             return torch.where(flat < 0, -1, self.state_mapping[task, flat]).view(states.shape)[..., None]
         keys = (
-            counter_rng.keys_of(seed, record, EMISSIONS).view(down) + (torch.as_tensor(step) + 1) * counter_rng.GOLDEN
+            counter_rng.keys_of(seed, record, EMISSIONS).view(down)
+            + (torch.as_tensor(step, device=self.device) + 1) * counter_rng.GOLDEN
         )
         keys = counter_rng.mix(keys.expand(states.shape).flatten())
         tokens = self.emission.shape[1]
@@ -472,10 +473,12 @@ class TabularTasks:
         """The simulator's form of these tasks, for `icrl_kernels.rollout` and `rollout_step`.
 
         Its steps are single actions: with several action tokens its horizon is max_steps·action_tokens, and
-        `icrl.worlds.pomdp.regroup` makes the environment's steps of them.
+        `icrl.worlds.pomdp.regroup` makes the environment's steps of them. They are made on the CPU and lie where the tasks
+        do.
         """
-        given = {name: getattr(self, name) for name in LAYOUT if name != "state_mapping"}
-        return rollout_tables(**given | {"max_steps": self.max_steps * self.action_tokens})
+        here = self.to("cpu")
+        given = {name: getattr(here, name) for name in LAYOUT if name != "state_mapping"}
+        return rollout_tables(**given | {"max_steps": here.max_steps * self.action_tokens}).to(self.device)
 
     # --- files --------------------------------------------------------------------------------------------------------
 
