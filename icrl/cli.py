@@ -14,15 +14,16 @@ import tyro
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
 SUITES = ("sicql",)
+DISTRIBUTED = "train omnirl"  # the one command that torchrun may start
 Positional = tyro.conf.Positional
 
 
 def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
     if path is None:
         return
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(numbers, indent=1) + "\n")
-    os.replace(part, path)
+    from icrl.files import write_json
+
+    write_json(path, numbers)
     print(f"numbers: {path}")
 
 
@@ -45,6 +46,7 @@ def demo(
     steps: int = 2000,
     seed: int = 0,
     out: Path = Path("icrl-demo.png"),
+    device: str = "auto",
     json: Path | None = None,
 ) -> None:
     """The shipped model learns unseen tasks from its context, beside honest baselines: two tables and a picture.
@@ -56,13 +58,14 @@ def demo(
         steps: of each context.
         seed: of tasks and actions.
         out: the picture.
+        device: of the model, as torch names it; auto is CUDA where there is one, else the CPU.
         json: also write the numbers here.
     """
     from icrl.commands.demo import demo as run
 
     _new_file("out", out, PICTURES)
     _new_file("json", json)
-    _write_json(json, run(checkpoint, tasks, num_states, steps, seed, out))
+    _write_json(json, run(checkpoint, tasks, num_states, steps, seed, out, device))
 
 
 def context(
@@ -71,6 +74,7 @@ def context(
     seed: int = 0,
     checkpoint: Path | None = None,
     compile: bool = False,
+    device: str = "auto",
     json: Path | None = None,
 ) -> None:
     """One context of many steps, acting all the way: pace, memory and score as it goes.
@@ -81,12 +85,13 @@ def context(
         seed: of the task and of actions.
         checkpoint: a model of your own instead of the shipped one.
         compile: compile the model's step first, which about doubles the pace.
+        device: of the model, as torch names it; auto is CUDA where there is one, else the CPU.
         json: also write the numbers here.
     """
     from icrl.commands.context import context as run
 
     _new_file("json", json)
-    _write_json(json, run(steps, num_states, seed, checkpoint, compile))
+    _write_json(json, run(steps, num_states, seed, checkpoint, compile, device))
 
 
 def train_omnirl(
@@ -97,9 +102,16 @@ def train_omnirl(
     updates: int | None = None,
     threads: int | None = None,
     compile: bool | None = None,
+    device: str | None = None,
+    autocast: bool | None = None,
+    init: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Meta-train OmniRL. Kill it whenever you like: the same command continues from its last checkpoint.
+
+    A run may go on to more updates (from there on its rates are those of a run of the new total) and with another number of
+    processes. Several are started by `torchrun --nproc-per-node 2 -m icrl.cli train omnirl ...`; each makes batches of the
+    configured size.
 
     Args:
         out: the run's folder.
@@ -110,44 +122,38 @@ def train_omnirl(
         updates: over the configuration.
         threads: over the configuration.
         compile: over the configuration.
+        device: over the configuration; auto is CUDA where there is one, else the CPU.
+        autocast: over the configuration; layers compute in bfloat16, weights and states stay float32.
+        init: a model's file to begin from, its weights alone, instead of from random weights.
         json: write the last evaluation here.
     """
-    import torch
-
-    from icrl.omnirl.training import OmniRLLearner, OmniRLTraining
+    from icrl.extras import versions
+    from icrl.omnirl.training import OmniRLLearner, read_config
     from icrl.plots import training_picture
-    from icrl.training.config import LoopConfig, configured
-    from icrl.training.loop import rank, start_processes, train
+    from icrl.training.loop import train
+    from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
 
     _new_file("json", json)
-    given: dict[str, Any] = {}
-    if config is not None:
-        given = read_json("config", config)
-        if unknown := set(given) - {"training", "loop", "world_size"}:
-            raise ValueError(f"config: {config} has {', '.join(sorted(unknown))}; wanted training, loop")
-    training = configured(OmniRLTraining, given.get("training", {}), "training")
-    loop = configured(LoopConfig, given.get("loop", {}), "loop")
+    given = {} if config is None else read_json("config", config)
+    training, loop = read_config(given)
     if records is not None:
         training = replace(training, records=str(records))
-    if seed is not None:
-        training, loop = replace(training, seed=seed), replace(loop, seed=seed)
-    loop = replace(
-        loop, **{k: v for k, v in {"updates": updates, "threads": threads, "compile": compile}.items() if v is not None}
-    )
-    if loop.threads:
-        torch.set_num_threads(loop.threads)
-    start_processes()
-    learner = OmniRLLearner(training, loop)
-    torch.set_flush_denormal(True)  # decays lead there, and they are slow
-    try:
+    options = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
+    options |= {"device": device, "autocast": autocast}
+    loop = replace(loop, **{k: v for k, v in options.items() if v is not None})
+    if init is None and given.get("init"):  # a run's own record
+        init = Path(given["init"])
+    prepare(loop)
+    learner = OmniRLLearner(training, loop, init)
+    with flushed_denormals():
         path = train(learner, loop, out)
-    finally:
-        torch.set_flush_denormal(False)
     if rank() == 0:
         training_picture(out / "metrics.jsonl", out / "curve.png")
         print(f"model: {path}\npicture: {out / 'curve.png'}")
     if json is not None and rank() == 0:
-        _write_json(json, {"model": str(path), **learner.evaluate()})
+        numbers = {"model": str(path), **learner.evaluate()}
+        _write_json(json, {**numbers, "versions": versions(), **machine(learner.device)})
+    finish()
 
 
 def distill(
@@ -367,6 +373,7 @@ def evaluate(
     steps: int = 2000,
     seed: int = 1,
     prompt: int = 4,
+    device: str = "auto",
     json: Path | None = None,
 ) -> None:
     """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones; `eval --suite sicql` is another.
@@ -379,13 +386,14 @@ def evaluate(
         num_states: of fresh tasks.
         steps: of each context.
         seed: of tasks and actions.
+        device: of the model, as torch names it; auto is CUDA where there is one, else the CPU.
         json: also write the numbers here.
         prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
     """
     from icrl.commands.evaluate import evaluation_table
 
     _new_file("json", json)
-    _write_json(json, evaluation_table(tasks, checkpoint, kind, num_tasks, num_states, steps, seed, prompt))
+    _write_json(json, evaluation_table(tasks, checkpoint, kind, num_tasks, num_states, steps, seed, prompt, device))
 
 
 def worlds_sample(
@@ -577,6 +585,10 @@ def main(argv: list[str] | None = None) -> int:
             args = ["eval", args[at + 1], *args[1:at], *args[at + 2 :]]
         if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
             args = [f"{args[0]} {args[1]}", *args[2:]]
+        if "WORLD_SIZE" in os.environ and args[:1] != [DISTRIBUTED]:
+            from icrl.training.process import refuse_torchrun
+
+            refuse_torchrun(args[0] if args else "")
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="icrl", args=args)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"icrl: {e}".replace("\n", " "), file=sys.stderr)

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+
+import torch
+
+from icrl_kernels import __version__
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What a result was made with: versions of icrl_kernels, of torch, and of those of `packages` that are installed."""
+    found = {"icrl_kernels": __version__, "torch": str(torch.__version__)}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def require(module: str, what: str, extra: str) -> ModuleType:

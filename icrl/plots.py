@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ COLOURS = {
 }
 
 
-def draw_curves(ax: Axes, curves: dict[str, Curve], title: str, ylabel: str) -> None:
+def draw_curves(ax: Axes, curves: Mapping[str, Curve], title: str, ylabel: str) -> None:
     """One line a method, its 95% interval shaded."""
     for name, c in curves.items():
         colour = COLOURS.get(name)
@@ -46,7 +47,9 @@ def draw_curves(ax: Axes, curves: dict[str, Curve], title: str, ylabel: str) -> 
     ax.grid(alpha=0.2)
 
 
-def demo_picture(path: Path, anymdp: dict[str, Curve], classic: dict[str, dict[str, Curve]], title: str) -> None:
+def demo_picture(
+    path: Path, anymdp: Mapping[str, Curve], classic: Mapping[str, Mapping[str, Curve]], title: str
+) -> None:
     """The demo's picture: unseen AnyMDP tasks at the left, the Gymnasium tasks beside them."""
     n = len(classic)
     fig, axes = plt.subplot_mosaic([["a", *map(str, range(n))]], figsize=(6 + 3.2 * n, 4), width_ratios=[1.8, *[1] * n])

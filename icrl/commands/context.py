@@ -12,33 +12,44 @@ import torch
 from tqdm import tqdm
 
 from icrl.commands.demo import TEMPERATURE, UNSEEN
+from icrl.extras import versions
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.evaluate import Context
 from icrl.omnirl.model import OmniRL, shipped
+from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
 from icrl_kernels import rollout_start, rollout_step
 
 
 def context(
-    steps: int = 500_000, num_states: int = 16, seed: int = 0, checkpoint: Path | None = None, compile: bool = False
+    steps: int = 500_000,
+    num_states: int = 16,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    compile: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Act `steps` steps in one unseen AnyMDP task; prints a report, returns the numbers."""
+    """Act `steps` steps in one unseen AnyMDP task; prints a report, returns the numbers.
+
+    The model acts on `device`; the task is simulated on the CPU.
+    """
     if steps < 100:
         raise ValueError(f"steps: wanted at least 100, got {steps}")
-    model = OmniRL.load(checkpoint or shipped())
+    model = OmniRL.load(checkpoint or shipped(), resolve(device))
     task = sample_anymdp(1, num_states, seed=UNSEEN + seed)
     tables = task.tables()
     reference = evaluate.references(task)
     simulator = rollout_start(tables, seed=seed)
     agent = Agent(model, 1, num_states, temperature=TEMPERATURE, seed=seed)
     if compile:
-        agent.model = torch.compile(model, dynamic=False)
+        agent.run = torch.compile(model.step, dynamic=False)
         print("compiling the model's step takes half a minute ...")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one task a step: threads only cost
-    reward, done = torch.zeros(1, steps), torch.zeros(1, steps, dtype=torch.uint8)
-    seconds = torch.zeros(steps, dtype=torch.float64)
+    reward = torch.zeros(1, steps, dtype=torch.float32, device="cpu")
+    done = torch.zeros(1, steps, dtype=torch.uint8, device="cpu")
+    seconds = torch.zeros(steps, dtype=torch.float64, device="cpu")
     process = psutil.Process()
     memory: list[int] = []
     began = time.perf_counter()
@@ -47,7 +58,7 @@ def context(
         for t in range(steps):
             start = time.perf_counter()
             observation = task.state_mapping[0, simulator.state]
-            action = agent.act(observation)
+            action = agent.act(observation).cpu()
             r, d, _ = rollout_step(tables, simulator, action)
             agent.observe(r, d)
             reward[0, t], done[0, t] = r[0], d[0]
@@ -87,6 +98,8 @@ def context(
         "reward_per_step": float(reward.double().mean()),
         "oracle_reward_per_step": float(reference.oracle_reward[0]),
         "random_reward_per_step": float(reference.random_reward[0]),
+        "versions": versions(),
+        **machine(model.device),
     }
     print(
         f"\n{steps:,} steps in one context: {report['steps_per_s']:,.0f} steps/s, {report['step_us_median']:.0f} µs a step"

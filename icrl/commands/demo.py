@@ -11,10 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl import plots
+from icrl.extras import versions
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent, Temperature
 from icrl.omnirl.evaluate import Context, Curve
 from icrl.omnirl.model import OmniRL, shipped
+from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
 from icrl.worlds.gymnasium_tables import CLASSIC, ClassicTask
 
@@ -63,12 +65,14 @@ def run_classic(model: OmniRL, task: ClassicTask, contexts: int, steps: int, see
     spaces = envs.single_observation_space, envs.single_action_space
     agent = Agent(model, contexts, int(spaces[0].n), temperature=TEMPERATURE, seed=seed, num_actions=int(spaces[1].n))  # type: ignore[attr-defined]
     observation, _ = envs.reset(seed=seed)
-    rewards, dones = torch.zeros(contexts, steps), torch.zeros(contexts, steps, dtype=torch.int64)
+    rewards = torch.zeros(contexts, steps, dtype=torch.float32, device="cpu")
+    dones = torch.zeros(contexts, steps, dtype=torch.int64, device="cpu")
     for t in range(steps):
-        action = agent.act(torch.as_tensor(observation).long())
-        observation, reward, terminated, truncated, _ = envs.step(action.numpy())
+        action = agent.act(torch.as_tensor(observation, device="cpu").long())
+        observation, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         rewards[:, t] = task.shaped(reward, terminated)
-        dones[:, t] = torch.as_tensor(terminated).long() + 2 * torch.as_tensor(truncated & ~terminated).long()
+        ends = torch.as_tensor(terminated, device="cpu"), torch.as_tensor(truncated & ~terminated, device="cpu")
+        dones[:, t] = ends[0].long() + 2 * ends[1].long()
         agent.observe(rewards[:, t], dones[:, t])
     envs.close()
     return Context(rewards, dones)
@@ -79,7 +83,7 @@ def classic(model: OmniRL, contexts: int, steps: int, seed: int) -> tuple[dict[s
     curves: dict[str, dict[str, Curve]] = {}
     numbers: dict[str, Any] = {}
     for name, task in tqdm(CLASSIC.items(), desc="Gymnasium tasks", unit="task"):
-        table = task.table()[torch.zeros(contexts, dtype=torch.int64)]
+        table = task.table()[[0] * contexts]
         runs = {b: evaluate.run_baseline(table, b, steps, seed) for b in evaluate.BASELINES if b != "oracle"}
         runs[OURS] = run_classic(model, task, contexts, steps, seed)
         window = max(100, task.max_steps)  # in which at least one episode ends
@@ -105,13 +109,17 @@ def demo(
     steps: int = 2000,
     seed: int = 0,
     out: Path = Path("icrl-demo.png"),
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Run the whole demo; prints two tables, writes a picture to `out`, returns the numbers."""
+    """Run the whole demo; prints two tables, writes a picture to `out`, returns the numbers.
+
+    The model acts on `device`; the tasks are simulated on the CPU.
+    """
     if tasks < 2 or steps < 500 or seed < 0:
         raise ValueError(f"tasks, steps, seed: wanted at least 2, 500 and 0, got {tasks}, {steps} and {seed}")
     began = time.perf_counter()
     path = checkpoint or shipped()
-    model = OmniRL.load(path)
+    model = OmniRL.load(path, resolve(device))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{path.name}: {parameters:,} parameters; no gradient step is taken from here on\n")
     curves, first = anymdp(model, tasks, num_states, steps, seed)
@@ -151,4 +159,6 @@ def demo(
         "parameters": parameters,
         "seconds": round(seconds, 1),
         "picture": str(out),
+        "versions": versions("gymnasium"),
+        **machine(model.device),
     }

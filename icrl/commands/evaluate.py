@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from icrl.commands.demo import OURS, TEMPERATURE, UNSEEN
+from icrl.extras import versions
 from icrl.omnirl import evaluate
 from icrl.omnirl.model import OmniRL, shipped
+from icrl.training.process import machine, resolve
 from icrl.worlds.kinds import draw_tasks
 from icrl.worlds.task_shards import load_tasks
 
@@ -32,12 +34,16 @@ def evaluation_table(
     steps: int,
     seed: int,
     prompt: int,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Score every method on the tasks of `path`, or on fresh ones; prints a table, returns its numbers."""
+    """Score every method on the tasks of `path`, or on fresh ones; prints a table, returns its numbers.
+
+    The model acts on `device`; the tasks are simulated on the CPU.
+    """
     if num_tasks < 2 or steps < 20 or seed < 0:
         raise ValueError(f"num_tasks, steps, seed: wanted at least 2, 20 and 0, got {num_tasks}, {steps} and {seed}")
     tasks = load_tasks(path) if path else draw_tasks(kind, num_tasks, num_states, 5, 2, UNSEEN + seed)
-    model = OmniRL.load(checkpoint or shipped())
+    model = OmniRL.load(checkpoint or shipped(), resolve(device))
     reference = evaluate.references(tasks)
     runs = {name: evaluate.run_baseline(tasks, name, steps, seed) for name in evaluate.BASELINES}
     runs[OURS] = evaluate.run_agent(
@@ -57,4 +63,11 @@ def evaluation_table(
         print(
             f"  {'published OmniRL, a mean':24}{'':16}{published[0]:22.3f}  after {published[1]:,} steps, on its authors' tasks"
         )
-    return {"tasks": len(tasks), "steps": steps, "measured_over": list(last), "methods": rows, "published": published}
+    numbers = {
+        "tasks": len(tasks),
+        "steps": steps,
+        "measured_over": list(last),
+        "methods": rows,
+        "published": published,
+    }
+    return {**numbers, "versions": versions(), **machine(model.device)}

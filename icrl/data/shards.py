@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl.data.seeds import hash_seed
-from icrl.training.checkpoint import checksum
+from icrl.files import checksum, sync, sync_folder, write_text
 from icrl_kernels import set_threads_here
 
 FORMAT, VERSION = "icrl.shards", 1
@@ -224,12 +224,12 @@ def _write_shard(folder: Path, dataset: DataSet, shard: int, make: Maker, full: 
         try:
             rows = dataset.rows_of(shard)
             file.write(_bytes_of(dataset, shard, make(rows.start, len(rows))))
-            _sync(file)
+            sync(file)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    _sync_folder(folder)
+    sync_folder(folder)
     return check_shard(folder, dataset, shard)
 
 
@@ -244,19 +244,6 @@ def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> bool | str
     except ValueError as e:
         return str(e)
     return True
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the rename itself
-    finally:
-        os.close(handle)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -284,12 +271,8 @@ def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
                 continue  # a damaged one is not finished
     facts = {"format": FORMAT, "version": VERSION, "identity": dataset.identity(), **dataset.facts()}
     facts |= {"rows": dataset.rows, "num_shards": dataset.num_shards, "complete": len(whole) == dataset.num_shards}
-    part = folder / f"{INDEX}.part"
-    with open(part, "wb") as file:
-        file.write(_index_text({**facts, "shards": [s._asdict() for s in whole]}).encode())
-        _sync(file)
-    os.replace(part, folder / INDEX)
-    _sync_folder(folder)
+    write_text(folder / INDEX, _index_text({**facts, "shards": [s._asdict() for s in whole]}))
+    sync_folder(folder)
     return whole
 
 
@@ -479,13 +462,13 @@ class ShardReader:
             raise ValueError(
                 f"names: wanted some of {', '.join(by_row)}, which have rows, got {', '.join(sorted(others))}"
             )
-        rows = torch.as_tensor(rows, dtype=torch.int64)
+        rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(f"rows: wanted some of 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
         out: dict[str, Tensor] = {}
         for name in names:
             shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]
-            out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype))
+            out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype), device="cpu")
         for begin, shard, first, count in self._runs(rows.tolist()):
             mapped = self._mapped(shard)
             for name in names:
@@ -532,10 +515,11 @@ def batch_rows(
     epoch, step = divmod(index, rows // (batch * world))
     first = (step * world + rank) * batch
     if not shuffle:
-        return torch.arange(first, first + batch)
+        return torch.arange(first, first + batch, device="cpu")
     return _order(rows, seed, epoch)[first : first + batch]
 
 
 @lru_cache(maxsize=2)
 def _order(rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(hash_seed(seed, epoch)))
+    generator = torch.Generator().manual_seed(hash_seed(seed, epoch))
+    return torch.randperm(rows, generator=generator, device="cpu")

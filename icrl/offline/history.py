@@ -29,7 +29,7 @@ class HistoryConfig(MethodConfig):
 
 
 class History(NamedTuple):
-    """[B,T] steps, T = episodes · horizon."""
+    """[B,T] steps, T = episodes · horizon, on the data's device."""
 
     state: Tensor
     action: Tensor
@@ -64,18 +64,19 @@ class HistoryMethod(Method):
             raise ValueError(
                 f"horizon: wanted the episodes' length, up to {int(data.lengths.max())} steps, got {self.config.horizon}"
             )
-        self.draw_context(data, torch.arange(data.num_tasks))  # refuses tasks with too few episodes
+        self.draw_context(data, torch.arange(data.num_tasks, device="cpu"))  # refuses tasks with too few episodes
 
     def draw(self, data: Trajectories) -> History:
         c = self.config
         tasks = data.draw_tasks(c.batch)
-        steps = (data.begins[self.draw_context(data, tasks)][..., None] + torch.arange(c.horizon)).flatten(1)
+        begins = data.begins[self.draw_context(data, tasks)][..., None]
+        steps = (begins + torch.arange(c.horizon, device="cpu")).flatten(1).to(data.device)
         return History(data.states[steps], data.actions[steps], data.rewards[steps], data.next_states[steps], steps)
 
     def draw_context(self, data: Trajectories, tasks: Tensor) -> Tensor:
-        """[B,episodes] the episodes of each context: consecutive ones, of one history."""
+        """[B,episodes] the episodes of each context, on the CPU: consecutive ones, of one history."""
         episodes = self.config.episodes
-        return data.draw_episodes(tasks, episodes)[:, None] + torch.arange(episodes)
+        return data.draw_episodes(tasks, episodes)[:, None] + torch.arange(episodes, device="cpu")
 
     def previous(self, action: Tensor, reward: Tensor) -> Tensor:
         """[B,T,A+2]: the features of each step's predecessor in its episode, and whether it has none."""
@@ -87,7 +88,7 @@ class HistoryMethod(Method):
 
     def nothing(self, batch: int) -> Tensor:
         """What comes before an episode's first step, [B,A+2]."""
-        x = torch.zeros(batch, self.spaces.action_size + 2)
+        x = torch.zeros(batch, self.spaces.action_size + 2, device=self.device)
         x[:, -1] = 1.0
         return x
 

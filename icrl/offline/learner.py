@@ -7,43 +7,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from icrl.offline.history import HistoryConfig
-from icrl.offline.method import Method, MethodConfig, Spaces
-from icrl.offline.methods.ad import AD
-from icrl.offline.methods.dicp import DICP, DICPConfig
-from icrl.offline.methods.dit import DIT, DITConfig
-from icrl.offline.methods.dpt import DPT, DPTConfig
-from icrl.offline.methods.ic_iql import ICIQL, ICIQLConfig
-from icrl.offline.methods.idt import IDT, IDTConfig
-from icrl.offline.methods.sicql import SICQL, SICQLConfig
+from icrl.offline.method import Method, MethodConfig, Spaces, numbers
+from icrl.offline.methods import METHODS, method_class
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.world_model import WorldModel
 from icrl.training import checkpoint
-from icrl.training.config import configured
+from icrl.training.config import LoopConfig, configured, differences
+from icrl.training.process import autocast
 
-METHODS: dict[str, tuple[type[Method], type[MethodConfig]]] = {
-    "sicql": (SICQL, SICQLConfig),
-    "dpt": (DPT, DPTConfig),
-    "ad": (AD, HistoryConfig),
-    "idt": (IDT, IDTConfig),
-    "dicp": (DICP, DICPConfig),
-    "dit": (DIT, DITConfig),
-    "ic_iql": (ICIQL, ICIQLConfig),
-}
+__all__ = ["METHODS", "OfflineLearner", "begin_from", "load_method", "make_method", "save_method"]
 
 
 def make_method(name: str, config: MethodConfig, spaces: Spaces, world_model: WorldModel | None = None) -> Method:
-    """A fresh method by its name. Raises ValueError for an unknown name, or a world model where none is used."""
-    if name not in METHODS:
-        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {name!r}")
-    if name == "sicql":
-        assert isinstance(config, SICQLConfig)
-        return SICQL(config, spaces, world_model)
-    if world_model is not None:
-        raise ValueError(f"world_model: {name} uses none")
-    return METHODS[name][0](config, spaces)
+    """A fresh method by its name, on the CPU. Raises ValueError for an unknown name, or a world model where none is used."""
+    with torch.device("cpu"):
+        return method_class(name).make(config, spaces, world_model)
 
 
 def save_method(method: Method, path: Path, **facts: Any) -> None:
@@ -58,12 +39,12 @@ def save_method(method: Method, path: Path, **facts: Any) -> None:
 
 
 def load_method(path: Path) -> Method:
-    """What `save_method` wrote, ready to act. Raises ValueError where the file is none."""
+    """What `save_method` wrote, on the CPU, ready to act. Raises ValueError where the file is none."""
     tensors, facts = checkpoint.load(path)
     if facts.get("model") != "offline method":
         raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted an offline method")
     made = facts["made"]
-    kind = METHODS[made["method"]][1]
+    kind = method_class(made["method"]).config_class
     world_model = None if made["world_model"] is None else WorldModel.from_facts(made["world_model"])
     method = make_method(
         made["method"], configured(kind, made["config"], "config"), Spaces(**made["spaces"]), world_model
@@ -72,8 +53,35 @@ def load_method(path: Path) -> Method:
     return method.eval()
 
 
+def begin_from(method: Method, initial: Method) -> None:
+    """Give `method` all weights of `initial`, with the moments of the data that these were trained on.
+
+    Raises ValueError where they are not the same network: the field and both values are named.
+    """
+    if method.name != initial.name:
+        raise ValueError(f"init: wanted a {method.name}, got a {initial.name}")
+    pairs = [(method.spaces._asdict(), initial.spaces._asdict()), (method.config.trunk, initial.config.trunk)]
+    for wanted, found in pairs:
+        wanted, found = (x if isinstance(x, dict) else asdict(x) for x in (wanted, found))
+        if other := differences(found, wanted):
+            raise ValueError(f"init: {other}")
+    shapes, given = ({n: list(t.shape) for n, t in m.state_dict().items()} for m in (method, initial))
+    if other := differences(given, shapes):
+        raise ValueError(f"init: another network, its {other}")
+    method.load_state_dict(initial.state_dict())
+
+
 class OfflineLearner:
-    """A method, its data, and a judge: a function of the method that scores it in unseen tasks."""
+    """A method, its data, and a judge: a function of the method that scores it in unseen tasks.
+
+    Args:
+        method: on the device where it is to be trained; `prepare` is called. data: is moved there.
+        facts: what, beside the method's own, a run in the same folder must share to be continued.
+        judge: gives numbers to log. loop: whose `compile` and `autocast` are heeded.
+        initial: whose weights to begin from, see `begin_from`; fresh ones otherwise.
+    Raises:
+        ValueError: the data have other spaces, do not suit the method, or the method cannot be compiled.
+    """
 
     def __init__(
         self,
@@ -81,17 +89,28 @@ class OfflineLearner:
         data: Trajectories,
         facts: dict[str, Any],
         judge: Callable[[Method], dict[str, float]],
+        loop: LoopConfig | None = None,
+        initial: Method | None = None,
     ) -> None:
         if Spaces.of(data) != method.spaces:
             raise ValueError(f"data: wanted {method.spaces}, got {Spaces.of(data)}")
-        method.prepare(data)
+        self.loop = LoopConfig() if loop is None else loop
+        if self.loop.compile:
+            method.check_compile(method.config)
         self.model: Method = method
-        self.data, self.facts, self.judge = data, facts, judge
+        self.data, self.facts, self.judge = data.to(method.device), facts, judge
+        method.prepare(self.data)
+        if initial is not None:
+            begin_from(method, initial)
+            crc32 = checkpoint.checksum({n: t.cpu() for n, t in initial.state_dict().items()})
+            self.facts = {**facts, "init": {"crc32": crc32}}
+        self.objective = torch.compile(method.objective, dynamic=False) if self.loop.compile else method.objective
 
     def config(self) -> dict[str, Any]:
         made = {"method": self.model.name, "config": asdict(self.model.config), **self.facts}
         if (world_model := getattr(self.model, "world_model", None)) is not None:  # frozen: a run goes on with the same
-            made["world_model"] = {**world_model.facts(), "crc32": checkpoint.checksum(world_model.state_dict())}
+            crc32 = checkpoint.checksum({n: t.cpu() for n, t in world_model.state_dict().items()})
+            made["world_model"] = {**world_model.facts(), "crc32": crc32}
         return made
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -103,7 +122,10 @@ class OfflineLearner:
 
     def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, float]]]:
         self.model.before_update()
-        yield self.model.loss(self.data)
+        batch = self.model.draw(self.data)
+        with autocast(self.loop, self.model.device):
+            loss, metrics = self.objective(self.data, batch)
+        yield loss, numbers(metrics)
 
     def evaluate(self) -> dict[str, float]:
         return self.judge(self.model)

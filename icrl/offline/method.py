@@ -1,13 +1,14 @@
 """What in-context learners from offline data have in common: spaces, prompts, acting. S-ICQL and its rivals build on it.
 
 A `Method` is trained on `Trajectories` by `icrl.offline.learner.OfflineLearner` and judged by `icrl.offline.few_shot`: it has a
-loss, and makes agents that start with no experience of their tasks.
+loss, and makes agents that start with no experience of their tasks. All that it computes lies on its weights' device; batches
+are drawn on the CPU, by torch's global generator there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkConfig
 
+if TYPE_CHECKING:
+    from icrl.offline.world_model import WorldModel
+
+Metrics = dict[str, Tensor]
+"""What to log of a loss: 0-dimensional tensors without a graph, on the model's device, so that none is waited for."""
 
 class Spaces(NamedTuple):
     """Of an environment: what a method's networks are made for."""
@@ -49,7 +55,7 @@ class MethodConfig:
 
 
 class Agent(Protocol):
-    """Acts in B tasks at once, from no experience on."""
+    """Acts in B tasks at once, from no experience on. Its tensors, given and returned, lie on its method's device."""
 
     def begin(self) -> None:
         """An episode begins, in every task."""
@@ -65,9 +71,15 @@ class Agent(Protocol):
 
 
 class Method(nn.Module):
-    """An in-context learner. `mean` and `std` [S] of the data's states are kept with the weights."""
+    """An in-context learner. `mean` and `std` [S] of the data's states are kept with the weights.
 
-    name: str
+    A file in `icrl.offline.methods` with a subclass that has a `name`, a `title` and a `config_class` is one more method.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """In tables and pictures."""
+    config_class: ClassVar[type[MethodConfig]]
     mean: Tensor
     std: Tensor
 
@@ -77,16 +89,46 @@ class Method(nn.Module):
         self.register_buffer("mean", torch.zeros(spaces.state_size))
         self.register_buffer("std", torch.ones(spaces.state_size))
 
+    @classmethod
+    def make(cls, config: Any, spaces: Spaces, world_model: WorldModel | None = None) -> Method:
+        """A fresh one on the CPU. Raises ValueError for a world model where none is used."""
+        if world_model is not None:
+            raise ValueError(f"world_model: {cls.name} uses none")
+        return cls(config, spaces)
+
+    @staticmethod
+    def needs_world_model(config: Any) -> bool:
+        """Whether a method of this configuration reads a world model, which is then trained first."""
+        return False
+
+    @staticmethod
+    def check_window(config: Any, window: int) -> None:
+        """ValueError where a world model of `window` steps does not suit the configuration."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
     def prepare(self, data: Trajectories) -> None:
-        """Once before training on this data. Raises ValueError where it does not suit."""
+        """Once before training on this data, which lies on the method's device. Raises ValueError where it does not suit."""
         data.check_length("horizon", self.config.horizon)
         mean, std = data.moments()
         self.mean.copy_(mean)
         self.std.copy_(std)
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        """Of one batch drawn from the data, and what to log."""
+    def draw(self, data: Trajectories) -> Any:
+        """A batch: numbers drawn on the CPU, what they stand for on the data's device."""
         raise NotImplementedError
+
+    def objective(self, data: Trajectories, batch: Any) -> tuple[Tensor, Metrics]:
+        """The loss of a batch that `draw` returned, and what to log. A function of its arguments and the weights alone: it
+        draws nothing, reads no value and changes nothing, so that it can be compiled."""
+        raise NotImplementedError
+
+    def loss(self, data: Trajectories) -> tuple[Tensor, Metrics]:
+        """Of one batch drawn from the data, and what to log."""
+        return self.objective(data, self.draw(data))
 
     def before_update(self) -> None:
         """Before each batch: moving averages and the like."""
@@ -115,6 +157,11 @@ class Method(nn.Module):
         return output
 
 
+def numbers(metrics: Metrics) -> dict[str, float]:
+    """The values of 0-dimensional tensors, waited for once."""
+    return dict(zip(metrics, torch.stack([x.float() for x in metrics.values()]).tolist(), strict=True))
+
+
 def head(width: int, outputs: int) -> nn.Sequential:
     """A readout with two hidden layers; its last layer starts small."""
     net = nn.Sequential(
@@ -138,6 +185,3 @@ class Episode:
         """states [B,h,S], actions [B,h,...], rewards [B,h], next_states [B,h,S]."""
         s, a, r, n = (torch.stack(x, 1) for x in zip(*self.steps, strict=True))
         return s, a, r, n
-
-
-# --- methods with a prompt --------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ class PromptConfig(MethodConfig):
 
 
 class Batch(NamedTuple):
+    """int64 on the data's device."""
+
     prompt: Tensor  # [B,h] the prompt's tokens, as steps of the data
     steps: Tensor  # [B,m] steps asked about; m = 1 where all lengths share a transition
     lengths: list[int]
@@ -68,7 +70,7 @@ class PromptTrunk(nn.Module):
         x = self.embed_prompt(prompt)
         if self.config.layout == "branch":
             return self.trunk.remember(x, list(lengths))
-        return x, torch.tensor(lengths)
+        return x, torch.tensor(lengths, device=x.device)
 
     def read(self, queries: Tensor, memory: Any) -> Tensor:
         """Queries [B,m or 1,J,D] -> features [B,m,J,D] after each of the m lengths."""
@@ -89,12 +91,14 @@ class PromptMethod(Method):
         """A batch: tasks, an episode of each as the prompt, and transitions of the same tasks."""
         c = self.config
         tasks = data.draw_tasks(c.batch)
-        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(c.prompt_steps)
-        h = len(c.prompt_steps)
-        if c.layout == "query_first":
-            return Batch(prompt, data.draw_steps(tasks, 1, c.balanced), list(range(h + 1)))
-        lengths = sorted([*torch.randint(h + 1, (c.queries - 1,)).tolist(), h])
-        return Batch(prompt, data.draw_steps(tasks, c.queries, c.balanced), lengths)
+        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(c.prompt_steps, device="cpu")
+        h, each = len(c.prompt_steps), 1
+        lengths = list(range(h + 1))
+        if c.layout == "branch":
+            lengths = sorted([*torch.randint(h + 1, (c.queries - 1,), device="cpu").tolist(), h])
+            each = c.queries
+        steps = data.draw_steps(tasks, each, c.balanced)
+        return Batch(prompt.to(data.device), steps.to(data.device), lengths)
 
     def at_lengths(self, x: Tensor, batch: Batch) -> Tensor:
         """What belongs to the steps of a batch, [B,1 or m,...], at each of its m lengths."""
@@ -130,7 +134,7 @@ class PromptAgent:
         if self.episode.steps:
             prompt = m.prompt_of(*self.episode.stacked())
         else:
-            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features)
+            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device)
         self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
         self.episode = Episode()
 

@@ -2,17 +2,24 @@
 
 Episodes lie one after another, a task's in the order in which they were gathered, so that a learner's progress is a run of
 consecutive episodes of one history. States are vectors; actions are numbers of one of `num_actions`, or vectors where that is 0.
+
+The steps' tensors may lie on any device. The index (which steps are an episode, which episodes a task) stays on the CPU, and
+so do the numbers of tasks, episodes and steps that are drawn: a seed draws the same batches whatever the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+STEPS = ("states", "actions", "rewards", "next_states", "terminated", "optimal")
+"""The tensors that have a row a step."""
 
 
 @dataclass(eq=False)
@@ -24,8 +31,8 @@ class Trajectories:
         num_actions: of a discrete action space; 0 where actions are vectors.
         states, next_states: [T,S] float32. rewards: [T] float32. terminated: [T] bool: next_states has no value of its own.
         actions: [T] int64, or [T,A] float32.
-        ends: [E] int64, ascending: episode e is steps ends[e-1] to ends[e]-1.
-        tasks: [E] int64, not descending: whose episode it is; every task 0..N-1 has one.
+        ends: [E] int64 on the CPU, ascending: episode e is steps ends[e-1] to ends[e]-1.
+        tasks: [E] int64 on the CPU, not descending: whose episode it is; every task 0..N-1 has one.
         optimal: [T] int64, an optimal action in `states`, where it is known; else None.
         history: episodes of a learning history, of which each task has whole ones, end to end; 0: one a task.
     """
@@ -45,6 +52,7 @@ class Trajectories:
     def __post_init__(self) -> None:
         """Check every field, and index episodes and tasks. Raises ValueError naming the field."""
         T = self.states.shape[0]
+        self.ends, self.tasks = self.ends.cpu(), self.tasks.cpu()
         shapes = {
             "states": (self.states, (T, self.states.shape[-1]), torch.float32),
             "next_states": (self.next_states, self.states.shape, torch.float32),
@@ -62,6 +70,8 @@ class Trajectories:
                 raise ValueError(
                     f"{name}: wanted {list(shape)} of {wanted}, got {list(tensor.shape)} of {tensor.dtype}"
                 )
+            if name not in ("ends", "tasks") and tensor.device != self.device:
+                raise ValueError(f"{name}: wanted the states' device, {self.device}, got {tensor.device}")
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{name}: wanted finite numbers, first not so at step {_first(~tensor.isfinite())}")
         lengths = self.ends.diff(prepend=self.ends.new_zeros(1))
@@ -99,6 +109,21 @@ class Trajectories:
         return f"Trajectories({self.environment}: {self.num_tasks} tasks, {len(self.ends)} episodes, {len(self.states)} steps)"
 
     @property
+    def device(self) -> torch.device:
+        """Of the steps' tensors."""
+        return self.states.device
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        """The same data with its steps' tensors on another device; itself where they are there."""
+        if torch.device(device) == self.device:
+            return self
+        moved = copy(self)  # what was checked and counted needs neither a second time
+        for name in STEPS:
+            if (t := getattr(self, name)) is not None:
+                setattr(moved, name, t.to(device))
+        return moved
+
+    @property
     def state_size(self) -> int:
         return self.states.shape[1]
 
@@ -117,19 +142,20 @@ class Trajectories:
         return self.states.mean(0), torch.where(std > 1e-6, std, 1.0)
 
     def returns_to_go(self, discount: float) -> Tensor:
-        """[T] the discounted rewards from each step to its episode's end."""
+        """[T] float32 on the data's device: the discounted rewards from each step to its episode's end."""
         longest, E = int(self.lengths.max()), len(self.ends)
-        places = torch.arange(longest) < self.lengths[:, None]
-        grid = torch.zeros(E, longest, dtype=torch.float64)
-        grid[places] = self.rewards.double()
+        places = torch.arange(longest, device="cpu") < self.lengths[:, None]
+        grid = torch.zeros(E, longest, dtype=torch.float64, device="cpu")
+        grid[places] = self.rewards.cpu().double()
         for t in range(longest - 2, -1, -1):
             grid[:, t] += discount * grid[:, t + 1]
-        return grid[places].float()
+        return grid[places].float().to(self.device)
 
-    # --- samples; torch's global generator draws them, so that a run resumes exactly ------------------------------------
+    # --- samples, on the CPU; torch's global generator there draws them, so that a run resumes exactly -------------------
 
     def draw_tasks(self, batch: int) -> Tensor:
-        return torch.randint(self.num_tasks, (batch,))
+        """[batch] int64 on the CPU, uniformly."""
+        return torch.randint(self.num_tasks, (batch,), device="cpu")
 
     def draw_episodes(self, tasks: Tensor, run: int = 1) -> Tensor:
         """[B] the first of `run` consecutive episodes of one history of each task, uniformly."""
@@ -146,8 +172,8 @@ class Trajectories:
         first, past = self.episodes[tasks].unbind(-1)
         if bool((past - first < count).any()):
             raise ValueError(f"episodes: wanted {count} of each task, one has {int((past - first).min())}")
-        index = torch.arange(int((past - first).max()))
-        chance = torch.rand(len(tasks), len(index)).masked_fill(index >= (past - first)[:, None], 2.0)
+        index = torch.arange(int((past - first).max()), device="cpu")
+        chance = torch.rand(len(tasks), len(index), device="cpu").masked_fill(index >= (past - first)[:, None], 2.0)
         return first[:, None] + chance.argsort(1)[:, :count]
 
     def draw_steps(self, tasks: Tensor, each: int, balanced: float = 0.0) -> Tensor:
@@ -157,16 +183,16 @@ class Trajectories:
         if not balanced:
             return steps
         if self._rarity is None:
-            _, state = torch.unique(self.states, dim=0, return_inverse=True)
-            task = torch.repeat_interleave(torch.arange(self.num_tasks), self.steps[:, 1] - self.steps[:, 0])
+            _, state = torch.unique(self.states.cpu(), dim=0, return_inverse=True)
+            task = torch.repeat_interleave(torch.arange(self.num_tasks, device="cpu"), self.steps[:, 1] - self.steps[:, 0])
             _, pair, count = torch.unique(
                 task * (int(state.max()) + 1) + state, return_inverse=True, return_counts=True
             )
             self._rarity = F.pad(count[pair].double().reciprocal().cumsum(0), (1, 0))
         low, high = self._rarity[first], self._rarity[past]
-        at = low + (high - low) * torch.rand(len(tasks), each, dtype=torch.float64)
+        at = low + (high - low) * torch.rand(len(tasks), each, dtype=torch.float64, device="cpu")
         by_state = torch.searchsorted(self._rarity[1:], at, right=True).clamp(first, past - 1)
-        return torch.where(torch.rand(len(tasks), each) < balanced, by_state, steps)
+        return torch.where(torch.rand(len(tasks), each, device="cpu") < balanced, by_state, steps)
 
     def check_length(self, name: str, length: int) -> None:
         """ValueError where an episode has fewer than `length` steps."""
@@ -176,33 +202,33 @@ class Trajectories:
             )
 
     def episode_of(self, steps: Tensor) -> Tensor:
-        """The episode of each of `steps` [...]."""
+        """The episode of each of `steps` [...], int64 on the CPU."""
         return torch.searchsorted(self.ends, steps, right=True)
 
     def windows(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """The `size` steps of the same episode that end with each of `steps` [...]: their indices [...,size], and whether
-        there are such steps: an episode's first windows begin before it."""
+        """The `size` steps of the same episode that end with each of `steps` [...], int64 on the CPU: their indices
+        [...,size], and whether there are such steps: an episode's first windows begin before it."""
         begin = self.begins[self.episode_of(steps)]
-        index = steps[..., None] + torch.arange(1 - size, 1)
+        index = steps[..., None] + torch.arange(1 - size, 1, device="cpu")
         return index.clamp_min(0), index >= begin[..., None]
 
     def reorder(self, episodes: Tensor, tasks: Tensor) -> Trajectories:
         """The episodes [E'] of these numbers, as tasks [E']: whole histories, where the data has several a task."""
         steps = torch.cat(
             [
-                torch.arange(b, e)
+                torch.arange(b, e, device="cpu")
                 for b, e in zip(self.begins[episodes].tolist(), self.ends[episodes].tolist(), strict=True)
             ]
         )
-        part = {
-            name: None if (t := getattr(self, name)) is None else t[steps]
-            for name in ("states", "actions", "rewards", "next_states", "terminated", "optimal")
-        }
+        steps = steps.to(self.device)
+        part = {name: None if (t := getattr(self, name)) is None else t[steps] for name in STEPS}
         return replace(self, **part, ends=self.lengths[episodes].cumsum(0), tasks=tasks)
 
     def tasks_slice(self, first: int, count: int) -> Trajectories:
         """Tasks first to first+count-1, numbered from 0."""
-        episodes = torch.arange(int(self.episodes[first, 0]), int(self.episodes[first + count - 1, 1]))
+        episodes = torch.arange(
+            int(self.episodes[first, 0]), int(self.episodes[first + count - 1, 1]), device="cpu"
+        )
         return self.reorder(episodes, self.tasks[episodes] - first)
 
     # --- joining ---------------------------------------------------------------------------------------------------------
@@ -236,7 +262,7 @@ class Trajectories:
 
 def _integers(below: Tensor) -> Tensor:
     """Uniform in [0, below)."""
-    return (torch.rand(below.shape, dtype=torch.float64) * below).long().clamp_max_(below - 1)
+    return (torch.rand(below.shape, dtype=torch.float64, device="cpu") * below).long().clamp_max_(below - 1)
 
 
 def _first(bad: Tensor) -> int:

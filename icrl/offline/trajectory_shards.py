@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from icrl.data.shards import DataSet, Field, ShardReader, Written, write_shards
-from icrl.offline.trajectories import Trajectories
+from icrl.offline.trajectories import STEPS, Trajectories
 
 KIND = "trajectories"
-STEPS = ("states", "actions", "rewards", "next_states", "terminated", "optimal")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def read_trajectories(folder: Path) -> Trajectories:
     for i in range(reader.dataset.num_shards):
         t = reader.shard(i)
         steps = {name: t[name].long() if t[name].dtype == torch.int16 else t[name] for name in STEPS if name in t}
-        tasks = torch.arange(len(t["episodes"])).repeat_interleave(t["episodes"])
+        tasks = torch.arange(len(t["episodes"]), device="cpu").repeat_interleave(t["episodes"])
         parts.append(
             Trajectories(
                 facts["environment"],

@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.offline.method import Metrics, numbers
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
+from icrl.training.process import autocast
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class WorldModelConfig:
             raise ValueError(f"encoder: wanted 'gru' or one of {', '.join(MIXERS)}, got {self.encoder!r}")
         if self.others < 0:
             raise ValueError(f"others: wanted at least 0, got {self.others}")
+
+
+class WindowBatch(NamedTuple):
+    """Of a world model, on the data's device."""
+
+    index: Tensor  # [B,k] int64, the windows' steps
+    seen: Tensor  # [B,k] bool, False where the episode had not begun
+    targets: Tensor  # [B] or [B,1+others] int64, the steps to predict
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -91,8 +101,10 @@ class WorldModel(nn.Module):
 
     @classmethod
     def of(cls, config: WorldModelConfig, data: Trajectories) -> WorldModel:
-        """A fresh one for this data."""
-        return cls(config, data.environment, data.state_size, data.action_size, *data.moments())
+        """A fresh one for this data, on the CPU."""
+        mean, std = (x.cpu() for x in data.moments())
+        with torch.device("cpu"):
+            return cls(config, data.environment, data.state_size, data.action_size, mean, std)
 
     def check(self, data: Trajectories) -> None:
         """ValueError where this world model is not of the data's environment."""
@@ -128,36 +140,42 @@ class WorldModel(nn.Module):
         a = F.relu(self.decode_action(action))
         return self.reward_decoder(torch.cat([s, a, n, z], -1))[..., 0], self.state_decoder(torch.cat([s, a, z], -1))
 
-    def loss(self, data: Trajectories, steps: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Squared errors of the transitions at `steps` [B], and of `others` of the same tasks, from the windows before
-        `steps`; the metrics are means over all of them. With discrete actions half of the others are drawn by state: see
-        `Trajectories.draw_steps`."""
+    def draw(self, data: Trajectories, steps: Tensor) -> WindowBatch:
+        """The windows before `steps` [B], int64 on the CPU, and what they must predict: the transitions at `steps`, and
+        `others` of the same tasks, with discrete actions half of them drawn by state: see `Trajectories.draw_steps`."""
         index, seen = data.windows(steps, self.config.window + 1)
-        index, seen = index[:, :-1], seen[:, :-1]
-        z = self.encode(data.states[index], data.action_features(data.actions[index]), data.rewards[index], seen)
+        targets = steps
         if others := self.config.others:
             tasks = data.tasks[data.episode_of(steps)]
             more = data.draw_steps(tasks, others, balanced=0.5 if data.num_actions else 0.0)
-            steps = torch.cat([steps[:, None], more], 1)
+            targets = torch.cat([steps[:, None], more], 1)
+        return WindowBatch(*(x.to(data.device) for x in (index[:, :-1], seen[:, :-1], targets)))
+
+    def loss(self, data: Trajectories, steps: Tensor) -> tuple[Tensor, Metrics]:
+        """The errors of what `draw` draws for `steps` [B], int64 on the CPU: see `objective`."""
+        return self.objective(data, self.draw(data, steps))
+
+    def objective(self, data: Trajectories, batch: WindowBatch) -> tuple[Tensor, Metrics]:
+        """Squared errors of a batch; the metrics, 0-dimensional tensors, are means over all of its transitions."""
+        index, seen, steps = batch
+        z = self.encode(data.states[index], data.action_features(data.actions[index]), data.rewards[index], seen)
+        if others := self.config.others:
             z = z[:, None].expand(-1, 1 + others, -1)
         state, following = data.states[steps], data.next_states[steps]
         reward, change = self.predict(z, state, data.action_features(data.actions[steps]), following)
         reward_loss = F.mse_loss(reward, data.rewards[steps])
         state_loss = F.mse_loss(change, (following - state) / self.std)
         loss = reward_loss + state_loss
-        return loss, {
-            "loss": float(loss.detach()),
-            "reward": float(reward_loss.detach()),
-            "state": float(state_loss.detach()),
-        }
+        parts = {"loss": loss, "reward": reward_loss, "state": state_loss}
+        return loss, {name: x.detach() for name, x in parts.items()}
 
     @torch.no_grad()
     def prompts(self, data: Trajectories, block: int = 1 << 14) -> Tensor:
-        """z of the window that ends with each step of the data, [T,size]."""
+        """z of the window that ends with each step of the data, [T,size] on the data's device, which is this one's."""
         self.check(data)
         out = []
-        for steps in torch.arange(len(data.states)).split(block):
-            index, seen = data.windows(steps, self.config.window)
+        for steps in torch.arange(len(data.states), device="cpu").split(block):
+            index, seen = (x.to(data.device) for x in data.windows(steps, self.config.window))
             out.append(
                 self.encode(data.states[index], data.action_features(data.actions[index]), data.rewards[index], seen)
             )
@@ -171,7 +189,7 @@ class WorldModel(nn.Module):
         def windows(x: Tensor) -> Tensor:  # [B,h,...] -> [B,h,k,...]
             return torch.cat([x.new_zeros(x.shape[0], k - 1, *x.shape[2:]), x], 1).unfold(1, k, 1).movedim(-1, 2)
 
-        seen = windows(torch.ones(states.shape[0], h)) > 0
+        seen = windows(rewards.new_ones(states.shape[0], h)) > 0
         return self.encode(windows(states), windows(actions), windows(rewards), seen)
 
     def freeze(self) -> WorldModel:
@@ -184,7 +202,9 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> WorldModel:
-        return cls(**{**facts, "config": WorldModelConfig(**facts["config"])})
+        """Of what `facts` returned, with weights of its own, on the CPU."""
+        with torch.device("cpu"):
+            return cls(**{**facts, "config": WorldModelConfig(**facts["config"])})
 
     def save(self, path: Path | str, **facts: object) -> None:
         checkpoint.save(path, self.state_dict(), {"model": "world_model", "made": self.facts(), **facts})
@@ -201,18 +221,33 @@ class WorldModel(nn.Module):
 
 
 class WorldModelLearner:
-    """What `icrl.training.loop.train` drives."""
+    """What `icrl.training.loop.train` drives.
+
+    Args:
+        config: of a fresh world model. data: is moved to `device`. batch: steps a batch.
+        loop: whose seed, `compile` and `autocast` are heeded.
+        facts: what, beside the world model's own, a run in the same folder must share to be continued.
+        device: where it is trained.
+    Raises:
+        ValueError: the batch is less than 1, or episodes are shorter than a window.
+    """
 
     def __init__(
-        self, config: WorldModelConfig, data: Trajectories, batch: int, loop: LoopConfig, facts: dict[str, Any]
+        self,
+        config: WorldModelConfig,
+        data: Trajectories,
+        batch: int,
+        loop: LoopConfig,
+        facts: dict[str, Any],
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`facts`: what, beside the world model's own, a run in the same folder must share to be continued."""
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
         data.check_length("window", config.window)
         torch.manual_seed(loop.seed)
-        self.model: WorldModel = WorldModel.of(config, data)
-        self.data, self.batch, self.facts = data, batch, facts
+        self.model: WorldModel = WorldModel.of(config, data).to(device)
+        self.data, self.batch, self.loop, self.facts = data.to(device), batch, loop, facts
+        self.objective = torch.compile(self.model.objective, dynamic=False) if loop.compile else self.model.objective
 
     def config(self) -> dict[str, Any]:
         return {"world_model": self.model.facts(), "batch": self.batch, **self.facts}
@@ -220,13 +255,20 @@ class WorldModelLearner:
     def hidden_matrices(self) -> list[nn.Parameter]:
         return []
 
+    def _draw(self, batch: int) -> WindowBatch:
+        return self.model.draw(self.data, torch.randint(len(self.data.states), (batch,), device="cpu"))
+
     def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, float]]]:
-        yield self.model.loss(self.data, torch.randint(len(self.data.states), (self.batch,)))
+        batch = self._draw(self.batch)
+        with autocast(self.loop, self.data.device):
+            loss, errors = self.objective(self.data, batch)
+        yield loss, numbers(errors)
 
     def evaluate(self) -> dict[str, float]:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(7)
-            _, errors = self.model.loss(self.data, torch.randint(len(self.data.states), (4096,)))
+        with torch.no_grad(), torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(7)
+            batch = self._draw(4096)
+            errors = numbers(self.model.objective(self.data, batch)[1])
         return {f"{name}_error": errors[name] for name in ("reward", "state")}
 
     def state_dict(self) -> dict[str, Any]:

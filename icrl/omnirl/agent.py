@@ -26,6 +26,9 @@ class Temperature(NamedTuple):
 class Agent:
     """Acts in a batch of tasks with one context each, learning from nothing but that context.
 
+    It lives on its model's device: actions come from there, and what it is given is brought there. A seed's draws are made
+    on the CPU and are the same for every device.
+
     Args:
         model: an OmniRL. batch: how many tasks. states: capacity for observations (at least the largest task's).
         prompt: which policy to imitate, by its tag: 0..3, the optimal one at `model.config.discounts[prompt]`; 4, the
@@ -48,33 +51,45 @@ class Agent:
         c = model.config
         if not 0 <= prompt < c.policies:
             raise ValueError(f"prompt: wanted a tag in 0..{c.policies - 1}, got {prompt}")
-        self.model: Callable[[Tokens, State], tuple[Output, State]] = model
+        self.device = model.device
+        self.run: Callable[[Tokens, State], tuple[Output, State]] = model.step
+        """What runs the model; it changes the state in place. Replace it by `torch.compile(model.step)` for a faster one."""
         self.prompt, self.temperature = prompt, temperature or Temperature()
-        self.num_actions = c.actions if num_actions is None else num_actions
-        largest = int(torch.as_tensor(self.num_actions).max())
-        least = int(torch.as_tensor(self.num_actions).min())
+        if isinstance(num_actions, Tensor):
+            least, largest = int(num_actions.min()), int(num_actions.max())
+            self.num_actions: Tensor | int = num_actions.to(self.device)
+        else:
+            self.num_actions = least = largest = c.actions if num_actions is None else num_actions
         if least < 1 or largest > c.actions:
             raise ValueError(f"num_actions: wanted 1 to {c.actions}, the model's, got {least} to {largest}")
         self.generator = torch.Generator().manual_seed(seed)
         self.state = model.initial_state(batch, states)
-        zeros = torch.zeros(batch, dtype=torch.int64)
+        zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.step = 0
         self._observation = zeros
-        self._previous = (zeros, zeros + c.actions, torch.zeros(batch), zeros + START, zeros + UNKNOWN)
+        self._previous = (zeros, zeros + c.actions, zeros.float(), zeros + START, zeros + UNKNOWN)
 
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
-        """Observations `[batch]` int64 -> actions of the tasks `[batch]`."""
+        """Observations `[batch]` int64, on any device -> actions of the tasks `[batch]` int64, on the model's."""
+        observation = observation.to(self.device)
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
-        output, self.state = self.model(tokens, self.state)
+        output, self.state = self.run(tokens, self.state)
         logits = output.readouts[-1].logits[:, 0, :, self.prompt]
-        noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=self.generator).clamp_(1e-9, 1 - 1e-7)))
+        uniform = torch.rand(logits.shape, generator=self.generator, device="cpu").clamp_(1e-9, 1 - 1e-7)
+        noise = -torch.log(-torch.log(uniform)).to(self.device)
         self._observation = observation
         self._action = (logits / self.temperature.at(self.step) + noise).argmax(-1)
         self.step += 1
         return self._action % self.num_actions
 
     def observe(self, reward: Tensor, done: Tensor, tag: int = UNKNOWN) -> None:
-        """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated)."""
+        """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated), on any device."""
         tags = torch.full_like(self._action, tag)
-        self._previous = (self._observation, self._action, reward.float(), done.long(), tags)
+        self._previous = (
+            self._observation,
+            self._action,
+            reward.to(self.device, torch.float32),
+            done.to(self.device, torch.int64),
+            tags,
+        )

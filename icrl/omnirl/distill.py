@@ -130,10 +130,10 @@ class Records(NamedTuple):
 def sample_tasks(
     config: DPDConfig, n: int, seed: int, *, kind: str | None = None, num_states: int | None = None
 ) -> TabularTasks:
-    """n new tasks of the configured kinds and sizes, or all of one kind, of one size."""
+    """n new tasks of the configured kinds and sizes, or all of one kind, of one size; on the CPU."""
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
     mixture = {kind: 1.0} if kind else dict(config.tasks)
-    weights = torch.tensor(list(mixture.values()), dtype=torch.float64)
+    weights = torch.tensor(list(mixture.values()), dtype=torch.float64, device="cpu")
     counts = torch.multinomial(weights, n, replacement=True, generator=generator).bincount(minlength=len(weights))
     sizes = num_states or (config.least_states, config.states)
     parts = []
@@ -170,8 +170,9 @@ class Simulated(NamedTuple):
 def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int, labels: bool = False) -> Simulated:
     """Act for `config.steps` steps in each task, with optimal values to label what was visited.
 
-    With `labels`, `run.labels` [N,T,G] are the optimal actions at each discount. ValueError for tasks of several tokens
-    a step: a record has one observation and one action.
+    All of it runs where the tasks are; what is drawn is drawn on the CPU. With `labels`, `run.labels` [N,T,G] are the
+    optimal actions at each discount. ValueError for tasks of several tokens a step: a record has one observation and one
+    action.
     """
     if tasks.observation_tokens > 1 or tasks.action_tokens > 1:
         raise ValueError(
@@ -179,7 +180,8 @@ def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int, labels: bool 
             f"{tasks.action_tokens} tokens"
         )
     N, _, A = tasks.noise_action.shape
-    own_action = torch.arange(A) < tasks.num_actions[:, None]
+    device = tasks.noise_action.device
+    own_action = torch.arange(A, device=device) < tasks.num_actions[:, None]
     q = tasks.solve(config.discounts).q.float().masked_fill(~own_action[:, None, None], -torch.inf)
     best = q.argmax(3)
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
@@ -189,9 +191,10 @@ def simulate(config: DPDConfig, tasks: TabularTasks, *, seed: int, labels: bool 
         seed=hash_seed(seed, 1),
         policies=best,
         references=best if labels else None,
-        behaviours=draw_behaviours(config, N, generator),
+        behaviours=Behaviours(*(x.to(device) for x in draw_behaviours(config, N, generator))),
     )
-    observation = tasks.emit(run.state, seed=hash_seed(seed, 3), step=torch.arange(config.steps))[..., 0]
+    steps = torch.arange(config.steps, device=device)
+    observation = tasks.emit(run.state, seed=hash_seed(seed, 3), step=steps)[..., 0]
     return Simulated(run, observation, _tags(config, run.behaviour, run.done, generator), q)
 
 
@@ -207,7 +210,9 @@ def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Record
         reward=run.reward,
         done=run.done.long(),
         tag=tag,
-        q=rows.index_select(0, (state + torch.arange(N)[:, None] * S).flatten()).view(*state.shape, G, A),
+        q=rows.index_select(0, (state + torch.arange(N, device=q.device)[:, None] * S).flatten()).view(
+            *state.shape, G, A
+        ),
     )
 
 
@@ -215,11 +220,12 @@ def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[
     """Whom to imitate at each step: (prompt, the reference's tag, and label, its greedy action), both [B,T] int64."""
     R, T = records.action.shape
     generator = torch.Generator().manual_seed(hash_seed(seed, 2))
-    drawn = torch.multinomial(torch.tensor(config.references), R * T, replacement=True, generator=generator).view(R, T)
-    resamples = torch.rand(R, 1, generator=generator) < config.reference_resample_records
-    changes = resamples & (torch.rand(R, T, generator=generator) < config.reference_resample)
-    since = torch.where(changes, torch.arange(T), 0).cummax(1).values
-    prompt = drawn.gather(1, since)
+    weights = torch.tensor(config.references, dtype=torch.float32, device="cpu")
+    drawn = torch.multinomial(weights, R * T, replacement=True, generator=generator).view(R, T)
+    resamples = torch.rand(R, 1, generator=generator, device="cpu") < config.reference_resample_records
+    changes = resamples & (torch.rand(R, T, generator=generator, device="cpu") < config.reference_resample)
+    since = torch.where(changes, torch.arange(T, device="cpu"), 0).cummax(1).values
+    prompt = drawn.gather(1, since).to(records.q.device)
     return prompt, records.q.argmax(3).gather(2, prompt[..., None])[..., 0]
 
 
@@ -264,22 +270,22 @@ def batch_tasks(
 
 
 def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Generator) -> Behaviours:
-    """Each record's mixture of behaviours, their noise and the learners' settings."""
+    """Each record's mixture of behaviours, their noise and the learners' settings; drawn on the CPU, where they lie."""
     R, G, T = num_records, len(config.discounts), config.steps
     parsed = [_parse(name, G) for name in config.behaviours]
-    weights = torch.tensor(list(config.behaviours.values()))
+    weights = torch.tensor(list(config.behaviours.values()), dtype=torch.float32, device="cpu")
     kind = torch.multinomial(weights, R, replacement=True, generator=generator)
-    first, noisy, last = (torch.tensor([p[i] for p in parsed]) for i in range(3))
+    first, noisy, last = (torch.tensor([p[i] for p in parsed], device="cpu") for i in range(3))
     M = G + len(BUILTIN)
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(R, generator=generator) * (high - low) + low
+        return torch.rand(R, generator=generator, device="cpu") * (high - low) + low
 
     def exponential(mean: float) -> Tensor:
-        return torch.empty(R).exponential_(1 / mean, generator=generator)
+        return torch.empty(R, device="cpu").exponential_(1 / mean, generator=generator)
 
     # with `->` the successor for good; else any behaviour of the mixture
-    everyone = torch.zeros(M).index_add_(0, first, weights)
+    everyone = torch.zeros(M, device="cpu").index_add_(0, first, weights)
     hands_over = last[kind] >= 0
     later = torch.where(hands_over[:, None], torch.nn.functional.one_hot(last[kind].clamp_min(0), M).float(), everyone)
     resamples = (uniform(0, 1) < config.behaviour_resample_records) | hands_over
@@ -315,8 +321,11 @@ def _parse(behaviour: str, num_policies: int) -> tuple[int, bool, int]:
 
 def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.Generator) -> Tensor:
     R, T = behaviour.shape
-    tags = torch.tensor([*range(len(config.discounts)), *(BUILTIN_TAGS[name] for name in BUILTIN)])[behaviour.long()]
-    episode = torch.cat([torch.zeros(R, 1, dtype=torch.long), (done != 0).long().cumsum(1)[:, :-1]], 1)
-    masked = (torch.rand(R, T, generator=generator) < config.mask_episode).gather(1, episode)
-    masked |= torch.rand(R, 1, generator=generator) < config.mask_record
+    device = behaviour.device
+    known = [*range(len(config.discounts)), *(BUILTIN_TAGS[name] for name in BUILTIN)]
+    tags = torch.tensor(known, device=device)[behaviour.long()]
+    episode = torch.nn.functional.pad((done != 0).long().cumsum(1)[:, :-1], (1, 0))
+    by_episode = torch.rand(R, T, generator=generator, device="cpu") < config.mask_episode
+    masked = by_episode.to(device).gather(1, episode)
+    masked |= (torch.rand(R, 1, generator=generator, device="cpu") < config.mask_record).to(device)
     return tags.masked_fill(masked, TAG_UNKNOWN)

@@ -50,14 +50,14 @@ SETTINGS = {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.2, "model_discou
 
 def greedy(q: Tensor, num_actions: Tensor) -> Tensor:
     """`[N,...,S,A]` values -> one-hot policies over each task's own actions, float32; ties go to the lowest index."""
-    own = torch.arange(q.shape[-1]) < num_actions.view(-1, *[1] * (q.dim() - 1))
+    own = torch.arange(q.shape[-1], device=q.device) < num_actions.view(-1, *[1] * (q.dim() - 1))
     best = q.masked_fill(~own, -math.inf).argmax(-1)
     return torch.nn.functional.one_hot(best, q.shape[-1]).float()
 
 
 @dataclass
 class Context:
-    """What happened in `[N,T]` steps of one context a task."""
+    """What happened in `[N,T]` steps of one context a task, where the tasks are."""
 
     reward: Tensor  # float32
     done: Tensor  # 0 no, 1 terminated, 2 truncated
@@ -83,7 +83,7 @@ class Curve:
 
 
 def run_baseline(tasks: TabularTasks, name: str, steps: int, seed: int, tables: RolloutTables | None = None) -> Context:
-    """One of `BASELINES` in every task, its learning (if any) starting from nothing."""
+    """One of `BASELINES` in every task, its learning (if any) starting from nothing; it runs where the tasks are."""
     tables = tables or tasks.tables()
     policies = None
     if name.startswith("oracle"):
@@ -97,7 +97,7 @@ def run_baseline(tasks: TabularTasks, name: str, steps: int, seed: int, tables: 
 def best_reward_q(tasks: TabularTasks) -> Tensor:
     """`[N,S,A]` values, at discount .999, of the task that starts anew at each end: its policy earns most per step."""
     parts = [_best_reward_q(tasks[block]) for block in dense_blocks(*tasks.shape)]
-    return torch.cat(parts) if parts else torch.zeros(tasks.shape, dtype=torch.float64)
+    return torch.cat(parts) if parts else torch.zeros(tasks.shape, dtype=torch.float64, device=tasks.device)
 
 
 def _best_reward_q(tasks: TabularTasks) -> Tensor:
@@ -110,7 +110,7 @@ def _best_reward_q(tasks: TabularTasks) -> Tensor:
 
 
 def references(tasks: TabularTasks, steps: int = 20_000, seed: int = 2**33 + 1) -> Reference:
-    """What random and the oracles earn, by rollouts whose seed no evaluation uses."""
+    """What random and the oracles earn, by rollouts whose seed no evaluation uses; they run where the tasks are."""
     tables = tasks.tables()
     runs = {name: run_baseline(tasks, name, steps, seed, tables) for name in ("random", "oracle", "oracle, episode")}
     return Reference(
@@ -125,7 +125,7 @@ def episode_means(context: Context, begin: int, end: int) -> Tensor:
     """`[N]` mean return of the episodes that end in steps begin..end-1; NaN where none does."""
     total = torch.nn.functional.pad(context.reward.double().cumsum(1), (1, 0))
     ends = context.done != 0
-    means = torch.full((len(ends),), math.nan, dtype=torch.float64)
+    means = torch.full((len(ends),), math.nan, dtype=torch.float64, device=ends.device)
     for n in range(len(ends)):
         at = ends[n].nonzero()[:, 0] + 1
         inside = at[(at > begin) & (at <= end)]
@@ -165,12 +165,14 @@ def interquartile_mean_ci(scores: Tensor, resamples: int = 2000) -> tuple[float,
     n = len(scores)
     if n < 4:
         return mean_ci(scores)
-    chosen = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
+    chosen = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0), device="cpu").to(
+        scores.device
+    )
 
     def middle(x: Tensor) -> Tensor:
         return x.sort(-1).values[..., n // 4 : n - n // 4].mean(-1)
 
-    spread = middle(scores[chosen]).quantile(torch.tensor([0.025, 0.975], dtype=scores.dtype))
+    spread = middle(scores[chosen]).quantile(torch.tensor([0.025, 0.975], dtype=scores.dtype, device=scores.device))
     return float(middle(scores)), float((spread[1] - spread[0]) / 2)
 
 
@@ -200,7 +202,15 @@ def run_agent(
     progress: str | None = None,
     record: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Context:
-    """The model in every task, one context each, from nothing. `record` is given (state, observation, action, reward, done) a step."""
+    """The model in every task, one context each, from nothing.
+
+    The model acts on its device, and the tasks run where they are: observations and actions go there and back.
+
+    Args:
+        record: is given (state, observation, action, reward, done) a step, `[N]` each, where the tasks are.
+    Returns:
+        rewards and ends `[N,steps]`, where the tasks are.
+    """
     if tasks.multi_token:
         raise ValueError(
             f"tasks: the model reads one token and takes one action a step, got {tasks.observation_tokens} and "
@@ -217,11 +227,13 @@ def run_agent(
         num_actions=tasks.num_actions,
     )
     simulator = rollout_start(tables, seed=seed)
-    rewards, dones = torch.zeros(len(tasks), steps), torch.zeros(len(tasks), steps, dtype=torch.uint8)
+    shape, device = (len(tasks), steps), tasks.device
+    rewards = torch.zeros(shape, dtype=torch.float32, device=device)
+    dones = torch.zeros(shape, dtype=torch.uint8, device=device)
     for t in tqdm(range(steps), desc=progress, unit="step", disable=progress is None):
         state = simulator.state.clone()
         observation = tasks.emit(state, seed=seed, step=t)[:, 0]
-        action = agent.act(observation)
+        action = agent.act(observation).to(device)
         reward, done, _ = rollout_step(tables, simulator, action)
         agent.observe(reward, done)
         rewards[:, t], dones[:, t] = reward, done

@@ -25,6 +25,7 @@ do under uncertainty. The prompt tag chooses the one that acts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -97,7 +98,7 @@ class Rewards(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that the model keeps of its context; float32, constant in size."""
+    """All that the model keeps of its context; float32 (under autocast too), constant in size, on the model's device."""
 
     transition: Tensor  # [B,A,S,3+TAGS+S]
     values: list[Tensor]  # each [B,1,S,1+value_width+G]
@@ -110,6 +111,9 @@ class State(NamedTuple):
     def detach(self) -> State:
         rest = (self.reward_sum, self.reward_deviation, self.reward_square, self.reward_max, self.count)
         return State(self.transition.detach(), [x.detach() for x in self.values], *(x.detach() for x in rest))
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]  # q, k, v, g, state
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -182,12 +186,17 @@ class OmniRL(nn.Module):
         self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.write_rate.device
+
     def initial_state(self, batch: int, states: int) -> State:
-        """An empty context for `batch` sequences of tasks with up to `states` observations."""
-        c, device = self.config, self.write_rate.device
+        """An empty context for `batch` sequences of tasks with up to `states` observations, on the model's device."""
+        c = self.config
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
         values = [zeros(batch, 1, states, 1 + c.value_width + c.policies) for _ in range(c.layers)]
         memory = zeros(batch, c.actions, states, 3 + TAGS + states)
@@ -196,18 +205,38 @@ class OmniRL(nn.Module):
     def forward(self, tokens: Tokens, state: State) -> tuple[Output, State]:
         """Tokens `[B,T]` after the context in `state` -> readouts `[B,T,...]` and the state after them.
 
-        With T=1 and gradients off, the state's tensors are updated in place and returned.
+        `state` is left as it is; `step` changes it. All tensors are on the model's device. Under torch.autocast the layers
+        compute in its dtype; memories and rewards' statistics stay float32.
         """
+        return self._run(tokens, state, self._attend)
+
+    @torch.no_grad()
+    def step(self, tokens: Tokens, state: State) -> tuple[Output, State]:
+        """One token `[B,1]` after the context in `state`, which is CHANGED IN PLACE and returned; no gradient.
+
+        What `forward` gives for one token, without a second copy of the memories.
+
+        Raises:
+            ValueError: more than one token, or none.
+        """
+        if tokens.observation.shape[1] != 1:
+            raise ValueError(f"tokens: wanted one a sequence, [B,1], got {list(tokens.observation.shape)}")
+        output, new = self._run(tokens, state, self._attend_in_place)
+        for old, now in zip(state[2:], new[2:], strict=True):  # the rewards' statistics; memories are changed already
+            old.copy_(now)
+        return output, state
+
+    def _run(self, tokens: Tokens, state: State, attend: Attend) -> tuple[Output, State]:
         c = self.config
         states = state.transition.shape[2]
         here = F.one_hot(tokens.observation, states).float()
         rewards, statistics = self._reward_statistics(tokens.previous_reward, state)
         mean, scale = rewards.mean, rewards.scale
-        seen, new_transition = self._read_transitions(tokens, here, state.transition)
+        seen, new_transition = self._read_transitions(tokens, here, state.transition, attend)
         z, x, next_state, mean_reward, known, mass = self._features(tokens, here, seen, rewards)
         gain = mean_reward[..., None] + self.bonus * rewards.rms[..., None, None] * known
         z, x = self.blocks[0](z, x)
-        readouts = [self._readout(0, z, x, torch.zeros(()))]
+        readouts = [self._readout(0, z, x, z.new_zeros(()))]
         new_values = []
         units = (mean[..., None, None], scale[..., None, None])
         for i in range(c.layers):
@@ -215,7 +244,7 @@ class OmniRL(nn.Module):
             value = torch.cat([torch.ones_like(best[..., :1]), self.write[i](_normed(x)), best], -1)[:, :, None]
             rate = torch.sigmoid(self.write_rate[i]).clamp(max=0.8)
             key = here[:, :, None]
-            read, new = self._attend(next_state, key * rate, value, key * torch.log1p(-rate), state.values[i])
+            read, new = attend(next_state, key * rate, value, key * torch.log1p(-rate), state.values[i])
             new_values.append(new)
             weight = read[..., :1]
             average = read[..., 1:] / (weight + 1e-2)
@@ -229,13 +258,19 @@ class OmniRL(nn.Module):
         output = Output(readouts, mean, scale)
         return output, State(new_transition, new_values, *statistics)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-        if q.shape[1] == 1 and not torch.is_grad_enabled():
-            o = gla_step(q[:, 0], k[:, 0], v[:, 0], None if g is None else g[:, 0], state, scale=1.0)
-            return o[:, None], state
-        o, new = gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+    # What a memory is asked, in float32 whatever autocast made of it: counts beyond 256 are no bfloat16 numbers.
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        gate = None if g is None else g.float()
+        o, new = gla(q.float(), k.float(), v.float(), gate, scale=1.0, initial_state=state, output_final_state=True)
         assert new is not None
         return o, new
+
+    @staticmethod
+    def _attend_in_place(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        gate = None if g is None else g[:, 0].float()
+        return gla_step(q[:, 0].float(), k[:, 0].float(), v[:, 0].float(), gate, state, scale=1.0)[:, None], state
 
     def _reward_statistics(self, reward: Tensor, state: State) -> tuple[Rewards, tuple[Tensor, ...]]:
         """What is known of the rewards' scale at each token, and the state that continues it."""
@@ -254,7 +289,7 @@ class OmniRL(nn.Module):
         found = Rewards(mean, deviation / n + 1e-2, (square / n).sqrt(), most, count)
         return found, (total[:, -1], deviation[:, -1], square[:, -1], most[:, -1], count[:, -1] + 1)
 
-    def _read_transitions(self, t: Tokens, here: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_transitions(self, t: Tokens, here: Tensor, memory: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         A, done = self.config.actions, t.previous_done
         head = (
             F.one_hot(t.previous_action, A + 1)[..., :A] * (done != START)[..., None]
@@ -271,7 +306,7 @@ class OmniRL(nn.Module):
             -1,
         )
         query = here[:, :, None].expand(-1, -1, A, -1)
-        return self._attend(query, key, value[:, :, None].expand(-1, -1, A, -1), None, memory)
+        return attend(query, key, value[:, :, None].expand(-1, -1, A, -1), None, memory)
 
     def _features(self, t: Tokens, here: Tensor, seen: Tensor, rewards: Rewards) -> tuple[Tensor, ...]:
         """What the transition memory knows of each action here.
@@ -310,8 +345,8 @@ class OmniRL(nn.Module):
         checkpoint.save(path, self.state_dict(), {"model": "omnirl", "config": asdict(self.config), **facts})
 
     @classmethod
-    def load(cls, path: Path | str) -> OmniRL:
-        """A model from a checkpoint written by `save`. Raises ValueError where the file is not one."""
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> OmniRL:
+        """A model from a checkpoint written by `save`, on a device. Raises ValueError where the file is not one."""
         tensors, facts = checkpoint.load(path)
         if facts.get("model") != "omnirl":
             raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
@@ -323,7 +358,7 @@ class OmniRL(nn.Module):
             raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(f"checkpoint: {path} holds weights that are not finite")
-        return model.eval()
+        return model.to(device).eval()
 
 
 def shipped() -> Path:

@@ -143,6 +143,13 @@ class RecordStream(Stream[Records]):
     def _maker(self) -> Callable[[int], Records]:
         return partial(_read, self.reader, self.seed, self.order)
 
+    def position_after(self, batches: int, processes: int) -> int:
+        """The number of the next batch where `processes` processes have read `batches` each: no row of theirs comes again
+        in their epoch. A batch that they had read in part is left out."""
+        batch, world, rows = self.order["batch"], self.order["world"], len(self.reader)
+        epoch, step = divmod(batches, max(1, rows // (batch * processes)))
+        return epoch * (rows // (batch * world)) + min(-(-step * processes // world), rows // (batch * world))
+
     def check(self, config: DPDConfig) -> None:
         """ValueError where the data set's records are not what a learner of `config` takes; what differs is named."""
         there = self.reader.dataset.config
@@ -163,5 +170,5 @@ def _read(reader: ShardReader, seed: int, order: dict[str, Any], index: int) -> 
         reward=found["reward"],
         done=found["done"].long(),
         tag=found["tag"].long(),
-        q=value[torch.arange(len(rows))[:, None], observation],
+        q=value[torch.arange(len(rows), device=value.device)[:, None], observation],
     )

@@ -23,8 +23,8 @@ from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, Tokens
 from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
-from icrl.training.config import LoopConfig
-from icrl.training.loop import rank, world_size
+from icrl.training.config import LoopConfig, changes, configured
+from icrl.training.process import autocast, parallel, rank, resolve, world_size
 from icrl_kernels import model_based_q
 
 
@@ -53,8 +53,6 @@ class OmniRLTraining:
     evaluation_steps: int = 1000
     records: str = ""
     """Folder of records (`icrl distill`) to train from; empty: made on the fly."""
-    seed: int = 0
-    """Of the data and of the model's initial weights."""
 
     def __post_init__(self) -> None:
         if len(self.policy_weights) != self.model.policies:
@@ -94,70 +92,122 @@ class Targets(NamedTuple):
 
 
 def targets_of(records: Records, config: OmniRLTraining) -> Targets:
-    """The references' labels: optimal at each discount, and the model-based learner that watched the same history."""
+    """The references' labels: optimal at each discount, and the model-based learner that watched the same history.
+
+    They lie where the records do; the model-based learner runs on the CPU.
+    """
     c = config.model
     explorer = model_based_q(
-        records.observation,
-        records.action,
-        records.reward,
-        records.done,
+        records.observation.cpu(),
+        records.action.cpu(),
+        records.reward.cpu(),
+        records.done.cpu(),
         config.data.states,
         c.actions,
         bonus=config.explorer_bonus,
         discount=c.explorer_discount,
-    )
+    ).to(records.q.device)
     q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
     best = q.amax(2, keepdim=True)
     ties = (q >= best - 1e-6 * (1 + best.abs())).float()
-    discounts = torch.tensor(c.policy_discounts)
+    discounts = torch.tensor(c.policy_discounts, dtype=torch.float32, device=q.device)
     return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
 
 
-def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[Tensor, dict[str, float]]:
-    """Loss of a segment and what to log."""
+def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a segment, a float32 scalar, and scalars to log; all on the output's device."""
     value = (targets.value - output.reward_mean[..., None, None]) / output.reward_scale[..., None, None]
     value = value.clamp(-5, 5)
-    weights = torch.tensor(config.policy_weights)
-    total = torch.zeros(())
-    metrics: dict[str, float] = {}
+    weights = torch.tensor(config.policy_weights, dtype=torch.float32, device=value.device)
+    total = torch.zeros((), dtype=torch.float32, device=value.device)
+    metrics: dict[str, Tensor] = {}
     for i, readout in enumerate(output.readouts):
         last = i == len(output.readouts) - 1
-        entropy = -(targets.policy * F.log_softmax(readout.logits, 2)).sum(2).mean((0, 1))
-        q_loss = F.smooth_l1_loss(readout.q, value)
+        entropy = -(targets.policy * F.log_softmax(readout.logits.float(), 2)).sum(2).mean((0, 1))
+        q_loss = F.smooth_l1_loss(readout.q.float(), value)
         total = total + (1.0 if last else config.auxiliary_weight) * (
             (entropy * weights).sum() + config.q_weight * q_loss
         )
         if last:
             names = [*(f"policy_{g:g}" for g in config.model.discounts), "explorer"]
-            metrics = {name: float(e) for name, e in zip(names, entropy.detach(), strict=True)}
-            metrics["q"] = float(q_loss.detach())
-    return total, {"loss": float(total.detach()), **metrics}
+            metrics = dict(zip(names, entropy.detach(), strict=True))
+            metrics["q"] = q_loss.detach()
+    return total, {"loss": total.detach(), **metrics}
 
 
-def _stream(config: OmniRLTraining) -> Stream[Records]:
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's record as it is written today: the seed once stood in "training", and counted there."""
+    training = dict(config.get("training", {}))
+    if "seed" not in training:
+        return config
+    seed = training.pop("seed")
+    return {**config, "training": training, "loop": {**config.get("loop", {}), "seed": seed}}
+
+
+def read_config(given: dict[str, Any]) -> tuple[OmniRLTraining, LoopConfig]:
+    """The configuration in a JSON object {"training": {...}, "loop": {...}} over the defaults; a run's record is one.
+
+    Raises:
+        ValueError: naming a key or value that is not one, or `training.seed` where no run wrote it.
+    """
+    if unknown := set(given) - {"training", "loop", "world_size", "init"}:
+        raise ValueError(f"config: there is no {', '.join(sorted(unknown))}; wanted training, loop")
+    if "world_size" in given:  # only runs write that
+        given = upgraded(given)
+    training = given.get("training", {})
+    if isinstance(training, dict) and "seed" in training:
+        raise ValueError(f"config: training.seed: the seed is loop.seed; got {training['seed']!r} here")
+    return configured(OmniRLTraining, training, "training"), configured(LoopConfig, given.get("loop", {}), "loop")
+
+
+def _stream(config: OmniRLTraining, seed: int) -> Stream[Records]:
     """This process's batches, from disk or made on the fly."""
     if not config.records:
-        return DPDStream(config.data, seed=config.seed * world_size() + rank())
-    stream = RecordStream(config.records, config.data.batch, config.seed, rank=rank(), world=world_size())
+        return DPDStream(config.data, seed=seed * world_size() + rank())
+    stream = RecordStream(config.records, config.data.batch, seed, rank=rank(), world=world_size())
     stream.check(config.data)
     return stream
 
 
 class OmniRLLearner:
-    """What `icrl.training.loop.train` drives."""
+    """What `icrl.training.loop.train` drives.
 
-    def __init__(self, config: OmniRLTraining, loop: LoopConfig) -> None:
-        torch.manual_seed(config.seed)
-        self.training = config
+    Records are made and labelled on the CPU; the model, its tokens and its targets live on the loop's device.
+
+    Args:
+        init: a model's file to begin from, instead of from random weights; its configuration must be `config.model`.
+    Raises:
+        ValueError: the device is not to be had, `init` is no such file, or the records are not what the model takes.
+    """
+
+    def __init__(self, config: OmniRLTraining, loop: LoopConfig, init: Path | None = None) -> None:
+        torch.manual_seed(loop.seed)
+        self.training, self.loop, self.init = config, loop, init
+        self.device = resolve(loop.device)
         self.model: OmniRL = OmniRL(config.model)
-        self.forward = torch.compile(self.model, dynamic=False) if loop.compile else self.model
-        self.stream = _stream(config)
+        if init is not None:
+            self._begin_from(init)
+        self.model.to(self.device)
+        if loop.compile:
+            self.model.compile(dynamic=False)
+        self.forward = parallel(self.model)
+        self.stream = _stream(config, loop.seed)
         self.own: Records | None = None
         self.collections = 0
         self._judge: Any = None
 
+    def _begin_from(self, init: Path) -> None:
+        given = OmniRL.load(init)
+        if found := changes(asdict(given.config), asdict(self.training.model), "training.model"):
+            what = ", ".join(f"{name}: {there!r} in {init}, {here!r} given" for name, there, here in found)
+            raise ValueError(f"init: {what}")
+        self.model.load_state_dict(given.state_dict())
+
     def config(self) -> dict[str, Any]:
-        return {"training": asdict(self.training)}
+        return {"training": asdict(self.training), **({"init": str(self.init)} if self.init else {})}
+
+    def upgraded(self, config: dict[str, Any]) -> dict[str, Any]:
+        return upgraded(config)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return [
@@ -166,7 +216,11 @@ class OmniRLLearner:
             if p.ndim == 2 and name.startswith(("blocks.", "write.", "read.")) and "score" not in name
         ]
 
-    def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, float]]]:
+    def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+        return self.segments(*self._batch(update))
+
+    def _batch(self, update: int) -> tuple[Tokens, Targets]:
+        """The tokens and targets of an update, on the model's device."""
         c = self.training
         records = next(self.stream)
         if c.dagger and update >= c.dagger_from:
@@ -174,25 +228,33 @@ class OmniRLLearner:
                 self._collect()
             assert self.own is not None
             n = int(c.dagger * len(records.observation))
-            chosen = torch.randperm(len(self.own.observation))[:n]
+            chosen = torch.randperm(len(self.own.observation), device="cpu")[:n]
             records = Records(*(torch.cat([a[n:], b[chosen]]) for a, b in zip(records, self.own, strict=True)))
-        tokens, targets = tokens_of(records), targets_of(records, c)
-        B, T = records.observation.shape
+        tokens = Tokens(*(x.to(self.device) for x in tokens_of(records)))
+        return tokens, Targets(*(x.to(self.device) for x in targets_of(records, c)))
+
+    def segments(self, tokens: Tokens, targets: Targets) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+        """The loss of each segment of a batch and what to log, as `loss_of` gives them."""
+        c = self.training
+        B, T = tokens.observation.shape
         state = self.model.initial_state(B, c.data.states)
         for begin in range(0, T, c.segment):
             part = Tokens(*(x[:, begin : begin + c.segment] for x in tokens))
-            output, state = self.forward(part, state.detach())
+            with autocast(self.loop, self.device):
+                output, state = self.forward(part, state.detach())
             yield loss_of(output, Targets(*(x[:, begin : begin + c.segment] for x in targets)), c)
 
     def _collect(self) -> None:
         """Let the model act in fresh tasks, and label where it went."""
         c = self.training
-        seed = (1 + self.collections * world_size() + rank()) * 1_000_003 + c.seed + 2**40  # apart from the stream's
+        seed = (
+            (1 + self.collections * world_size() + rank()) * 1_000_003 + self.loop.seed + 2**40
+        )  # apart from the stream's
         tasks = sample_tasks(c.data, c.dagger_records, seed)
-        q = tasks.solve(torch.tensor(c.model.discounts)).q.float()
+        q = tasks.solve(torch.tensor(c.model.discounts, dtype=torch.float32, device=tasks.device)).q.float()
         end = (1.0, 0.5, 0.2)[self.collections % 3]  # of the temperature: from exploring to exploiting
         rows: list[tuple[Tensor, ...]] = []
-        everyone = torch.arange(len(tasks))
+        everyone = torch.arange(len(tasks), device=q.device)
 
         def record(state: Tensor, observation: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> None:
             rows.append((observation, action, reward, done.long(), q[everyone, :, state]))
@@ -237,5 +299,20 @@ class OmniRLLearner:
         self.own = None if state["own"] is None else Records(**state["own"])
         self.collections = state["collections"]
 
+    def redistribute(self, state: dict[str, Any], processes: int, own: bool) -> None:
+        """Go on from a state of a run of another number of processes.
+
+        No batch comes twice: streams made on the fly keep the position of the next batch, under the seeds of the new
+        processes; records on disk go on where all processes together had come to in the epoch. A process whose state is
+        not its own (`own`) lets the model act anew for records of its own.
+        """
+        before, here = state["stream"], self.stream
+        position = before["next_batch"]
+        if isinstance(here, RecordStream):
+            position = here.position_after(position, processes)
+        here.load_state_dict({"seed": here.seed, "next_batch": position})
+        self.own = None if state["own"] is None or not own else Records(**state["own"])
+        self.collections = -(-state["collections"] * processes // world_size())  # numbers that no process has used
+
     def save_model(self, path: Path, **facts: Any) -> None:
-        self.model.save(path, training=asdict(self.training), **facts)
+        self.model.save(path, training=asdict(self.training), seed=self.loop.seed, **facts)

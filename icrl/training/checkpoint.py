@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from icrl.files import checksum, open_to_readers, replacing
 
 FORMAT = 2
 
@@ -20,15 +19,11 @@ def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     """Write atomically: a kill at any moment leaves the old file or the new one, never a part of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     flat = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}  # clone: no shared storage
-    save_file(flat, part, metadata={"format": str(FORMAT), "facts": json.dumps(facts), "crc32": str(checksum(flat))})
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    part.chmod(0o666 & ~umask)
-    os.replace(part, path)
+    metadata = {"format": str(FORMAT), "facts": json.dumps(facts), "crc32": str(checksum(flat))}
+    with replacing(path) as part:
+        save_file(flat, part, metadata=metadata)
+        open_to_readers(part)
 
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,14 +51,6 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json.loads(metadata["facts"])
     except ValueError as e:
         raise ValueError(f"checkpoint: {path} is damaged (its facts are not JSON: {e})") from e
-
-
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 of all bytes, by name."""
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
-    return value
 
 
 def flatten(prefix: str, value: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -22,10 +22,19 @@ def differences(found: Any, wanted: Any, name: str = "") -> str:
     return "" if found == wanted else f"{name}: {found!r}, wanted {wanted!r}"
 
 
+def changes(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, old value, new value) of each place where two JSON objects differ; None where one has no such key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [c for k in keys for c in changes(old.get(k), new.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if old == new else [(name, old, new)]
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     updates: int = 1500
-    """Batches; one of several segments takes an optimiser step after each."""
+    """Batches; one of several segments takes an optimiser step after each. A run may go on to more than it was begun with:
+    from there on its rates are those of a run of the new total."""
     learning_rate: float = 3e-3
     """AdamW's, for all parameters that Muon does not take."""
     muon_learning_rate: float = 0.01
@@ -41,6 +50,11 @@ class LoopConfig:
     evaluate_every: int = 150
     log_every: int = 20
     seed: int = 0
+    """Of weights, batches and all else that is drawn."""
+    device: str = "auto"
+    """Where the model and its tensors live: a torch device, or "auto", which is CUDA where there is one, else the CPU."""
+    autocast: bool = False
+    """Compute in bfloat16 where torch's autocast does; weights and states stay float32."""
     threads: int = 0
     """Threads of this process; 0 leaves torch's choice."""
     compile: bool = False

@@ -1,57 +1,64 @@
 """The one training loop: schedules, optimisers, logs, checkpoints, exact resume. What is learned is a `Learner`'s business.
 
-A run lives in one folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/<update>/rank<i>.safetensors` (the
-newest two) and, at its end, `model.safetensors`. Starting the same command again continues it from its newest checkpoint.
-Several processes (`torchrun --nproc-per-node 2 -m icrl.cli train ...`) share one model by averaging gradients.
+A run lives in one folder: `config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`,
+`checkpoints/<update>/rank<i>.safetensors` (the newest two) and, at its end, `model.safetensors`.
+
+Starting the same command again continues it from its newest checkpoint, bit for bit, its log too. It may also go on
+
+- to more updates: the rates are from there on those of a run of the new total;
+- with another number of processes: see `Redistributed`; a process without a file of its own begins from rank 0's;
+- with another number of threads, on another device, compiled or not, with other versions: that is said and recorded.
+
+Any other setting is the run's; another value is refused. Several processes (`torchrun --nproc-per-node 2 -m icrl.cli train
+omnirl`) share one model: `process.parallel` averages their gradients, and the log has means over all of them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
+from icrl.training.process import rank, world_size
+from icrl.training.run import Run
 
 
 class Learner(Protocol):
-    """What the loop trains. One update's losses are `losses()`: segments of one batch, each backpropagated on its own."""
+    """What the loop trains. One update's losses are `losses()`: segments of one batch, each backpropagated on its own.
+
+    What it gives to log are floats or scalar tensors; tensors are read when a line is logged.
+    """
 
     @property
     def model(self) -> nn.Module: ...
 
     def config(self) -> dict[str, Any]: ...
     def hidden_matrices(self) -> list[nn.Parameter]: ...
-    def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, float]]]: ...
+    def losses(self, update: int) -> Iterable[tuple[Tensor, Mapping[str, float | Tensor]]]: ...
     def evaluate(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def save_model(self, path: Path, **facts: Any) -> None: ...
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+@runtime_checkable
+class Redistributed(Protocol):
+    """A learner that trains in several processes: its `forward` is `process.parallel`'s, which averages gradients."""
 
+    forward: Any
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start_processes() -> None:
-    """Join the group that torchrun describes, if it does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    def redistribute(self, state: dict[str, Any], processes: int, own: bool) -> None:
+        """Go on from a state of a run of another number of `processes`: this process's `own`, or rank 0's."""
+        ...
 
 
 def rate(update: int, config: LoopConfig) -> float:
@@ -75,126 +82,89 @@ def optimizers(learner: Learner, config: LoopConfig) -> list[torch.optim.Optimiz
     return made
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """One all-reduce of all gradients, laid end to end."""
-    if world_size() == 1:
-        return
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    dist.all_reduce(flat)
-    for p, g in zip(parameters, flat.div_(world_size()).split([g.numel() for g in grads]), strict=True):
-        p.grad = g.view_as(p)
+def gradient(loss: Tensor, parameters: list[nn.Parameter], clip: float) -> Tensor:
+    """Backpropagate a loss and clip the gradient; its norm before that, a scalar on the parameters' device."""
+    loss.backward()
+    return nn.utils.clip_grad_norm_(parameters, clip)
 
 
-class Run:
-    """A training run's folder."""
+def take_step(optimizers: list[torch.optim.Optimizer]) -> None:
+    """A step of every optimiser; the gradient is gone afterwards."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self.folder, self.checkpoints = folder, folder / "checkpoints"
-        record = folder / "config.json"
-        config = json.loads(json.dumps(config, default=str))
-        if not record.exists() and folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
-        if record.exists() and self.newest() is not None:
-            try:
-                old = json.loads(record.read_text())
-            except ValueError as e:
-                raise ValueError(f"out: {record} is damaged ({e})") from e
-            changed = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
-            if changed:
-                raise ValueError(
-                    f"out: {folder} holds a run with another configuration ({', '.join(changed)} differ); choose another"
-                )
-        elif rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(config, indent=1) + "\n")
-        self._board: Any = None
 
-    def newest(self) -> Path | None:
-        found = self._whole()
-        return found[-1] if found else None
+class _Sums:
+    """Sums of what segments log, between two lines of the log; float64 on the device where the values are."""
 
-    def _whole(self) -> list[Path]:
-        """The finished checkpoints, oldest first; what a kill cut short ends in .part."""
-        return sorted(p for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit())
+    def __init__(self, values: dict[str, float]) -> None:
+        self.values: dict[str, float | Tensor] = dict(values)
 
-    def save(self, update: int, state: dict[str, Any]) -> None:
-        """Every rank writes its part; the folder takes its final name only when all are whole."""
-        part, final = self.checkpoints / f"{update:08d}.part", self.checkpoints / f"{update:08d}"
-        tensors: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {}
-        checkpoint.flatten("run", state, tensors, facts)
-        checkpoint.save(part / f"rank{rank()}.safetensors", tensors, facts)
+    def add(self, metrics: Mapping[str, float | Tensor]) -> None:
+        for name, value in metrics.items():
+            term = value.detach().double() if isinstance(value, Tensor) else value
+            self.values[name] = self.values.get(name, 0.0) + term
+
+    def floats(self) -> dict[str, float]:
+        """This process's sums, for a checkpoint."""
+        return {name: float(value) for name, value in self.values.items()}
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Means over segments and processes. Every process must ask for them at the same time."""
+        sums = self.floats()
         if world_size() > 1:
-            dist.barrier()
-        if rank() == 0:
-            part.replace(final)
-            for old in [*self._whole()[:-2], *self.checkpoints.glob("*.part")]:
-                shutil.rmtree(old)
-        if world_size() > 1:
-            dist.barrier()
+            names = sorted(sums)
+            total = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=device)
+            dist.all_reduce(total)
+            reduced = dict(zip(names, total.tolist(), strict=True))
+            sums = {name: reduced[name] for name in sums}
+        n = sums.pop("segments")
+        return {name: value / n for name, value in sums.items()}
 
-    def load(self) -> dict[str, Any] | None:
-        newest = self.newest()
-        if newest is None:
-            return None
-        try:
-            tensors, facts = checkpoint.load(newest / f"rank{rank()}.safetensors")
-        except ValueError as e:
-            raise ValueError(f"{e}; delete {newest} to go on from the checkpoint before it") from e
-        return checkpoint.unflatten("run", tensors, facts)
 
-    def forget_after(self, update: int) -> None:
-        """Drop logged rows that the run will log again."""
-        log = self.folder / "metrics.jsonl"
-        if rank() == 0 and log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["update"] <= update]
-            log.write_text("".join(line + "\n" for line in kept))
-
-    def log(self, update: int, metrics: dict[str, float]) -> None:
-        if rank():
-            return
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({"update": update, **metrics}) + "\n")
-        if self._board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self._board = False
-                print(
-                    "tensorboard is not installed (pip install 'icrl-kernels[train]'): logging to metrics.jsonl alone"
-                )
-            else:
-                self._board = SummaryWriter(str(self.folder / "tensorboard"))
-        if self._board:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, update)
+def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Bring the learner and the optimisers to the run's newest checkpoint; what else is in it, or nothing."""
+    found = run.load()
+    if found is None:
+        return {}
+    state, processes, own = found
+    run.forget_after(state["update"])
+    learner.model.load_state_dict(state["model"])
+    for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(s)
+    if processes == world_size():
+        learner.load_state_dict(state["learner"])
+    elif isinstance(learner, Redistributed):
+        learner.redistribute(state["learner"], processes, own)
+        state["sums"] = {}  # of the processes there were
+    else:
+        raise ValueError(f"world_size: {processes} in the run, {world_size()} given; this learner keeps to its own")
+    torch.set_rng_state(state["rng"])
+    return state
 
 
 def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
     """Train to `config.updates` updates, or on from where a run in `out` stopped; returns the model's file.
 
     Raises:
-        ValueError: `out` holds a run with another configuration, or a damaged checkpoint. FloatingPointError: the
-        gradient is not finite.
+        ValueError: `out` holds a run with another configuration, or a damaged checkpoint; or there are several processes
+            and the learner's `forward` does not average their gradients. FloatingPointError: the gradient is not finite.
     """
-    run = Run(out, {"loop": asdict(config), "world_size": world_size(), **learner.config()})
+    if world_size() > 1 and not isinstance(getattr(learner, "forward", None), DistributedDataParallel):
+        raise ValueError(f"torchrun: this learner trains in one process, got {world_size()}")
+    record = {"loop": asdict(config), "world_size": world_size(), **learner.config()}
+    run = Run(out, record, getattr(learner, "upgraded", dict))
     made = optimizers(learner, config)
     parameters = list(learner.model.parameters())
-    update, seconds = 0, 0.0
-    state = run.load()
-    if state is not None:
-        update, seconds = state["update"], state["seconds"]
-        run.forget_after(update)
-        learner.model.load_state_dict(state["model"])
-        for optimizer, s in zip(made, state["optimizers"], strict=True):
-            optimizer.load_state_dict(s)
-        learner.load_state_dict(state["learner"])
-        torch.set_rng_state(state["rng"])
-        if rank() == 0:
-            print(f"resuming {out} at update {update} of {config.updates}")
+    device = parameters[0].device
+    state = _go_on(run, learner, made)
+    update, seconds = state.get("update", 0), state.get("seconds", 0.0)
+    if state and rank() == 0:
+        print(f"resuming {out} at update {update} of {config.updates}")
+    run.begin(update, device)
 
-    sums: dict[str, float] = {}
+    sums = _Sums(state.get("sums", {}))
     clock = time.perf_counter()
     settings: dict[str, Any] = {"total": config.updates, "initial": update, "disable": rank() != 0}
     with tqdm(unit="update", smoothing=0.05, mininterval=1.0, **settings) as bar:  # closed before an error is printed
@@ -203,28 +173,22 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * rate(update, config)
             for loss, metrics in learner.losses(update):
-                loss.backward()
-                average_gradients(parameters)
-                norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+                norm = gradient(loss, parameters, config.clip)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(
                         f"the gradient is not finite at update {update}; the last checkpoint is {run.newest()}"
                     )
-                for optimizer in made:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                for name, value in {**metrics, "gradient_norm": float(norm), "segments": 1.0}.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                take_step(made)
+                sums.add({**metrics, "gradient_norm": norm, "segments": 1.0})
             update += 1
             bar.update()
             if update % config.log_every == 0 or update == config.updates:
                 now = time.perf_counter()
                 seconds, clock = seconds + now - clock, now
-                n = sums.pop("segments")
-                means = {name: value / n for name, value in sums.items()}
+                means = sums.means(device)
                 run.log(update, {**means, "seconds": seconds, "rate": rate(update - 1, config)})
                 bar.set_postfix({k: f"{v:.3f}" for k, v in list(means.items())[:3]})
-                sums = {}
+                sums = _Sums({})
             if update % config.evaluate_every == 0 or update == config.updates:
                 scores = learner.evaluate() if rank() == 0 else {}
                 run.log(update, scores)
@@ -238,6 +202,7 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
                     {
                         "update": update,
                         "seconds": seconds,
+                        "sums": sums.floats(),
                         "model": learner.model.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in made],
                         "learner": learner.state_dict(),

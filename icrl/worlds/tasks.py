@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icrl.training.checkpoint import checksum
+from icrl.files import checksum
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
@@ -473,11 +473,12 @@ class TabularTasks:
         """The simulator's form of these tasks, for `icrl_kernels.rollout` and `rollout_step`.
 
         Its steps are single actions: with several action tokens its horizon is max_steps·action_tokens, and
-        `icrl.worlds.pomdp.regroup` makes the environment's steps of them. They are made on the CPU and lie where the tasks do.
+        `icrl.worlds.pomdp.regroup` makes the environment's steps of them. They are made on the CPU and lie where the tasks
+        do.
         """
-        tasks = self.to("cpu")
-        given = {name: getattr(tasks, name) for name in LAYOUT if name != "state_mapping"}
-        return rollout_tables(**given | {"max_steps": tasks.max_steps * self.action_tokens}).to(self.device)
+        here = self.to("cpu")
+        given = {name: getattr(here, name) for name in LAYOUT if name != "state_mapping"}
+        return rollout_tables(**given | {"max_steps": here.max_steps * self.action_tokens}).to(self.device)
 
     # --- files --------------------------------------------------------------------------------------------------------
 

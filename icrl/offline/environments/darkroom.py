@@ -8,7 +8,7 @@ the decision-pretrained transformer's room (arXiv 2306.14892): 10 × 10, 100 ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from icrl.offline.environments.source import check_histories
+from icrl.offline.environments.source import DataSource, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import Rollout, constant_behaviours, rollout
@@ -90,9 +90,11 @@ def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100, start: str
 
 
 @dataclass(frozen=True)
-class DarkRoomData:
+class DarkRoomData(DataSource):
     """Which goals, and who gathered the training data in them."""
 
+    name: ClassVar[str] = "darkroom"
+    counts_goals: ClassVar[bool] = True
     size: int = 10
     horizon: int = 100
     start: str = "random"
@@ -123,6 +125,7 @@ class DarkRoomData:
             raise ValueError(f"quality: wanted one of {', '.join(QUALITIES)}, got {self.quality!r}")
         check_histories(self.episodes, self.history)
 
+    @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""
         order = torch.randperm(self.size**2, generator=torch.Generator().manual_seed(self.seed))
@@ -131,6 +134,7 @@ class DarkRoomData:
             cells = cells[cells.sum(1).argsort(stable=True)]
         return cells[: self.train_goals], cells[self.train_goals :]
 
+    @on_cpu
     def train_data(self) -> Trajectories:
         tasks = darkroom_tasks(self.goals()[0], self.size, self.horizon, self.start)
         best = tasks.solve(0.99).q.argmax(-1)
@@ -150,13 +154,15 @@ class DarkRoomData:
         )
         return trajectories("DarkRoom", out, self.size, self.horizon, best.repeat_interleave(each, 0), each)
 
+    @on_cpu
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         """One environment a goal of the "train" or "test" tasks."""
-        return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon, self.start)
+        return darkroom_environments(self.goals()[half(which)], self.size, self.horizon, self.start)
 
+    @on_cpu
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] what an optimal policy earns in an episode of each task, the start's distribution averaged over."""
-        return best_returns(self.goals()[0 if which == "train" else 1], self.size, self.horizon, self.start)
+        return best_returns(self.goals()[half(which)], self.size, self.horizon, self.start)
 
 
 def best_returns(goals: Tensor, size: int, horizon: int, start: str) -> Tensor:

@@ -16,6 +16,7 @@ import pickle
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl.extras import require
-from icrl.offline.environments.source import check_grades, check_histories
+from icrl.offline.environments.source import DataSource, check_grades, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trajectory_shards import TaskByTask
 
@@ -89,12 +90,11 @@ class MetaWorld(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 @dataclass(frozen=True)
-class MetaWorldData:
+class MetaWorldData(DataSource):
     """Which goals, and who gathered the training data: the scripted policy with noise. Use `ReachData` or `PushData`."""
 
-    name: ClassVar[str]
-    reference: ClassVar[str] = "scripted"
-    """Whose returns `best_returns` are."""
+    simulators: ClassVar[tuple[str, ...]] = ("mujoco", "gymnasium", "metaworld")
+    best_of: ClassVar[str] = "scripted"
     horizon: int = 100
     tasks: int = 50
     """A tenth of them, rounded down, to test with: 45 and 5."""
@@ -116,6 +116,7 @@ class MetaWorldData:
         check_grades(self.split, self.quality)
         check_histories(self.episodes, self.history)
 
+    @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,3] float64 each."""
         low, high = torch.tensor(GOALS[self.name], dtype=torch.float64)
@@ -127,9 +128,14 @@ class MetaWorldData:
         train = self.tasks - self.tasks // 10
         return goals[:train], goals[train:]
 
+    @on_cpu
     def train_data(self) -> Trajectories:
         gathered = self.task_by_task()
         return gathered.tasks_slice(0, gathered.num_tasks)
+
+    def collect(self, teacher: Path) -> tuple[TaskByTask, dict[str, Any]]:
+        """The data task by task, so that a kill costs one task's work; there is no teacher."""
+        return self.task_by_task(), {}
 
     def task_by_task(self) -> TaskByTask:
         """The training data, to be gathered some tasks at a time; a task's is the same whichever others are."""
@@ -139,6 +145,7 @@ class MetaWorldData:
     def _environment(self) -> str:
         return f"MetaWorld-{self.name}"
 
+    @on_cpu
     def _gather(self, first: int, count: int) -> Trajectories:
         tasks = range(first, first + count)
         bar = tqdm(tasks, desc=self.name, unit="task", delay=2.0, leave=False, disable=count == 1)
@@ -175,15 +182,17 @@ class MetaWorldData:
             history=self.history,
         )
 
+    @on_cpu
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         """One environment a goal of the "train" or "test" tasks, each with a simulator of its own (about 60 MB)."""
-        goals = self.goals()[0 if which == "train" else 1].tolist()
+        goals = self.goals()[half(which)].tolist()
         makers = [lambda g=tuple(g): MetaWorld(self.name, g, self.horizon) for g in goals]
         return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
+    @on_cpu
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] what the scripted policy earns in each task without noise: near what can be had, no bound on it."""
-        goals = self.goals()[0 if which == "train" else 1].tolist()
+        goals = self.goals()[half(which)].tolist()
         return torch.tensor([scripted_return(self.name, tuple(g), self.horizon) for g in goals])
 
 

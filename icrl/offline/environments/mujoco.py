@@ -18,7 +18,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from icrl.extras import require
-from icrl.offline.environments.source import check_grades
+from icrl.offline.environments.source import DataSource, check_grades, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 
 
@@ -154,8 +154,8 @@ class WalkerParam(MujocoTask):
 
 
 @dataclass(frozen=True)
-class MujocoData:
-    """Tasks of one environment, and a teacher that gathers data in them: see `icrl.worlds.teacher`.
+class MujocoData(DataSource):
+    """Tasks of one environment, and a teacher that gathers data in them: see `icrl.offline.environments.teacher`.
 
     Every tenth of `tasks` is a test task, or with `split: "far"` the last tenth, outside of what is trained in.
     """
@@ -176,8 +176,9 @@ class MujocoData:
     seed: int = 0
 
     environment: ClassVar[type[MujocoTask]]
-    reference: ClassVar[str] = "teacher"
-    """What the best known returns are those of."""
+    simulators: ClassVar[tuple[str, ...]] = ("mujoco", "gymnasium", "stable-baselines3")
+    has_teacher: ClassVar[bool] = True
+    best_of: ClassVar[str] = "teacher"
 
     def __post_init__(self) -> None:
         if self.horizon < 2 or self.tasks < 10:
@@ -198,6 +199,7 @@ class MujocoData:
         """Of the teacher's training: an episode of every training task each."""
         return -(-self.teacher_steps // (int((~self._test()).sum()) * self.horizon))
 
+    @on_cpu
     def _test(self) -> Tensor:
         """[tasks] which are test tasks."""
         index = torch.arange(self.tasks)
@@ -207,22 +209,26 @@ class MujocoData:
         """[tasks,D] of all tasks, in an order that ends with the far ones."""
         raise NotImplementedError
 
+    @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Parameters of training and test tasks, [.,D] each."""
         parameters, test = self._parameters(), self._test()
         return parameters[~test], parameters[test]
 
+    @on_cpu
     def make(self, which: str) -> list[MujocoTask]:
         """One environment a task, "train" or "test"."""
-        return [self.environment(task, self.horizon) for task in self.goals()[which != "train"].numpy()]
+        return [self.environment(task, self.horizon) for task in self.goals()[half(which)].numpy()]
 
+    @on_cpu
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         """One environment a task of the "train" or "test" tasks."""
-        makers = [lambda t=t: self.environment(t, self.horizon) for t in self.goals()[which != "train"].numpy()]
+        makers = [lambda t=t: self.environment(t, self.horizon) for t in self.goals()[half(which)].numpy()]
         return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
     def best_returns(self, which: str = "test") -> None:
-        """Nobody knows them. What the teacher reached is kept with the data that it gathered."""
+        """None: they are not known. What the teacher reached is kept with the data that it gathered."""
+        half(which)
 
     def train_data(self) -> Trajectories:
         """Raises ValueError: a teacher comes first, and it is trained by a command of its own."""
@@ -232,17 +238,19 @@ class MujocoData:
             f'{name}; then "records": "data/{name}" in the configuration'
         )
 
-    def gather(self, folder: Path) -> tuple[Trajectories, dict[str, Any]]:
-        """Train the teacher in `folder`, or go on there, and let it gather the data; these, and facts on the teacher."""
+    @on_cpu
+    def collect(self, teacher: Path) -> tuple[Trajectories, dict[str, Any]]:
+        """Train the teacher in its folder, or go on there, and let it gather the data; these, and facts on the teacher."""
         from icrl.offline.environments.teacher import gather
 
-        return gather(self, folder)
+        return gather(self, teacher)
 
 
 @dataclass(frozen=True)
 class CheetahVelData(MujocoData):
     """Velocities 3·i/tasks, i = 1..tasks: up to the published 3; far are the fastest."""
 
+    name: ClassVar[str] = CheetahVel.name
     environment = CheetahVel
 
     def _parameters(self) -> Tensor:
@@ -253,6 +261,7 @@ class CheetahVelData(MujocoData):
 class AntDirData(MujocoData):
     """Directions 2π·i/tasks, i = 0..tasks-1; far is the last tenth of the circle."""
 
+    name: ClassVar[str] = AntDir.name
     episodes: int = 10
     teacher_steps: int = 180_000
     environment = AntDir
@@ -265,6 +274,7 @@ class AntDirData(MujocoData):
 class WalkerParamData(MujocoData):
     """Exponents uniform in [-3, 3]; of far tasks, in [-4, -3] and [3, 4]."""
 
+    name: ClassVar[str] = WalkerParam.name
     episodes: int = 10
     teacher_steps: int = 180_000
     environment = WalkerParam

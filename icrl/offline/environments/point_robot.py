@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from icrl.offline.environments.source import check_grades, check_histories
+from icrl.offline.environments.source import DataSource, check_grades, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 
 
@@ -50,9 +50,10 @@ class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 @dataclass(frozen=True)
-class PointRobotData:
+class PointRobotData(DataSource):
     """Goals at evenly spaced angles, every tenth a test goal; data by a straight walk to the goal with noise."""
 
+    name: ClassVar[str] = "point-robot"
     horizon: int = 50
     reach: float = 0.1
     tasks: int = 50
@@ -75,6 +76,7 @@ class PointRobotData:
         check_grades(self.split, self.quality)
         check_histories(self.episodes, self.history)
 
+    @on_cpu
     def angles(self) -> tuple[Tensor, Tensor]:
         """Of training and test goals."""
         angles = torch.linspace(0, math.pi, self.tasks, dtype=torch.float64)
@@ -83,11 +85,13 @@ class PointRobotData:
             test = torch.arange(self.tasks) >= self.tasks - self.tasks // 10
         return angles[~test], angles[test]
 
+    @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""
         train, test = (torch.stack([a.cos(), a.sin()], 1) for a in self.angles())
         return train, test
 
+    @on_cpu
     def train_data(self) -> Trajectories:
         goals = self.goals()[0].repeat_interleave(self.episodes, 0)  # [E,2]
         E, H = len(goals), self.horizon
@@ -119,15 +123,17 @@ class PointRobotData:
             history=self.history,
         )
 
+    @on_cpu
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
         """One environment a goal of the "train" or "test" tasks."""
-        angles = self.angles()[0 if which == "train" else 1].tolist()
+        angles = self.angles()[half(which)].tolist()
         makers = [lambda a=a: PointRobot(a, self.horizon, self.reach) for a in angles]
         return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
+    @on_cpu
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] the return of the straight walk."""
-        goals = self.goals()[0 if which == "train" else 1]
+        goals = self.goals()[half(which)]
         at, total = torch.zeros_like(goals), torch.zeros(len(goals), dtype=torch.float64)
         for _ in range(self.horizon):
             at = at + self.reach * ((goals - at) / self.reach).clamp(-1, 1)

@@ -9,6 +9,7 @@ starts at (0, 0): whoever reaches the goal from there has put halves together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import gymnasium
 import torch
@@ -16,13 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icrl.offline.environments.darkroom import MOVES, best_returns, darkroom_environments, darkroom_tasks, trajectories
+from icrl.offline.environments.source import DataSource, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import constant_behaviours, rollout
 
 
 @dataclass(frozen=True)
-class StitchingData:
+class StitchingData(DataSource):
+    """Which goals, and how many episodes of either kind."""
+
+    name: ClassVar[str] = "stitching"
+    counts_goals: ClassVar[bool] = True
+    counts_first: ClassVar[bool] = True
     size: int = 10
     horizon: int = 40
     train_goals: int = 32
@@ -49,6 +56,7 @@ class StitchingData:
         if not 0 <= self.noise < 1:
             raise ValueError(f"noise: wanted a share in [0, 1), got {self.noise}")
 
+    @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""
         half = self.size**2 // 2
@@ -56,6 +64,7 @@ class StitchingData:
         cells = torch.stack([order // self.size, order % self.size], 1)
         return cells[: self.train_goals], cells[self.train_goals :]
 
+    @on_cpu
     def train_data(self) -> Trajectories:
         """Of each training task as many episodes of either kind, in any order: a context of several holds both."""
         goals, n = self.goals()[0], self.episodes // 2
@@ -66,6 +75,7 @@ class StitchingData:
         order = order.flatten(1).gather(1, torch.rand(N, 2 * n, generator=generator).argsort(1))
         return both.reorder(order.flatten(), torch.arange(N).repeat_interleave(2 * n))
 
+    @on_cpu
     def prompts(self) -> Trajectories:
         """Of each test task one episode that arrives: what a few-shot evaluation is given to begin with."""
         return self._arriving(self.goals()[1], 1, 2 * self.seed + 2**20)
@@ -104,9 +114,12 @@ class StitchingData:
         )
         return trajectories("Stitching", out, self.size, self.horizon, tasks.solve(0.99).q.argmax(-1))
 
+    @on_cpu
     def environments(self, which: str = "test") -> gymnasium.vector.VectorEnv:
-        return darkroom_environments(self.goals()[0 if which == "train" else 1], self.size, self.horizon, "corner")
+        """One room a goal of the "train" or "test" tasks, every episode from (0, 0)."""
+        return darkroom_environments(self.goals()[half(which)], self.size, self.horizon, "corner")
 
+    @on_cpu
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] the optimal return of each task's episode from (0, 0)."""
-        return best_returns(self.goals()[0 if which == "train" else 1], self.size, self.horizon, "corner")
+        return best_returns(self.goals()[half(which)], self.size, self.horizon, "corner")

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from icrl.offline.history import HistoryConfig, HistoryMethod, HistoryTrunk
-from icrl.offline.method import Spaces, head
+from icrl.offline.history import History, HistoryConfig, HistoryMethod, HistoryTrunk
+from icrl.offline.method import Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
 
 
 class AD(HistoryMethod):
-    name = "ad"
+    name, title, config_class = "ad", "AD", HistoryConfig
 
     def __init__(self, config: HistoryConfig, spaces: Spaces) -> None:
         super().__init__(config, spaces)
         self.trunk = HistoryTrunk(config, spaces)
         self.pi = head(config.trunk.width, spaces.action_size)
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        h = self.draw(data)
-        loss = self.imitation(self.pi(self.features(h)), h.action).mean()
-        return loss, {"loss": float(loss.detach())}
+    def objective(self, data: Trajectories, batch: History) -> tuple[Tensor, Metrics]:
+        loss = self.imitation(self.pi(self.features(batch)), batch.action).mean()
+        return loss, {"loss": loss.detach()}

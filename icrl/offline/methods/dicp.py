@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from icrl.offline.history import HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
-from icrl.offline.method import Spaces, head
+from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
+from icrl.offline.method import Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkState
 
@@ -38,7 +38,7 @@ class DICPConfig(HistoryConfig):
 
 
 class DICP(HistoryMethod):
-    name = "dicp"
+    name, title, config_class = "dicp", "DICP", DICPConfig
     config: DICPConfig
 
     def __init__(self, config: DICPConfig, spaces: Spaces) -> None:
@@ -61,9 +61,8 @@ class DICP(HistoryMethod):
         out = self.dynamics(features + self.embed_action(self.spaces.features(action)))
         return out[..., 0], out[..., 1], out[..., 2:]
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        h = self.draw(data)
-        features = self.features(h)
+    def objective(self, data: Trajectories, batch: History) -> tuple[Tensor, Metrics]:
+        h, features = batch, self.features(batch)
         reward, after, change = self.predict(features, h.action)
         left = (self._returns[h.steps] - h.reward) / self.return_scale
         parts = {
@@ -73,7 +72,7 @@ class DICP(HistoryMethod):
             "state_loss": F.mse_loss(change, self.normal(h.next_state) - self.normal(h.state)),
         }
         loss = torch.stack(list(parts.values())).sum()
-        return loss, {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in parts.items()}}
+        return loss, {k: v.detach() for k, v in {"loss": loss, **parts}.items()}
 
     def decide(self, features: Tensor, memory: TrunkState, state: Tensor) -> Tensor:
         c, B = self.config, len(features)
@@ -81,11 +80,11 @@ class DICP(HistoryMethod):
         if self.spaces.num_actions:
             first = output.softmax(-1).multinomial(c.beam, replacement=True)  # [B,K]
         else:
-            first = output[:, None] + 0.1 * torch.randn(B, c.beam, output.shape[-1])
+            first = output[:, None] + 0.1 * torch.randn(B, c.beam, output.shape[-1], device=output.device)
         K = first.shape[1]
         action = first.flatten(0, 1)
         x, f, m = self.normal(state).repeat_interleave(K, 0), features.repeat_interleave(K, 0), spread(memory, K)
-        total, weight = torch.zeros(B * K), 1.0
+        total, weight = torch.zeros(B * K, device=output.device), 1.0
         depth = min(c.depth, c.horizon - (memory.length - 1) % c.horizon)  # nothing comes after the episode
         for i in range(depth):
             reward, after, change = self.predict(f, action)
@@ -99,7 +98,7 @@ class DICP(HistoryMethod):
             f = y[:, 0]
             output = self.pi(f)
             action = output.argmax(-1) if self.spaces.num_actions else output
-        return first[torch.arange(B), total.view(B, K).argmax(1)]
+        return first[torch.arange(B, device=output.device), total.view(B, K).argmax(1)]
 
 
 def spread(state: TrunkState, times: int) -> TrunkState:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from icrl.offline.method import Spaces, head
-from icrl.offline.prompt import PromptConfig, PromptMethod, PromptTrunk
+from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.prompt import Batch, PromptConfig, PromptMethod, PromptTrunk
 from icrl.offline.trajectories import Trajectories
 
 
@@ -32,7 +32,7 @@ class DITConfig(PromptConfig):
 
 
 class DIT(PromptMethod):
-    name = "dit"
+    name, title, config_class = "dit", "DIT", DITConfig
     config: DITConfig
 
     def __init__(self, config: DITConfig, spaces: Spaces) -> None:
@@ -48,8 +48,8 @@ class DIT(PromptMethod):
         returns = data.returns_to_go(self.config.discount)
         self._returns = (returns - returns.mean()) / returns.std().clamp_min(1e-6)
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        c, batch = self.config, self.draw(data)
+    def objective(self, data: Trajectories, batch: Batch) -> tuple[Tensor, Metrics]:
+        c = self.config
         memory = self.trunk.remember(self.prompt_tokens(data, batch.prompt), batch.lengths)
         queries = self.trunk.embed_state(self.normal(data.states[batch.steps]))[:, :, None]
         features = self.trunk.read(queries, memory)[:, :, 0]
@@ -58,5 +58,5 @@ class DIT(PromptMethod):
         imitation = self.imitation(self.pi(features), self.at_lengths(data.actions[batch.steps], batch))
         policy_loss, value_loss = (weight * imitation).mean(), advantage.square().mean()
         loss = policy_loss + value_loss
-        metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        return loss, {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in metrics.items()}}
+        metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss}
+        return loss, {k: v.detach() for k, v in metrics.items()}

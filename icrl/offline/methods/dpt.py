@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from icrl.offline.method import Spaces, head
-from icrl.offline.prompt import PromptConfig, PromptMethod, PromptTrunk
+from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.prompt import Batch, PromptConfig, PromptMethod, PromptTrunk
 from icrl.offline.trajectories import Trajectories
 
 
@@ -27,7 +27,7 @@ class DPTConfig(PromptConfig):
 
 
 class DPT(PromptMethod):
-    name = "dpt"
+    name, title, config_class = "dpt", "DPT", DPTConfig
     config: DPTConfig
 
     def __init__(self, config: DPTConfig, spaces: Spaces) -> None:
@@ -43,12 +43,11 @@ class DPT(PromptMethod):
         if self.config.labels == "optimal" and data.optimal is None:
             raise ValueError("labels: this data knows no optimal actions; use 'data'")
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        batch = self.draw(data)
+    def objective(self, data: Trajectories, batch: Batch) -> tuple[Tensor, Metrics]:
         labels = data.optimal if self.config.labels == "optimal" else data.actions
         assert labels is not None
         memory = self.trunk.remember(self.prompt_tokens(data, batch.prompt), batch.lengths)
         queries = self.trunk.embed_state(self.normal(data.states[batch.steps]))[:, :, None]
         output = self.pi(self.trunk.read(queries, memory)[:, :, 0])
         loss = self.imitation(output, self.at_lengths(labels[batch.steps], batch)).mean()
-        return loss, {"loss": float(loss.detach())}
+        return loss, {"loss": loss.detach()}

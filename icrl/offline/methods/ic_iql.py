@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from icrl.offline.history import HistoryConfig, HistoryMethod, HistoryTrunk
+from icrl.offline.history import History, HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.offline.iql import IQL, iql_losses
-from icrl.offline.method import Spaces, head
+from icrl.offline.method import Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
 
 
@@ -24,7 +24,7 @@ class ICIQLConfig(HistoryConfig):
 
 
 class ICIQL(HistoryMethod):
-    name = "ic_iql"
+    name, title, config_class = "ic_iql", "IC-IQL", ICIQLConfig
     config: ICIQLConfig
 
     def __init__(self, config: ICIQLConfig, spaces: Spaces) -> None:
@@ -40,11 +40,12 @@ class ICIQL(HistoryMethod):
         for target, online in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
             target.data.lerp_(online.data, self.config.iql.target_rate)
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        c, h = self.config, self.draw(data)
+    def objective(self, data: Trajectories, batch: History) -> tuple[Tensor, Metrics]:
+        c, h = self.config, batch
         features = self.features(h)
-        T = features.shape[1]
-        goes_on = torch.arange(1, T) % c.horizon != 0  # [T-1]: the next token is s', in the same episode
+        # the steps whose next token is s', in the same episode
+        within = [t for t in range(features.shape[1] - 1) if (t + 1) % c.horizon]
+        goes_on = torch.tensor(within, dtype=torch.int64, device=features.device)
         v = self.v(features)[..., 0]
         paired = (features + self.embed_action(self.spaces.features(h.action)))[:, :-1][:, goes_on]
         losses = iql_losses(
@@ -58,5 +59,5 @@ class ICIQL(HistoryMethod):
             c.iql,
         )
         total = losses.policy + losses.q + losses.v
-        metrics = {f"{name}_loss": float(x.detach()) for name, x in losses._asdict().items()}
-        return total, {"loss": float(total.detach()), **metrics}
+        metrics = {f"{name}_loss": x.detach() for name, x in losses._asdict().items()}
+        return total, {"loss": total.detach(), **metrics}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from icrl.offline.history import History, HistoryConfig, HistoryMethod
-from icrl.offline.method import Episode, Spaces, head
+from icrl.offline.method import Episode, Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import Trunk, TrunkState
 
@@ -30,7 +30,7 @@ class IDTConfig(HistoryConfig):
 
 
 class IDT(HistoryMethod):
-    name = "idt"
+    name, title, config_class = "idt", "IDT", IDTConfig
     config: IDTConfig
 
     def __init__(self, config: IDTConfig, spaces: Spaces) -> None:
@@ -71,7 +71,7 @@ class IDT(HistoryMethod):
         """[B,T/span,D]: of the span before each span; zero before the first of an episode."""
         s = self.summary(h.state, h.action, h.reward).roll(1, 1)
         per_episode = self.config.horizon // self.config.span
-        starts = torch.arange(s.shape[1]) % per_episode == 0
+        starts = torch.arange(s.shape[1], device=s.device) % per_episode == 0
         return s.masked_fill(starts[:, None], 0.0)
 
     def summary(self, state: Tensor, action: Tensor, reward: Tensor) -> Tensor:
@@ -79,13 +79,12 @@ class IDT(HistoryMethod):
         x = torch.cat([self.normal(state), self.spaces.features(action), reward[..., None]], -1)
         return self.summarise(x).unflatten(1, (-1, self.config.span)).mean(2)
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        c, h = self.config, self.draw(data)
-        h = sort_episodes(h, c.episodes)
+    def objective(self, data: Trajectories, batch: History) -> tuple[Tensor, Metrics]:
+        c, h = self.config, sort_episodes(batch, self.config.episodes)
         decisions, _ = self.decide_all(h, self._returns[h.steps])
         low = decisions.repeat_interleave(c.span, 1) + self.embed_state(self.normal(h.state))
         loss = self.imitation(self.pi(low), h.action).mean()
-        return loss, {"loss": float(loss.detach())}
+        return loss, {"loss": loss.detach()}
 
     def agent(self, batch: int) -> IDTAgent:
         return IDTAgent(self, batch)
@@ -94,7 +93,7 @@ class IDT(HistoryMethod):
 def sort_episodes(h: History, episodes: int) -> History:
     """The same history with its episodes in ascending order of their return."""
     order = h.reward.unflatten(1, (episodes, -1)).sum(-1).argsort(dim=1, stable=True)
-    rows = torch.arange(len(order))[:, None]
+    rows = torch.arange(len(order), device=order.device)[:, None]
     return History(*(x.unflatten(1, (episodes, -1))[rows, order].flatten(1, 2) for x in h))
 
 
@@ -127,7 +126,7 @@ class IDTAgent:
         m = self.method
         t = len(self.episode.steps)
         if t % m.config.span == 0:
-            before = torch.zeros(self.batch, 1, m.config.trunk.width)
+            before = torch.zeros(self.batch, 1, m.config.trunk.width, device=m.device)
             if t:
                 s, a, r, _ = (torch.stack(x, 1) for x in zip(*self.episode.steps[-m.config.span :], strict=True))
                 before = m.summary(s, a, r)

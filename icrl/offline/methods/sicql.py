@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from icrl.offline.iql import IQL, iql_losses
-from icrl.offline.method import Spaces, head
-from icrl.offline.prompt import PromptConfig, PromptMethod, PromptTrunk
+from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.prompt import Batch, PromptConfig, PromptMethod, PromptTrunk
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.world_model import WorldModel
 
@@ -50,7 +50,7 @@ class SICQLConfig(PromptConfig):
 class SICQL(PromptMethod):
     """See the module's docstring. `world_model` is the frozen one that makes prompts, None without."""
 
-    name = "sicql"
+    name, title, config_class = "sicql", "S-ICQL", SICQLConfig
     config: SICQLConfig
 
     def __init__(self, config: SICQLConfig, spaces: Spaces, world_model: WorldModel | None = None) -> None:
@@ -70,6 +70,19 @@ class SICQL(PromptMethod):
             self.q = torch.nn.ModuleList([head(width, 1), head(width, 1)])
             self.target_q = deepcopy(self.q).requires_grad_(False)
         self._prompts: Tensor | None = None
+
+    @classmethod
+    def make(cls, config: SICQLConfig, spaces: Spaces, world_model: WorldModel | None = None) -> SICQL:
+        return cls(config, spaces, world_model)
+
+    @staticmethod
+    def needs_world_model(config: SICQLConfig) -> bool:
+        return config.world_model
+
+    @staticmethod
+    def check_window(config: SICQLConfig, window: int) -> None:
+        if config.world_model and config.stride > window:
+            raise ValueError(f"settings: stride: wanted at most world_model.window={window}, got {config.stride}")
 
     def prepare(self, data: Trajectories) -> None:
         super().prepare(data)
@@ -94,16 +107,14 @@ class SICQL(PromptMethod):
             for target, online in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
                 target.data.lerp_(online.data, self.config.iql.target_rate)
 
-    def loss(self, data: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        c = self.config
-        batch = self.draw(data)
-        steps = batch.steps
+    def objective(self, data: Trajectories, batch: Batch) -> tuple[Tensor, Metrics]:
+        c, steps = self.config, batch.steps
         memory = self.trunk.remember(self.prompt_tokens(data, batch.prompt), batch.lengths)
         action, state = data.actions[steps], self.normal(data.states[steps])
         at_state, taken = self.trunk.embed_state(state), self.at_lengths(action, batch)
         if not c.q_learning:
             imitation = self.imitation(self.pi(self.trunk.read(at_state[:, :, None], memory)[:, :, 0]), taken).mean()
-            return imitation, {"loss": float(imitation.detach())}
+            return imitation, {"loss": imitation.detach()}
         at_pair = at_state + self.embed_action(self.spaces.features(action))
         features, paired = self.trunk.read(torch.stack([at_state, at_pair], 2), memory).unbind(2)
         with torch.no_grad():
@@ -122,5 +133,5 @@ class SICQL(PromptMethod):
             c.iql,
         )
         total = losses.policy + losses.q + losses.v
-        metrics = {f"{name}_loss": float(x.detach()) for name, x in losses._asdict().items()}
-        return total, {"loss": float(total.detach()), **metrics, "value": float(v.detach().mean())}
+        metrics = {f"{name}_loss": x.detach() for name, x in losses._asdict().items()}
+        return total, {"loss": total.detach(), **metrics, "value": v.detach().mean()}

@@ -1,0 +1,177 @@
+"""A training run's folder: its record, versions, log and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from icrl.extras import versions
+from icrl.files import append_text, write_json, write_text
+from icrl.training import checkpoint
+from icrl.training.config import LoopConfig, changes
+from icrl.training.process import machine, rank, world_size
+
+FREE = {"loop.updates", "loop.device", "loop.threads", "loop.compile", "world_size"}
+"""What may differ when a run goes on: settings that say how far and on what it trains."""
+
+
+class Run:
+    """A training run's folder.
+
+    Args:
+        folder: a new one, an empty one, or that of a run, which then goes on.
+        config: the run's configuration in JSON's terms: "loop" and "world_size", and what the learner has.
+        upgraded: brings a record that an earlier version wrote to today's form.
+    Raises:
+        ValueError: the folder is not empty and holds no run, or a run of another configuration: what differs is named, with
+            both values.
+    """
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], upgraded: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    ) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        record = folder / "config.json"
+        self.config = config = json.loads(json.dumps(config, default=str))
+        if not record.exists() and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
+        if record.exists() and self.newest() is not None:
+            self._compare(upgraded(_read(record)))
+        elif rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, config)
+        self._board: Any = None
+        self._purge: int | None = None
+
+    def _compare(self, old: dict[str, Any]) -> None:
+        """Refuse another configuration; say what is free to differ and does."""
+        old = {"world_size": 1, **old, "loop": {**json.loads(json.dumps(asdict(LoopConfig()))), **old.get("loop", {})}}
+        found = changes(old, self.config)
+        if refused := [c for c in found if c[0] not in FREE]:
+            what = ", ".join(_difference(*c) for c in refused)
+            raise ValueError(f"out: {self.folder} holds a run with another configuration ({what}); choose another")
+        newest = self.newest()
+        assert newest is not None
+        if (done := int(newest.name)) > self.config["loop"]["updates"]:
+            given = self.config["loop"]["updates"]
+            raise ValueError(f"out: {self.folder}: loop.updates: {done} done in the run, {given} given")
+        if found and rank() == 0:
+            print(f"{self.folder} goes on with another setting: " + ", ".join(_difference(*c) for c in found))
+
+    def newest(self) -> Path | None:
+        """The folder of the last finished checkpoint."""
+        found = self._whole()
+        return found[-1] if found else None
+
+    def _whole(self) -> list[Path]:
+        """The finished checkpoints, oldest first; what a kill cut short ends in .part."""
+        return sorted(p for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit())
+
+    def begin(self, update: int, device: torch.device) -> None:
+        """Record with what the run goes on from `update`: its configuration, versions and machine.
+
+        `versions.json` is a list, an entry for each time that something of it changed; a change is said in a line.
+        """
+        if rank():
+            return
+        write_json(self.folder / "config.json", self.config)
+        path = self.folder / "versions.json"
+        entries: list[dict[str, Any]] = _read(path, []) if path.exists() else []
+        now = {**versions(), **machine(device)}
+        if entries:
+            last = {name: value for name, value in entries[-1].items() if name != "update"}
+            found = changes(last, now)
+            if not found:
+                return
+            what = ", ".join(f"{name}: {a} in the run, {b} now" for name, a, b in found)
+            print(f"{self.folder} goes on with another version or machine: {what}")
+        write_json(path, [*entries, {"update": update, **now}])
+
+    def save(self, update: int, state: dict[str, Any]) -> None:
+        """Every rank writes its part; the folder takes its final name only when all are whole."""
+        part, final = self.checkpoints / f"{update:08d}.part", self.checkpoints / f"{update:08d}"
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        checkpoint.flatten("run", state, tensors, facts)
+        checkpoint.save(part / f"rank{rank()}.safetensors", tensors, facts)
+        if world_size() > 1:
+            dist.barrier()
+        if rank() == 0:
+            part.replace(final)
+            for old in [*self._whole()[:-2], *self.checkpoints.glob("*.part")]:
+                shutil.rmtree(old)
+        if world_size() > 1:
+            dist.barrier()
+
+    def load(self) -> tuple[dict[str, Any], int, bool] | None:
+        """The newest checkpoint's state, how many processes wrote it, and whether this one has a file of its own in it.
+
+        A process without one is given rank 0's.
+        """
+        newest = self.newest()
+        if newest is None:
+            return None
+        processes = len(list(newest.glob("rank*.safetensors")))
+        own = rank() < processes
+        try:
+            tensors, facts = checkpoint.load(newest / f"rank{rank() if own else 0}.safetensors")
+        except ValueError as e:
+            raise ValueError(f"{e}; delete {newest} to go on from the checkpoint before it") from e
+        return checkpoint.unflatten("run", tensors, facts), max(1, processes), own
+
+    def forget_after(self, update: int) -> None:
+        """Drop logged rows that the run will log again, and one that a kill cut short."""
+        log = self.folder / "metrics.jsonl"
+        self._purge = update + 1
+        if rank() == 0 and log.exists():
+            write_text(log, "".join(f"{line}\n" for line in log.read_text().splitlines() if _logged(line) <= update))
+
+    def log(self, update: int, metrics: dict[str, float]) -> None:
+        """Add a row to metrics.jsonl, and to TensorBoard's files where that is installed; rank 0's alone."""
+        if rank():
+            return
+        append_text(self.folder / "metrics.jsonl", json.dumps({"update": update, **metrics}) + "\n")
+        if self._board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._board = False
+                print(
+                    "tensorboard is not installed (pip install 'icrl-kernels[train]'): logging to metrics.jsonl alone"
+                )
+            else:
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge)
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, update)
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    return f"{name}: {old!r} in the run, {new!r} given"
+
+
+def _read(path: Path, kind: Any = None) -> Any:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"out: {path} is damaged ({e})") from e
+    wanted = dict if kind is None else type(kind)
+    if not isinstance(found, wanted):
+        raise ValueError(f"out: {path} is damaged (it holds {type(found).__name__}, wanted {wanted.__name__})")
+    return found
+
+
+def _logged(line: str) -> float:
+    """The update of a logged row; infinity for a row cut short."""
+    try:
+        return json.loads(line)["update"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
