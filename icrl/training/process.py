@@ -30,6 +30,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    """Go on when every process of the group has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def _promised(name: str, otherwise: int) -> int:
     """An integer that torchrun puts into the environment."""
     value = os.environ.get(name, str(otherwise))
@@ -100,7 +106,7 @@ def parallel(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
+    return DistributedDataParallel(model, static_graph=True)
 
 
 def finish() -> None:
