@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -115,9 +115,9 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def autocast(loop: LoopConfig, device: torch.device) -> torch.autocast:
+def autocast(loop: LoopConfig, device: torch.device) -> AbstractContextManager[object]:
     """The context of a forward pass: torch's bfloat16 autocast where the configuration asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast)
+    return torch.autocast(device.type, torch.bfloat16) if loop.autocast else nullcontext()
 
 
 @contextmanager
