@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, Tensor]
 """What to log of a loss: 0-dimensional tensors without a graph, on the model's device, so that none is waited for."""
 
+
 class Spaces(NamedTuple):
     """Of an environment: what a method's networks are made for."""
 
