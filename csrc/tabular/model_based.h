@@ -129,7 +129,7 @@ struct ModelBased {
 struct PlainOps {
   ICRL_HD static void sweep(ModelBased& model, float rms, bool forward) { model.sweep(rms, forward); }
   ICRL_HD static void fill_row(ModelBased& model, int64_t s) { model.fill_row(s); }
-  // The first j with u < c[j], where c does not decrease; n where there is none, which c[n-1] > 1 rules out.
+  // The first j with u < c[j]; c does not decrease and c[n-1] > 1. Else the last, or with vectors perhaps n.
   ICRL_HD static int64_t search(const float* c, int64_t n, float u) {
     int64_t j = 0;
     while (n > 1) {
@@ -137,7 +137,7 @@ struct PlainOps {
       j += c[j + half - 1] <= u ? half : 0;
       n -= half;
     }
-    return j + (c[j] <= u);
+    return j;
   }
 };
 

@@ -119,7 +119,8 @@ struct FastOps {
     return j + __builtin_popcount(_mm256_movemask_ps(_mm256_and_ps(a, _mm256_castsi256_ps(low))) |
                                   _mm256_movemask_ps(_mm256_and_ps(b, _mm256_castsi256_ps(high))) << 8);
 #else
-    return PlainOps::search(c, n, u);
+    const int64_t j = PlainOps::search(c, n, u);
+    return j + (c[j] <= u);
 #endif
   }
 };

@@ -168,19 +168,18 @@ struct Lane {
   inline __attribute__((always_inline)) void advance(int i) {
     const Record<FastOps>& r = record;
     int64_t a;
-    if (source == kOutside)
+    if (source == kOutside)  // judged before
       a = r.c->actions[r.r * r.c->T + from + i];
     else if (source == kUniform || (explores >> i & 1))
       a = below(x.choice[i], r.na);
-    else if (source == kChoices)
-      a = choices[s];
-    else if (source == kTable)
-      a = FastOps::search(table + s * r.A, r.na, uniform(x.choice[i]));
-    else
+    else if (source == kRandom)
       record.s = s, a = FastOps::search(record.random_row(), r.na, uniform(x.choice[i]));
-    if (__builtin_expect(r.no_action(a), 0)) return record.fail_action(from + i, s);
+    else {
+      a = source == kChoices ? choices[s] : FastOps::search(table + s * r.A, r.na, uniform(x.choice[i]));
+      if (__builtin_expect(r.no_action(a), 0)) return record.fail_action(from + i, s);
+    }
     const int64_t sa = s * r.A + a, offset = r.offset[sa], first = r.window[2 * sa], length = r.window[2 * sa + 1];
-    if (__builtin_expect(r.leaves(first, length, offset), 0)) return fail(RolloutFault::row, sa);
+    if (__builtin_expect(r.leaves(r.window + 2 * sa, offset), 0)) return fail(RolloutFault::row, sa);
     const int64_t j = FastOps::search(r.cumulative + offset, length, place[i]), to = first + j;
     if (__builtin_expect(j == length, 0)) return fail(RolloutFault::thresholds, sa);
     at[i] = offset + j;

@@ -38,6 +38,7 @@ ICRL_HD inline RolloutFault first_fault(const RolloutCall& c, int64_t r) {
   if (n < 0 || n >= tb.N) return fault(RolloutFault::task, r);
   if (tb.num_states[n] < 1 || tb.num_states[n] > tb.S) return fault(RolloutFault::num_states, n);
   if (tb.num_actions[n] < 1 || tb.num_actions[n] > tb.A) return fault(RolloutFault::num_actions, n);
+  if (!(tb.start[n * tb.S + tb.num_states[n] - 1] > 1)) return fault(RolloutFault::start, n);
   if (tb.max_steps[n] < 1) return fault(RolloutFault::max_steps, n);
   if (st.step[r] < 0 || st.step[r] > kMostSteps - c.T) return fault(RolloutFault::step, r);
   if (s < -1 || s >= tb.num_states[n] || (s >= 0 && tb.terminal[n * tb.S + s])) return fault(RolloutFault::state, r);
@@ -130,9 +131,12 @@ struct Record {
     if (!fault.kind) fault = {kind, r, at};
   }
   ICRL_HD bool no_action(int64_t a) const { return static_cast<uint64_t>(a) >= static_cast<uint64_t>(na); }
-  // Whether a row leads out of the task's states, or its numbers lie outside the table.
-  ICRL_HD bool leaves(int64_t first, int64_t length, int64_t at) const {
-    return (first < 0) | (length < 1) | (first + length > ns) | (at < 0) | (at > M - length);
+  // Whether a row, of window w[0] and w[1], leads out of the task's states, or its numbers lie outside the table.
+  // Unsigned, what is below 0 and a length of 0 are beyond all states.
+  ICRL_HD bool leaves(const int16_t* w, int64_t at) const {
+    const uint64_t first = static_cast<uint16_t>(w[0]), last = static_cast<uint32_t>(static_cast<uint16_t>(w[1]) - 1);
+    if (first + last >= static_cast<uint64_t>(ns)) return true;
+    return (at | static_cast<int64_t>(static_cast<uint64_t>(M) - 1 - last - static_cast<uint64_t>(at))) < 0;
   }
   ICRL_HD void fail_action(int64_t t, int64_t state) {
     if (c->actions) return fail(RolloutFault::action, r * c->T + t);
@@ -162,7 +166,6 @@ struct Record {
   ICRL_HD void begin_episode() {
     const Random4 x = philox(seed, number, static_cast<uint64_t>(step), kEpisode);
     s = Ops::search(c->tables.start + n * S, ns, uniform(x.v[0]));
-    if (s == ns) s = 0, fail(RolloutFault::start, n);
     elapsed = 0;
     const RolloutBehaviours& b = c->behaviours;
     if (!b.initial) return;
@@ -259,10 +262,11 @@ struct Record {
 
     if (no_action(a)) return fail_action(t, s);
     const int64_t sa = s * A + a, first = window[2 * sa], length = window[2 * sa + 1], at = offset[sa];
-    if (leaves(first, length, at)) return fail(RolloutFault::row, n * S * A + sa);
+    if (leaves(window + 2 * sa, at)) return fail(RolloutFault::row, n * S * A + sa);
     const int64_t j = Ops::search(cumulative + at, length, uniform(place)), next = first + j;
-    if (j == length) return fail(RolloutFault::thresholds, n * S * A + sa);
-    float gain = reward[at + j];
+    const float edge = cumulative[at + (j < length ? j : 0)];
+    float gain = reward[at + (j < length ? j : 0)];
+    if (!(uniform(place) < edge)) return fail(RolloutFault::thresholds, n * S * A + sa);
     const float std = noise_state[next] + noise_action[sa];
     if (std > 0) gain = static_cast<float>(gain + static_cast<double>(std) * noise());
     ++step, ++elapsed;

@@ -71,8 +71,10 @@ def same_behaviours(
 def check_shapes(behaviours: Behaviours, R: int, P: int) -> None:
     """ValueError if shapes, dtypes or layouts are not `Behaviours`'. Reads no values."""
     for name, tensor in behaviours._asdict().items():
-        _checks.shape(name, tensor, [R, P + len(BUILTIN)] if name in ("initial", "later") else [R])
-        _checks.dtype(name, tensor, [torch.float32])
+        wanted = (R, P + len(BUILTIN)) if name in ("initial", "later") else (R,)
+        if tensor.shape != wanted or tensor.dtype != torch.float32:
+            _checks.shape(name, tensor, wanted)
+            _checks.dtype(name, tensor, [torch.float32])
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: wanted contiguous")
 

@@ -24,7 +24,7 @@ from icrl_kernels.tabular import behaviours as behaving
 from icrl_kernels.tabular.backends import no_cuda
 from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours
 from icrl_kernels.tabular.rollout_reference import OUT_DTYPES, thresholds
-from icrl_kernels.tabular.rollout_tables import DTYPES, READ_PAST, RolloutTables, check_tables, table_shapes
+from icrl_kernels.tabular.rollout_tables import DTYPES, READ_PAST, RolloutTables, fit, refuse
 
 MOST_POLICIES = 255 - len(BUILTIN)  # Rollout.behaviour is uint8, and 255 is taken
 MOST_ENTRIES = 2**58  # of an output, whose bytes 64 bits count
@@ -228,9 +228,8 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     # past the dispatcher, which takes longer than a step of a few hundred records
     N, S, A = tables.offset.shape
     R = len(action)
-    reward = torch.empty(R, dtype=torch.float32, device="cpu")
-    done = torch.empty(R, dtype=torch.uint8, device="cpu")
-    next_state = torch.empty(R, dtype=torch.int16, device="cpu")
+    reward, next_state = tables.reward.new_empty(R), tables.window.new_empty(R)
+    done = tables.terminal.new_empty(R, dtype=torch.uint8)
     pointers = list(map(Tensor.data_ptr, everything))
     out = [0, 0, reward.data_ptr(), done.data_ptr(), 0, next_state.data_ptr(), 0]
     sizes = (N, S, A, len(tables.cumulative) - READ_PAST, 0, 0, R, 1, FAST, torch.get_num_threads())
@@ -238,30 +237,37 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     return reward, done, next_state
 
 
-_DTYPES = [*DTYPES, *STATE_DTYPES, torch.int64]
-_EMPTY = [(0,)] * 7  # of a state without learners
+_DTYPES = [*DTYPES, *STATE_DTYPES]
 
 
 def _plain(everything: tuple[Tensor, ...]) -> bool:
-    """Whether a step's tables, state and action are all that `_check` wants, on the CPU, and nobody watches the call."""
+    """Whether a step's tables, state and action are as the op wants them, on the CPU, and nobody watches the call."""
     if len(everything) != 26 or set(map(type, everything)) != {Tensor} or _torch_private.dispatch_modes():
         return False
-    shapes = [t.shape for t in everything]
-    if len(shapes[2]) != 3 or len(shapes[0]) != 1 or len(shapes[1]) != 1 or len(shapes[25]) != 1:
-        return False
-    (N, S, A), R = shapes[2], shapes[25][0]
-    own = state_shapes(R, S, A)
-    learners = shapes[18:25]
+    action = everything[25]
     return (
-        [t.dtype for t in everything] == _DTYPES
-        and all([t.is_cpu for t in everything])
-        and all(map(Tensor.is_contiguous, everything))
-        and shapes[2:11] == list(table_shapes(N, S, A)[2:])
-        and READ_PAST <= shapes[0][0] <= shapes[1][0] + READ_PAST
-        and S <= 32767 >= A
-        and shapes[11:18] == list(own[:7])
-        and (learners == _EMPTY or all(0 in x or x == y for x, y in zip(learners, own[7:], strict=True)))
+        all([t.is_cpu for t in everything])
+        and action.dtype == torch.int64
+        and action.is_contiguous()
+        and action.shape == everything[11].shape
+        and _fit(everything[:25])
     )
+
+
+def _fit(everything: tuple[Tensor, ...]) -> bool:
+    """Whether tables and a state have the shapes, dtypes and layouts that belong together."""
+    shapes = [t.shape for t in everything[:18]]
+    own = shapes[11]
+    if not fit(shapes[:11]) or len(own) != 1 or shapes[12:] != [own] * 6:
+        return False
+    if [t.dtype for t in everything] != _DTYPES or not all(map(Tensor.is_contiguous, everything)):
+        return False
+    learners = [t for t in everything[18:] if t.numel()]
+    return not learners or _learners_fit(everything[18:], state_shapes(own[0], *shapes[2][1:])[7:])
+
+
+def _learners_fit(learners: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bool:
+    return all(not t.numel() or t.shape == shape for t, shape in zip(learners, shapes, strict=True))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -329,19 +335,14 @@ class Sizes(NamedTuple):
 
 def _check(*args: Any) -> Sizes:
     tables, (policies, references, behaviours, actions, state, steps) = RolloutTables(*args[:11]), args[11:]
-    N, S, A, M = check_tables(tables)
-    if steps < 0:
-        raise ValueError(f"steps: wanted an int >= 0, got {steps}")
     if len(state) != len(RolloutState._fields):
         raise ValueError(f"state: wanted the {len(RolloutState._fields)} tensors of a RolloutState, got {len(state)}")
-    _checks.shape("state.seed", state[0], ["R"])
-    R = state[0].shape[0]
-    for i, (name, tensor) in enumerate(zip(RolloutState._fields, state, strict=True)):
-        if i < 7 or tensor.numel():
-            _checks.shape(f"state.{name}", tensor, state_shapes(R, S, A)[i])
-        _checks.dtype(f"state.{name}", tensor, [STATE_DTYPES[i]])
-        if not tensor.is_contiguous():
-            raise ValueError(f"state.{name}: wanted a contiguous tensor, got strides {tensor.stride()}")
+    if not _fit((*tables, *state)):
+        refuse(tables)
+        _refuse_state(RolloutState(*state), *tables.offset.shape[1:])
+    (N, S, A), R, M = tables.offset.shape, state[0].shape[0], tables.cumulative.shape[0] - READ_PAST
+    if steps < 0:
+        raise ValueError(f"steps: wanted an int >= 0, got {steps}")
     P = G = 0
     if policies is not None:
         choices = policies.dtype == torch.int16
@@ -367,12 +368,25 @@ def _check(*args: Any) -> Sizes:
         raise ValueError(
             f"steps: wanted at most {MOST_ENTRIES} entries in all, got {steps} with R={R}, S={S}, A={A}, G={G}"
         )
-    names = {
-        **dict(zip(Behaviours._fields, behaviours, strict=False)),
-        **dict(zip(RolloutState._fields, state, strict=True)),
-    }
-    _checks.same_device(offset=tables.offset, policies=policies, references=references, action=actions, **names)
+    others = {"policies": policies, "references": references, "action": actions}
+    if len({t.device for t in (*tables, *state, *behaviours, *others.values()) if t is not None}) > 1:
+        own = {f"tables.{name}": t for name, t in tables._asdict().items()}
+        own |= {f"state.{name}": t for name, t in zip(RolloutState._fields, state, strict=True)}
+        own |= dict(zip(Behaviours._fields, behaviours, strict=False))
+        _checks.same_device(**own, **others)
     return Sizes(N, S, A, M, P, G, R, steps)
+
+
+def _refuse_state(state: RolloutState, S: int, A: int) -> None:
+    """The ValueError that names what is wrong with its shapes, dtypes or layouts."""
+    _checks.shape("state.seed", state.seed, ["R"])
+    shapes = state_shapes(state.seed.shape[0], S, A)
+    for i, (name, tensor) in enumerate(state._asdict().items()):
+        if i < 7 or tensor.numel():
+            _checks.shape(f"state.{name}", tensor, shapes[i])
+        _checks.dtype(f"state.{name}", tensor, [STATE_DTYPES[i]])
+        if not tensor.is_contiguous():
+            raise ValueError(f"state.{name}: wanted a contiguous tensor, got strides {tensor.stride()}")
 
 
 def _values(found: Sizes, *args: Any) -> None:

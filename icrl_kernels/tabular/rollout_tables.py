@@ -43,18 +43,28 @@ class RolloutTables(NamedTuple):
         return RolloutTables(*(t.to(device) for t in self))
 
 
-def check_tables(tables: RolloutTables) -> tuple[int, int, int, int]:
-    """N, S, A and M, if shapes, dtypes, devices and layouts are `RolloutTables`'. Reads no values."""
+def fit(shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether tables of these shapes belong together."""
+    if len(shapes[2]) != 3 or len(shapes[0]) != 1 or len(shapes[1]) != 1:
+        return False
+    return (
+        shapes == [*shapes[:2], *_shapes(*shapes[2])]
+        and READ_PAST <= shapes[0][0] <= shapes[1][0] + READ_PAST
+        and shapes[2][1] <= 32767 >= shapes[2][2]
+    )
+
+
+def refuse(tables: RolloutTables) -> None:
+    """The ValueError that names what keeps the tables from being `fit`."""
     _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
     N, S, A = tables.offset.shape
-    for (name, tensor), wanted, dtype in zip(tables._asdict().items(), table_shapes(N, S, A), DTYPES, strict=True):
+    for (name, tensor), wanted, dtype in zip(
+        tables._asdict().items(), [[None], [None], *_shapes(N, S, A)], DTYPES, strict=True
+    ):
         _checks.shape(f"tables.{name}", tensor, wanted)
         _checks.dtype(f"tables.{name}", tensor, [dtype])
-        if tensor.device != tables.offset.device or not tensor.is_contiguous():
-            raise ValueError(
-                f"tables.{name}: wanted a contiguous tensor on {tables.offset.device}, as offset is, "
-                f"got one on {tensor.device} with strides {tensor.stride()}"
-            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"tables.{name}: wanted a contiguous tensor, got strides {tensor.stride()}")
     M = tables.cumulative.shape[0] - READ_PAST
     if M < 0 or tables.reward.shape[0] < M:
         raise ValueError(
@@ -62,13 +72,12 @@ def check_tables(tables: RolloutTables) -> tuple[int, int, int, int]:
             f"{list(tables.cumulative.shape)} and {list(tables.reward.shape)}"
         )
     _fit_16_bits("tables.offset", S, A)
-    return N, S, A, M
 
 
-def table_shapes(N: int, S: int, A: int) -> tuple[Sequence[int | None], ...]:
-    """Of the fields of RolloutTables; None: any size."""
+def _shapes(N: int, S: int, A: int) -> tuple[tuple[int, ...], ...]:
+    """Of the fields of RolloutTables from `offset` on."""
     row, state, task = (N, S, A), (N, S), (N,)
-    return (None,), (None,), row, (N, S, A, 2), state, row, state, state, task, task, task
+    return row, (N, S, A, 2), state, row, state, state, task, task, task
 
 
 def _fit_16_bits(name: str, S: int, A: int) -> None:
