@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.offline.method import Metrics, Spaces, head
@@ -103,4 +102,11 @@ class DICP(HistoryMethod):
 
 def spread(state: TrunkState, times: int) -> TrunkState:
     """Each sequence's state `times` times over."""
-    return TrunkState(tree_map(lambda t: t.repeat_interleave(times, 0), state.layers), state.length)
+
+    def repeated(x: Any) -> Any:  # a layer's state: tensors in (named) tuples
+        if isinstance(x, Tensor):
+            return x.repeat_interleave(times, 0)
+        parts = [repeated(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+    return TrunkState([repeated(layer) for layer in state.layers], state.length)
