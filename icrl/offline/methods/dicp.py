@@ -8,6 +8,7 @@ being the policy's likeliest, and the one whose predicted return is best is take
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
