@@ -25,10 +25,7 @@ NVCC_FLAGS = [
     "-gencode=arch=compute_90,code=compute_90",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
-INSTRUCTION_SETS = {
-    # -Wpsabi: vectors wider than the registers are passed to inlined functions only
-    "generic": ["-Wno-psabi"],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-Wno-psabi"],
+INSTRUCTION_SETS = {  # the longest compiles first
     "avx512": [
         "-mavx512f",
         "-mavx512vl",
@@ -40,6 +37,9 @@ INSTRUCTION_SETS = {
         "-mprefer-vector-width=512",
         "-Wno-maybe-uninitialized",  # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes
     ],
+    # -Wno-psabi: vectors wider than the registers are passed to inlined functions only
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-Wno-psabi"],
+    "generic": ["-Wno-psabi"],
 }
 # The simulator's numbers are the same bits on every processor, GPUs included: no contraction into fused multiply-adds.
 SAME_BITS, SAME_BITS_CUDA = ["-ffp-contract=off"], ["-fmad=false"]
@@ -49,29 +49,29 @@ SAME_BITS, SAME_BITS_CUDA = ["-ffp-contract=off"], ["-fmad=false"]
 # core waits for one of them.
 SOURCES: dict[str, list[str]] = {
     "tabular/value_iteration.cu": [],
-    "tabular/value_iteration.isa.cpp": [],
-    "linear_attention/gla.isa.cpp": [],
     "linear_attention/gated_delta_rule.isa.cpp": [],
+    "linear_attention/gla.isa.cpp": [],
     "linear_attention/gsa.isa.cpp": [],
+    "tabular/value_iteration.isa.cpp": [],
     "linear_attention/rwkv7.isa.cpp": [],
-    "tabular/rollout.isa.cpp": SAME_BITS,
-    "tabular/anymdp.isa.cpp": [],
     "tabular/rollout.cu": SAME_BITS_CUDA,
-    "tabular/anymdp.cpp": [],
+    "tabular/value_iteration_cuda_on_host.cpp": [],
+    "tabular/anymdp.isa.cpp": [],
+    "tabular/rollout.isa.cpp": SAME_BITS,
     "linear_attention/gated_delta_rule.cpp": [],
     "linear_attention/gla.cpp": [],
     "linear_attention/gsa.cpp": [],
+    "linear_attention/rwkv7.cpp": [],
+    "tabular/anymdp.cpp": [],
+    "tabular/emission.cpp": [],
     "tabular/model_based.cpp": SAME_BITS,
     "tabular/rollout.cpp": SAME_BITS,
     "tabular/rollout_tables.cpp": SAME_BITS,
-    "linear_attention/rwkv7.cpp": [],
-    "tabular/emission.cpp": [],
     "tabular/value_iteration.cpp": [],
-    "tabular/value_iteration_cuda_on_host.cpp": [],
+    "module.cpp": [],
+    "common/step_call.cpp": [],
     "common/isa.cpp": [],
     "common/parallel.cpp": [],
-    "common/step_call.cpp": [],
-    "module.cpp": [],
 }
 
 
