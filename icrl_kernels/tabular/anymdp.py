@@ -10,7 +10,6 @@ from torch import Tensor
 from icrl_kernels import _C, _checks
 from icrl_kernels.tabular.packed import PackedTransition
 
-
 MOST_OBSERVATIONS = 2**31 - 1  # of which a list is made
 
 

@@ -286,7 +286,9 @@ def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tenso
     noise_state = (-0.3 + 0.6 * position.uniform(n + 2)).clamp(min=0) * base * stays
 
     amount = (0.05 * _exponential(u[:, 8])).clamp(max=0.1)[:, None, None]
-    n = (3 * (at[:, None] * actions + torch.arange(actions, dtype=torch.int64, device=sizes.device))).expand(batch, -1, -1)
+    n = (3 * (at[:, None] * actions + torch.arange(actions, dtype=torch.int64, device=sizes.device))).expand(
+        batch, -1, -1
+    )
     amount = amount * (cost.uniform(n) >= 0.7) * real[..., None]
     radius, angle = (-2 * torch.log1p(-cost.uniform(n + 1))).sqrt() * amount, 2 * torch.pi * cost.uniform(n + 2)
     z = 0.01 * _normal(scalar, torch.full_like(sizes, 9)[:, None])[:, 0]

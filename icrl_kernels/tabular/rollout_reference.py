@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels.tabular.behaviours import Behaviours, check_shapes, check_values, same_behaviours
+from icrl_kernels.tabular.behaviours import Behaviours, same_behaviours
 
 OUT_DTYPES = (torch.int16, torch.int16, torch.float32, torch.uint8, torch.uint8, torch.int16)  # as in Rollout
 

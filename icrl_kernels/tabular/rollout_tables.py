@@ -56,9 +56,14 @@ def fit(shapes: Sequence[tuple[int, ...]]) -> bool:
 
 def refuse(tables: RolloutTables) -> None:
     """The ValueError that names what keeps the tables from being `fit`."""
-    _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
-    N, S, A = tables.offset.shape
-    for (name, tensor), wanted, dtype in zip(tables._asdict().items(), [[None], [None], *_shapes(N, S, A)], DTYPES, strict=True):
+    # two that agree say the sizes
+    agreed = tables.noise_action.dim() == 3 and tables.noise_action.shape == tables.window.shape[:3]
+    sized = "noise_action" if agreed else "offset"
+    _checks.shape(f"tables.{sized}", getattr(tables, sized), ["N", "S", "A"])
+    N, S, A = getattr(tables, sized).shape
+    for (name, tensor), wanted, dtype in zip(
+        tables._asdict().items(), [[None], [None], *_shapes(N, S, A)], DTYPES, strict=True
+    ):
         _checks.shape(f"tables.{name}", tensor, wanted)
         _checks.dtype(f"tables.{name}", tensor, [dtype])
         if not tensor.is_contiguous():
@@ -143,7 +148,9 @@ def rollout_tables(
         ("num_actions", num_actions, A),
     ):
         if N and (int(size.min()) < 1 or (most is not None and int(size.max()) > most)):
-            raise ValueError(f"{name}: wanted 1 to {'any' if most is None else most}, got {int(size.min())} to {int(size.max())}")
+            raise ValueError(
+                f"{name}: wanted 1 to {'any' if most is None else most}, got {int(size.min())} to {int(size.max())}"
+            )
     for name, noise in (("noise_state", noise_state), ("noise_action", noise_action)):
         if noise.numel() and not (float(noise.min()) >= 0 and float(noise.max()) < torch.inf):
             raise ValueError(f"{name}: wanted finite values >= 0")
