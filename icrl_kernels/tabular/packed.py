@@ -28,8 +28,9 @@ class PackedTransition(NamedTuple):
         """Return self; ValueError if shapes, dtypes or devices are not as above. Reads no values."""
         _checks.shape("probability", self.probability, ["M"])
         _checks.dtype("probability", self.probability, [torch.float32, torch.float64])
-        _checks.shape("offset", self.offset, ["N", "S", "A"])
-        n, s, a = self.offset.shape
+        sized = "first" if self.first.shape == self.length.shape else "offset"  # two that agree say the sizes
+        _checks.shape(sized, getattr(self, sized), ["N", "S", "A"])
+        n, s, a = getattr(self, sized).shape
         for name, tensor, dtype in (
             ("offset", self.offset, torch.int64),
             ("first", self.first, torch.int32),

@@ -107,6 +107,7 @@ def rollout_start(
     for name, tensor in (("task_index", task), ("record", record), ("seed", seed)):
         _checks.shape(name, tensor, ["R"], R=R)
         _checks.dtype(name, tensor, [torch.int64])
+    _checks.same_device(tables=tables.offset, task_index=task, record=record, seed=seed)
     uses_q = uses_model = False
     if behaviours is not None:
         for name in ("initial", "later"):
@@ -379,8 +380,9 @@ def _check(*args: Any) -> Sizes:
 
 def _refuse_state(state: RolloutState, S: int, A: int) -> None:
     """The ValueError that names what is wrong with its shapes, dtypes or layouts."""
-    _checks.shape("state.seed", state.seed, ["R"])
-    shapes = state_shapes(state.seed.shape[0], S, A)
+    sized = "task" if state.task.shape == state.record.shape else "seed"  # two that agree say how many records
+    _checks.shape(f"state.{sized}", getattr(state, sized), ["R"])
+    shapes = state_shapes(getattr(state, sized).shape[0], S, A)
     for i, (name, tensor) in enumerate(state._asdict().items()):
         if i < 7 or tensor.numel():
             _checks.shape(f"state.{name}", tensor, shapes[i])
@@ -427,7 +429,7 @@ def _call(found: Sizes, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list
 
     groups = [[at(t) for t in group] for group in (tables, behaviours, state, out)]
     who = (0, at(policies)) if policies is not None and policies.dtype == torch.int16 else (at(policies), 0)
-    kept = (policies, references, actions)  # copies, perhaps, that must outlive the call
+    kept = [t for t in (policies, references, actions) if t is not None]  # copies, perhaps, that must outlive the call
     return (*out, *kept), [groups[0], *who, at(references), groups[1], at(actions), *groups[2:], *found]
 
 

@@ -56,8 +56,11 @@ def fit(shapes: Sequence[tuple[int, ...]]) -> bool:
 
 def refuse(tables: RolloutTables) -> None:
     """The ValueError that names what keeps the tables from being `fit`."""
-    _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
-    N, S, A = tables.offset.shape
+    # two that agree say the sizes
+    agreed = tables.noise_action.dim() == 3 and tables.noise_action.shape == tables.window.shape[:3]
+    sized = "noise_action" if agreed else "offset"
+    _checks.shape(f"tables.{sized}", getattr(tables, sized), ["N", "S", "A"])
+    N, S, A = getattr(tables, sized).shape
     for (name, tensor), wanted, dtype in zip(
         tables._asdict().items(), [[None], [None], *_shapes(N, S, A)], DTYPES, strict=True
     ):
