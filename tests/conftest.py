@@ -24,6 +24,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
     """Fill torch.empty with NaN, so that an output a kernel forgot to write is seen."""
