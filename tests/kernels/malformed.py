@@ -116,30 +116,28 @@ def _problems(variant: Variant, args: Args) -> Iterator[Problem]:
         x = args[arg.name]
         if x is None:
             if not arg.optional:
-                found.append(Problem(arg.names, "type"))
+                found.append(Problem(arg.names, "unsaid" if arg.type is bool else "type"))
         elif not isinstance(x, arg.type) or (isinstance(x, bool) and arg.type is not bool):
-            found.append(Problem(arg.names, "type"))
+            found.append(Problem(arg.names, "unsaid" if arg.type is bool else "type"))  # 1 and None may do for a flag
         elif not isinstance(x, Tensor) and not arg.wants(x):
             found.append(Problem(arg.names))
-    if found:
-        yield from found
-        return
     tensors = {a: args[a.name] for a in variant.args if isinstance(args[a.name], Tensor)}
-    found, sizes = _fit(variant, args, tensors)
+    unfit, sizes = _fit(variant, args, tensors, not any(p.kind == "type" for p in found))
+    found += unfit
     for arg, x in tensors.items():
         if arg.dtypes and (problem := _dtype_problem(arg, x, args)):
             found.append(problem)
         if arg.dense and not x.is_contiguous():
             found.append(Problem(arg.names, "value" if arg.dense == "refused" else "unsaid"))
     devices = {x.device.type for x in tensors.values()}
-    if devices != {"cpu"}:
+    if devices and devices != {"cpu"}:
         found.append(Problem(set().union(*(a.names for a in tensors)), "value" if len(devices) > 1 else "unsaid"))
     yield from found
     if all(p.kind == "unsaid" for p in found) and devices == {"cpu"}:
         yield from variant.rules(args, sizes)
 
 
-def _fit(variant: Variant, args: Args, tensors: dict[Arg, Tensor]) -> tuple[list[Problem], Sizes]:
+def _fit(variant: Variant, args: Args, tensors: dict[Arg, Tensor], linked: bool) -> tuple[list[Problem], Sizes]:
     """What does not fit together, and the sizes by letter."""
     found: list[Problem] = []
     votes: dict[str, dict[int, set[str]]] = {}
@@ -156,7 +154,7 @@ def _fit(variant: Variant, args: Args, tensors: dict[Arg, Tensor]) -> tuple[list
             letter, _, more = word.partition("+")
             if not word.isdigit():
                 votes.setdefault(letter, {}).setdefault(size - int(more or 0), set()).update(arg.names)
-    for link in variant.links(args):
+    for link in variant.links(args) if linked else ():
         if isinstance(link, Problem):
             found.append(link)
         else:
@@ -176,6 +174,8 @@ def _dtype_problem(arg: Arg, x: Tensor, args: Args) -> Problem | None:
     if not isinstance(arg.dtypes, str):
         return None if x.dtype in arg.dtypes else Problem(arg.names)
     other = arg.dtypes.split()[0 if arg.dtypes.endswith("wider") else 1]
+    if not isinstance(args[other], Tensor):
+        return None
     dtype = args[other].dtype
     allowed = {dtype}
     if arg.dtypes.endswith("or float32"):
@@ -188,7 +188,8 @@ def _dtype_problem(arg: Arg, x: Tensor, args: Args) -> Problem | None:
 def named(message: str) -> set[str]:
     """The arguments that an error's message names: before its first colon or equals sign, or as the dispatcher does."""
     found = set(re.findall(r"argument '([\w.]+)'", message))
-    head = re.split(r"[:=]", message, maxsplit=1)[0]
+    said = re.match(r"([A-Za-z_][\w.]*)(\[[^\]]*\])? (is|has|of) ", message)  # "state.task[1] is 7, but"
+    head = said[1] if said else re.split(r"[:=]", message, maxsplit=1)[0]
     parts = re.split(r",\s*(?![^\[]*\])|\s+and\s+", head)
     if all(re.fullmatch(r"\s*[A-Za-z_][\w.]*(\[[^\]]*\])?\s*", part) for part in parts):
         for part in (p.strip() for p in parts):
@@ -199,7 +200,7 @@ def named(message: str) -> set[str]:
 
 # ---- mutations ----------------------------------------------------------------------------------------------------------
 
-BACKENDS_THAT_ARE_NOT = ("nope", "", "cuda", "CPU", "auto ")
+BACKENDS_THAT_ARE_NOT = ("nope", "Triton", "cuda", "CPU", "auto ")
 OTHER_TYPES = (3.5, "x", [1, 2], (), object)
 ALL_DTYPES = (torch.float64, torch.int64, torch.bool, torch.complex64, *HALVES, torch.int32, torch.uint8, torch.float32)
 

@@ -204,6 +204,8 @@ def test_judge_names_what_is_wrong(changes, names):
         ("discount, bonus, sweeps: wanted", {"discount", "bonus", "sweeps"}),
         ("backend='triton' serves gla on cuda", {"backend"}),
         ("icrl::gla() Expected a value of type 'Tensor' for argument 'q' but instead found", {"q"}),
+        ("state.task[1] is 7, but there are 2 tasks", {"state.task", "task"}),
+        ("action of record 3 is -1, but its task has 3 actions", {"action"}),
         ("wanted a contiguous tensor of q", set()),
         ("tables are made on the CPU, got: q", set()),
     ],

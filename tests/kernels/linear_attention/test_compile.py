@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import icrl_kernels
 from icrl_kernels import gla_step
 
+CPU = torch.device("cpu")
 H, K, V, M = 2, 8, 4, 6
 
 
@@ -28,15 +29,15 @@ class Op(NamedTuple):
         f = getattr(icrl_kernels, self.name + "_step")
         return f(*inputs, state if self.name == "gsa" else state[0], **options)
 
-    def inputs(self, B: int, *T: int) -> list[torch.Tensor]:
+    def inputs(self, device: torch.device, B: int, *T: int) -> list[torch.Tensor]:
         def make(name, size):
-            x = torch.randn(B, *T, *size)
+            x = torch.randn(B, *T, *size).to(device)
             return -x.abs() if name in ("g", "w") else x / 3
 
         return [make(name, size) for name, size in self.sizes.items()]
 
-    def states(self, B: int) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.randn(B, *size) for size in self.state)
+    def states(self, device: torch.device, B: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(B, *size).to(device) for size in self.state)
 
 
 QKV = {"q": (H, K), "k": (H, K), "v": (H, V)}
@@ -69,14 +70,14 @@ def fresh_compiler():
 
 
 @every_op
-def test_compiled_is_eager_to_the_bit_and_one_graph_serves_every_length(op):
+def test_compiled_is_eager_to_the_bit_and_one_graph_serves_every_length(device, op):
     def output(*x):
         return op(*x)[0]
 
     compiled = torch.compile(output, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for T in (20, 33, 5):
-            inputs = op.inputs(2, T)
+            inputs = op.inputs(device, 2, T)
             for x in inputs:
                 torch._dynamo.mark_dynamic(x, 1)
             leaves = [x.requires_grad_() for x in inputs]
@@ -86,8 +87,8 @@ def test_compiled_is_eager_to_the_bit_and_one_graph_serves_every_length(op):
 
 
 @every_op
-def test_compiled_step_changes_the_state_in_place(op):
-    inputs, state = op.inputs(3), op.states(3)
+def test_compiled_step_changes_the_state_in_place(device, op):
+    inputs, state = op.inputs(device, 3), op.states(device, 3)
     other = tuple(s.clone() for s in state)
 
     def twice(*x, state):
@@ -102,8 +103,8 @@ def test_compiled_step_changes_the_state_in_place(op):
 
 
 @pytest.mark.slow
-def test_inductor():
-    op, inputs = OPS[0], OPS[0].inputs(2, 20)
+def test_inductor(device):
+    op, inputs = OPS[0], OPS[0].inputs(device, 2, 20)
 
     def f(*x):
         return op(*(y * 2 for y in x))[0] + 1
@@ -113,37 +114,37 @@ def test_inductor():
 
 
 @every_op
-def test_exported_with_dynamic_length(op):
+def test_exported_with_dynamic_length(device, op):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor(0.7))
+            self.weight = torch.nn.Parameter(torch.tensor(0.7, device=device))
 
         def forward(self, inputs):
             o, state = op(inputs[0] * self.weight, *inputs[1:], output_final_state=True)
             return o, state
 
     layer, T = Layer(), torch.export.Dim("T", min=2)
-    program = torch.export.export(layer, (op.inputs(2, 20),), dynamic_shapes=([{1: T}] * len(op.sizes),))
+    program = torch.export.export(layer, (op.inputs(device, 2, 20),), dynamic_shapes=([{1: T}] * len(op.sizes),))
     assert any(op.name in str(node.target) for node in program.graph.nodes)  # the op, not what it is made of
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
     for length in (20, 37, 2):
-        inputs = op.inputs(2, length)
+        inputs = op.inputs(device, 2, length)
         flat = [torch.utils._pytree.tree_leaves(f(inputs)) for f in (loaded, layer)]
         assert_same(*flat)
 
 
 @every_op
-def test_autocast_does_not_cast(op):
-    inputs, state = op.inputs(2, 9), op.states(2)
+def test_autocast_does_not_cast(device, op):
+    inputs, state = op.inputs(device, 2, 9), op.states(device, 2)
     token = [x[:, 0] for x in inputs]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         o = op(*inputs)[0]
         assert o.dtype == op.step(*token, state=state).dtype == torch.float32
-        mixed = inputs[0] @ torch.eye(K)  # what autocast does to a projection
+        mixed = inputs[0] @ torch.eye(K, device=device)  # what autocast does to a projection
         assert mixed.dtype == torch.bfloat16
         for f in (lambda: op(mixed, *inputs[1:]), lambda: op.step(mixed[:, 0], *token[1:], state=state)):
             with pytest.raises(ValueError, match="dtype"):
@@ -153,7 +154,7 @@ def test_autocast_does_not_cast(op):
 
 @every_op
 @pytest.mark.parametrize("selective", [False, True])
-def test_activation_checkpointing_keeps_the_bits(op, selective):
+def test_activation_checkpointing_keeps_the_bits(device, op, selective):
     def f(*x):
         return op(*(y * 1.5 for y in x))[0]
 
@@ -161,14 +162,14 @@ def test_activation_checkpointing_keeps_the_bits(op, selective):
     if selective:
         kept = [getattr(torch.ops.icrl, op.name).default]
         context = {"context_fn": lambda: checkpoint.create_selective_checkpoint_contexts(kept)}
-    inputs = op.inputs(2, 20)
+    inputs = op.inputs(device, 2, 20)
     saved = gradients(lambda *x: checkpoint.checkpoint(f, *x, use_reentrant=False, **context), inputs)
     assert_same(saved, gradients(f, inputs))
 
 
 @every_op
-def test_derivatives_that_are_not_there_are_refused(op):
-    inputs, state = op.inputs(1, 5), op.states(1)
+def test_derivatives_that_are_not_there_are_refused(device, op):
+    inputs, state = op.inputs(device, 1, 5), op.states(device, 1)
     token = [x[:, 0] for x in inputs]
 
     def whole(x):
@@ -189,11 +190,11 @@ def test_derivatives_that_are_not_there_are_refused(op):
 
 @every_op
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_is_a_loop_and_a_step_refuses_it(op):
-    many = [torch.stack([x, 2 * x]) for x in op.inputs(1, 5)]
+def test_vmap_is_a_loop_and_a_step_refuses_it(device, op):
+    many = [torch.stack([x, 2 * x]) for x in op.inputs(device, 1, 5)]
     mapped = torch.vmap(lambda *x: op(*x)[0])(*many)
     assert_same(mapped, [op(*(x[i] for x in many))[0] for i in range(2)])
-    state = op.states(1)
+    state = op.states(device, 1)
     with pytest.raises(RuntimeError, match=r"[Bb]atching rule"):
         torch.vmap(lambda *x: op.step(*(y[:, 0] for y in x), state=state))(*many)
 
@@ -215,8 +216,8 @@ class Tagged(torch.Tensor):
 @every_op
 def test_a_step_is_seen_by_whoever_wants_to(op):
     """The short way round the dispatcher is taken where nobody looks, and gives the same bits as the long one."""
-    inputs, name = op.inputs(3), f"icrl.{op.name}_step"
-    state = op.states(3)
+    inputs, name = op.inputs(CPU, 3), f"icrl.{op.name}_step"
+    state = op.states(CPU, 3)
     start, results, calls = tuple(s.clone() for s in state), [], []
     compiled = importlib.import_module(f"icrl_kernels.linear_attention.{op.name}").OP.compiled
     original = compiled["step_plain"]
@@ -257,9 +258,9 @@ def test_a_step_is_seen_by_whoever_wants_to(op):
 
 
 @every_op
-def test_a_graph_that_saved_the_state_notices_the_step(op):
-    inputs, state = op.inputs(2), op.states(2)
-    weight = torch.ones(1, requires_grad=True)
+def test_a_graph_that_saved_the_state_notices_the_step(device, op):
+    inputs, state = op.inputs(device, 2), op.states(device, 2)
+    weight = torch.ones(1, device=device, requires_grad=True)
     loss = (weight * state[-1]).sum()
     with torch.no_grad():
         op.step(*inputs, state=state)
@@ -268,8 +269,8 @@ def test_a_graph_that_saved_the_state_notices_the_step(op):
 
 
 @every_op
-def test_steps_in_inference_mode(op):
-    inputs, state = op.inputs(2), op.states(2)
+def test_steps_in_inference_mode(device, op):
+    inputs, state = op.inputs(device, 2), op.states(device, 2)
     other = tuple(s.clone() for s in state)
     wanted = op.step(*inputs, state=state)
     with torch.inference_mode():
@@ -279,8 +280,8 @@ def test_steps_in_inference_mode(op):
 
 
 @every_op
-def test_steps_of_every_backend_agree(op):
-    inputs, state = op.inputs(2), op.states(2)
+def test_steps_of_every_backend_agree(device, op):
+    inputs, state = op.inputs(device, 2), op.states(device, 2)
     other = tuple(s.clone() for s in state)
     o, reference = op.step(*inputs, state=state), op.step(*inputs, state=other, backend="reference")
     for a, b in zip((o, *state), (reference, *other), strict=True):
@@ -299,7 +300,7 @@ def test_a_step_goes_straight_to_c_for_its_own_backend_alone(monkeypatch):
 @every_op
 @pytest.mark.gpu
 def test_cuda_graph_replays_a_step(op):
-    inputs, state = ([x.cuda() for x in y] for y in (op.inputs(2), op.states(2)))
+    inputs, state = ([x.cuda() for x in y] for y in (op.inputs(CPU, 2), op.states(CPU, 2)))
     other = [s.clone() for s in state]
     op.step(*inputs, state=other)  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -313,8 +314,8 @@ def test_cuda_graph_replays_a_step(op):
 
 
 @every_op
-def test_steps_of_permuted_inputs(op):
-    inputs, state = op.inputs(3), op.states(3)
+def test_steps_of_permuted_inputs(device, op):
+    inputs, state = op.inputs(device, 3), op.states(device, 3)
     permuted = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     other = tuple(t.clone() for t in state)
     assert torch.equal(op.step(*inputs, state=state), op.step(*permuted, state=other))
@@ -324,32 +325,32 @@ def test_steps_of_permuted_inputs(op):
 @every_op
 def test_the_reference_step_refuses_gates_too(op):
     gate = "w" if op.name == "rwkv7" else "g"
-    inputs = [x.abs() + 1 if name == gate else x for name, x in zip(op.sizes, op.inputs(2), strict=True)]
+    inputs = [x.abs() + 1 if name == gate else x for name, x in zip(op.sizes, op.inputs(CPU, 2), strict=True)]
     with pytest.raises(ValueError, match=f"^{gate}"):
-        op.step(*inputs, state=op.states(2), backend="reference")
+        op.step(*inputs, state=op.states(CPU, 2), backend="reference")
 
 
 @every_op
-def test_steps_name_a_tensor_on_another_device(op):
-    inputs = [x.to("meta") if name == "v" else x for name, x in zip(op.sizes, op.inputs(2), strict=True)]
+def test_steps_name_a_tensor_on_another_device(device, op):
+    inputs = [x.to("meta") if name == "v" else x for name, x in zip(op.sizes, op.inputs(device, 2), strict=True)]
     with pytest.raises(ValueError, match=r"^v: is on meta"):
-        op.step(*inputs, state=op.states(2))
+        op.step(*inputs, state=op.states(device, 2))
 
 
-def test_flags_that_are_not_bool_mean_what_they_mean():
-    q, k, v, g, beta = OPS[1].inputs(2)
-    one, other = (torch.zeros(2, H, K, V) for _ in range(2))
+def test_flags_that_are_not_bool_mean_what_they_mean(device):
+    q, k, v, g, beta = OPS[1].inputs(device, 2)
+    one, other = (torch.zeros(2, H, K, V, device=device) for _ in range(2))
     normed = icrl_kernels.gated_delta_rule_step(q, k, v, g, beta, one, qk_l2norm=True)
     assert torch.equal(icrl_kernels.gated_delta_rule_step(q, k, v, g, beta, other, qk_l2norm=1), normed)
 
 
 @every_op
 @pytest.mark.parametrize("broken", [0, 1, 2])
-def test_the_backward_op_refuses_what_autograd_would_not_give(op, broken):
-    inputs, states = op.inputs(2, 5), op.states(2)
-    wrong = [torch.randn(2, 5, H, V), *states, *inputs]
+def test_the_backward_op_refuses_what_autograd_would_not_give(device, op, broken):
+    inputs, states = op.inputs(device, 2, 5), op.states(device, 2)
+    wrong = [torch.randn(2, 5, H, V).to(device), *states, *inputs]
     at = broken if broken < 2 else 1 + len(states) + list(op.sizes).index("k")  # do, a state's gradient, k
     wrong[at] = wrong[at][:, :1].clone()
-    options = [1.0, *[None] * len(states), None, *([False] if op.name == "gated_delta_rule" else []), "cpu"]
+    options = [1.0, *[None] * len(states), None, *([False] if op.name == "gated_delta_rule" else []), "auto"]
     with pytest.raises(ValueError, match=r"^(do|dfinal_\w+|k): wanted shape"):
         getattr(torch.ops.icrl, op.name + "_backward")(*wrong, *options)

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 GATES = ["none", "scalar", "channel"]
 NAMES = ["o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"]
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from icrl_kernels.linear_attention.triton import gla
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def recurrence(q, k, v, g, scale, initial_state, cu_seqlens):

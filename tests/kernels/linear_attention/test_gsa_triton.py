@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from icrl_kernels.linear_attention.triton import gla, gsa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 INPUTS = ["q", "k", "v", "s", "g", "keys", "values"]
 NAMES = ["o", "final_keys", "final_values"] + ["d" + name for name in INPUTS]
 GATED = [False, True]

@@ -9,6 +9,7 @@ from icrl_kernels.testing import assert_as_good_as_torch
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAMES = ["o", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dinitial_state"]
 
 
