@@ -1234,9 +1234,9 @@ def learning_calls() -> None:
     add("icrl/evaluate", evaluated)
 
     def training(**changes: Any) -> Any:
-        return moved.OmniRLTraining(
-            **{"model": moved.OmniRLConfig(**model), "data": config(), "segment": 24, "seed": 2, **changes}
-        )
+        given = {"model": moved.OmniRLConfig(**model), "data": config(), "segment": 24, "seed": 2, **changes}
+        known = {f.name for f in dataclasses.fields(moved.OmniRLTraining)}  # the seed is the loop's now
+        return moved.OmniRLTraining(**{k: v for k, v in given.items() if k in known})
 
     def loss() -> Any:
         torch.manual_seed(2)
@@ -1254,7 +1254,7 @@ def learning_calls() -> None:
     def learner() -> Any:
         """With the model's own records mixed in."""
         c = training(dagger=0.5, dagger_from=0, dagger_records=4, evaluation_tasks=2, evaluation_steps=20)
-        made = moved.OmniRLLearner(c, moved.LoopConfig(updates=2, threads=1))
+        made = moved.OmniRLLearner(c, moved.LoopConfig(updates=2, threads=1, seed=2))
         try:
             found = [(total, logged) for u in range(2) for total, logged in made.losses(u)]
             return found, made.own, made.collections, made.evaluate(), [p.shape for p in made.hidden_matrices()]
@@ -1387,7 +1387,8 @@ def offline_calls() -> None:
         settings |= {"idt": {"span": 4}, "ad": {}, "dicp": {}, "ic_iql": {}}.get(name, {"layout": "branch"})
         known = world_model(data) if name == "sicql" and changes.get("world_model", True) else None
         torch.manual_seed(1)
-        kind = moved.METHODS[name][1]
+        found = moved.METHODS[name]
+        kind = found[1] if isinstance(found, tuple) else found.config_class
         made = moved.make_method(name, kind(**{**settings, **changes}), moved.Spaces.of(data), known)
         made.prepare(data)
         return made

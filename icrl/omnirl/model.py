@@ -262,6 +262,8 @@ class OmniRL(nn.Module):
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        if q.shape[1] == 1 and not torch.is_grad_enabled():  # the bits of `step`
+            return OmniRL._attend_in_place(q, k, v, g, state.clone())
         gate = None if g is None else g.float()
         o, new = gla(q.float(), k.float(), v.float(), gate, scale=1.0, initial_state=state, output_final_state=True)
         assert new is not None
