@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, Tensor]
 """What to log of a loss: 0-dimensional tensors without a graph, on the model's device, so that none is waited for."""
 
+
 class Spaces(NamedTuple):
     """Of an environment: what a method's networks are made for."""
 
@@ -104,6 +105,10 @@ class Method(nn.Module):
     @staticmethod
     def check_window(config: Any, window: int) -> None:
         """ValueError where a world model of `window` steps does not suit the configuration."""
+
+    @staticmethod
+    def check_compile(config: Any) -> None:
+        """ValueError where the objective of this configuration cannot be compiled once for all updates."""
 
     @property
     def device(self) -> torch.device:

@@ -184,7 +184,9 @@ class Trajectories:
             return steps
         if self._rarity is None:
             _, state = torch.unique(self.states.cpu(), dim=0, return_inverse=True)
-            task = torch.repeat_interleave(torch.arange(self.num_tasks, device="cpu"), self.steps[:, 1] - self.steps[:, 0])
+            task = torch.repeat_interleave(
+                torch.arange(self.num_tasks, device="cpu"), self.steps[:, 1] - self.steps[:, 0]
+            )
             _, pair, count = torch.unique(
                 task * (int(state.max()) + 1) + state, return_inverse=True, return_counts=True
             )
@@ -226,9 +228,7 @@ class Trajectories:
 
     def tasks_slice(self, first: int, count: int) -> Trajectories:
         """Tasks first to first+count-1, numbered from 0."""
-        episodes = torch.arange(
-            int(self.episodes[first, 0]), int(self.episodes[first + count - 1, 1]), device="cpu"
-        )
+        episodes = torch.arange(int(self.episodes[first, 0]), int(self.episodes[first + count - 1, 1]), device="cpu")
         return self.reorder(episodes, self.tasks[episodes] - first)
 
     # --- joining ---------------------------------------------------------------------------------------------------------
