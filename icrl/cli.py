@@ -127,33 +127,15 @@ def train_omnirl(
         init: a model's file to begin from, its weights alone, instead of from random weights.
         json: write the last evaluation here.
     """
-    from icrl.extras import versions
-    from icrl.omnirl.training import OmniRLLearner, read_config
-    from icrl.plots import training_picture
-    from icrl.training.loop import train
-    from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
+    from icrl.commands.train import train_omnirl as run
 
     _new_file("json", json)
-    given = {} if config is None else read_json("config", config)
-    training, loop = read_config(given)
-    if records is not None:
-        training = replace(training, records=str(records))
-    options = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
-    options |= {"device": device, "autocast": autocast}
-    loop = replace(loop, **{k: v for k, v in options.items() if v is not None})
-    if init is None and given.get("init"):  # a run's own record
-        init = Path(given["init"])
-    prepare(loop)
-    learner = OmniRLLearner(training, loop, init)
-    with flushed_denormals():
-        path = train(learner, loop, out)
-    if rank() == 0:
-        training_picture(out / "metrics.jsonl", out / "curve.png")
-        print(f"model: {path}\npicture: {out / 'curve.png'}")
-    if json is not None and rank() == 0:
-        numbers = {"model": str(path), **learner.evaluate()}
-        _write_json(json, {**numbers, "versions": versions(), **machine(learner.device)})
-    finish()
+    over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
+    over |= {"device": device, "autocast": autocast}
+    over = {name: value for name, value in over.items() if value is not None}
+    numbers = run(out, {} if config is None else read_json("config", config), records, over, init, json is not None)
+    if numbers is not None:
+        _write_json(json, numbers)
 
 
 def distill(

@@ -3,14 +3,16 @@
 Two helpers, for two kinds of code:
 
 - `fake_device(name)` for code that computes without reading values (a forward pass, a loss, an optimiser's step): tensors
-  have shapes, dtypes and devices and no values, and an op on tensors of two devices raises. "meta" serves for all of it.
-  "cuda" serves where no gradient is recorded: a torch without CUDA has no autograd on that device.
+  have shapes, dtypes and devices and no values, and an op on tensors of two devices raises. "meta" stands for any device
+  that is not the CPU. "cuda" is among `FAKES` where torch was built with CUDA (without, it cannot index such a tensor), and
+  among `DIFFERENTIABLE` where there is a GPU (without, autograd has no stream).
 - `ExplicitDevices` for code that reads values (sampling, acting, evaluation): it runs on the CPU, and making a tensor
   without saying on which device raises.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 import icrl
 
-PACKAGE = str(Path(icrl.__file__).parent)
+PACKAGE = f"{Path(icrl.__file__).parent}{os.sep}"
+FAKES = ["meta", *(["cuda"] if torch.backends.cuda.is_built() else [])]
+DIFFERENTIABLE = ["meta", *(["cuda"] if torch.cuda.is_available() else [])]
 MAKERS = {
     getattr(torch, name)
     for name in ["arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range", "tensor", "zeros", "as_tensor", "asarray", "bartlett_window", "hann_window", "tril_indices", "triu_indices"]
@@ -57,7 +61,7 @@ class ExplicitDevices(TorchFunctionMode):
 @contextmanager
 def fake_device(name: str) -> Iterator[torch.device]:
     """Tensors without values; ops on tensors of two devices raise. Gives the device to make them on."""
-    with FakeTensorMode(allow_non_fake_inputs=False):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # torch.tensor(..., device="meta") makes a real one
         yield torch.device(name)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl.data.seeds import hash_seed
+from icrl.extras import versions
 from icrl.files import checksum, sync, sync_folder, write_text
 from icrl_kernels import set_threads_here
 
@@ -257,7 +258,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
-    """List what is whole now; the caller holds the lock."""
+    """List what is whole now, and the versions of the writers there were; the caller holds the lock."""
     if (folder / INDEX).exists():  # another writer may have asked for more rows since
         dataset = replace(dataset, rows=max(dataset.rows, read_index(folder)[0].rows))
     whole = []
@@ -271,9 +272,16 @@ def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
                 continue  # a damaged one is not finished
     facts = {"format": FORMAT, "version": VERSION, "identity": dataset.identity(), **dataset.facts()}
     facts |= {"rows": dataset.rows, "num_shards": dataset.num_shards, "complete": len(whole) == dataset.num_shards}
+    now = versions()
+    facts["versions"] = [*(v for v in _versions_in(folder) if v != now), now]
     write_text(folder / INDEX, _index_text({**facts, "shards": [s._asdict() for s in whole]}))
     sync_folder(folder)
     return whole
+
+
+def _versions_in(folder: Path) -> list[dict[str, str]]:
+    """The versions that wrote here, the last one last; none are known of what was written before they were kept."""
+    return json.loads((folder / INDEX).read_text()).get("versions", []) if (folder / INDEX).exists() else []
 
 
 def _index_text(index: dict[str, Any]) -> str:
@@ -296,6 +304,7 @@ def _enter(folder: Path, dataset: DataSet) -> DataSet:
     with _locked(folder):
         if (folder / INDEX).exists():
             old, _ = read_index(folder)
+            dataset = _begun_by(old, dataset)
             changed = _differences(old.facts(), dataset.facts())
             if changed:
                 more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -303,10 +312,28 @@ def _enter(folder: Path, dataset: DataSet) -> DataSet:
                 raise ValueError(f"out: {folder} holds another data set ({what}); choose another folder")
             if dataset.rows < old.rows:
                 raise ValueError(f"out: {folder} holds a data set of {old.rows} rows, more than {dataset.rows}")
+            _say_version(folder)
             if dataset.rows == old.rows:
                 return dataset
         _write_index(folder, dataset)
     return dataset
+
+
+def _begun_by(old: DataSet, new: DataSet) -> DataSet:
+    """The new data set as of the version of icrl_kernels that began the old one: data sets go on with later versions."""
+    name = "icrl_kernels"
+    if old.config.get(name) in (None, new.config.get(name)) or name not in new.config:
+        return new
+    return replace(new, config={**new.config, name: old.config[name]})
+
+
+def _say_version(folder: Path) -> None:
+    """A line where the last version that wrote here is not this one."""
+    written, now = _versions_in(folder), versions()
+    if written and (last := written[-1]) != now:
+        found = [n for n in {**last, **now} if last.get(n) != now.get(n)]
+        what = ", ".join(f"{n}: {last.get(n)} there, {now.get(n)} now" for n in found)
+        tqdm.write(f"{folder} goes on with another version: {what}")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

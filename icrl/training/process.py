@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +28,12 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Go on when every process of the group has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _promised(name: str, otherwise: int) -> int:
@@ -100,7 +106,7 @@ def parallel(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
+    return DistributedDataParallel(model, static_graph=True)
 
 
 def finish() -> None:
@@ -109,9 +115,9 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def autocast(loop: LoopConfig, device: torch.device) -> torch.autocast:
+def autocast(loop: LoopConfig, device: torch.device) -> AbstractContextManager[object]:
     """The context of a forward pass: torch's bfloat16 autocast where the configuration asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast)
+    return torch.autocast(device.type, torch.bfloat16) if loop.autocast else nullcontext()
 
 
 @contextmanager

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from icrl.extras import versions
 from icrl.files import append_text, write_json, write_text
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, changes
-from icrl.training.process import machine, rank, world_size
+from icrl.training.process import machine, rank, wait_for_all
 
 FREE = {"loop.updates", "loop.device", "loop.threads", "loop.compile", "world_size"}
 """What may differ when a run goes on: settings that say how far and on what it trains."""
@@ -43,11 +42,14 @@ class Run:
         self.config = config = json.loads(json.dumps(config, default=str))
         if not record.exists() and folder.exists() and any(folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
-        if record.exists() and self.newest() is not None:
+        goes_on = record.exists() and self.newest() is not None
+        if goes_on:
             self._compare(upgraded(_read(record)))
-        elif rank() == 0:
+        wait_for_all()  # every process has looked at the folder as it was found
+        if not goes_on and rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(record, config)
+        wait_for_all()
         self._board: Any = None
         self._purge: int | None = None
 
@@ -102,14 +104,12 @@ class Run:
         facts: dict[str, Any] = {}
         checkpoint.flatten("run", state, tensors, facts)
         checkpoint.save(part / f"rank{rank()}.safetensors", tensors, facts)
-        if world_size() > 1:
-            dist.barrier()
+        wait_for_all()
         if rank() == 0:
             part.replace(final)
             for old in [*self._whole()[:-2], *self.checkpoints.glob("*.part")]:
                 shutil.rmtree(old)
-        if world_size() > 1:
-            dist.barrier()
+        wait_for_all()
 
     def load(self) -> tuple[dict[str, Any], int, bool] | None:
         """The newest checkpoint's state, how many processes wrote it, and whether this one has a file of its own in it.

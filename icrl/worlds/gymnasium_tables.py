@@ -43,7 +43,8 @@ class ClassicTask:
         return gym.vector.SyncVectorEnv([self.make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
     def shaped(self, reward: np.ndarray, terminated: np.ndarray) -> Tensor:
-        return self.shape(torch.as_tensor(reward, dtype=torch.float32), torch.as_tensor(terminated))
+        given = torch.as_tensor(reward, dtype=torch.float32, device="cpu")
+        return self.shape(given, torch.as_tensor(terminated, device="cpu"))
 
     def table(self) -> TabularTasks:
         """The environment as one tabular task, its reward shaped."""

@@ -227,7 +227,7 @@ def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> T
 
 
 def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device: torch.device) -> Tensor:
-    given = torch.as_tensor(num_states)
+    given = torch.as_tensor(num_states, device=device)
     if given.is_floating_point():
         raise ValueError(f"num_states: wanted integers, got {num_states}")
     if isinstance(num_states, tuple):

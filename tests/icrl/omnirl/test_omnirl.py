@@ -60,6 +60,37 @@ def test_steps_and_segments_agree_with_parallel(model):
     assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4 * scale
 
 
+def flat(state):
+    return [state.transition, *state.values, *state[2:]]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_forward_leaves_the_given_state_as_it_is(model, length, gradients):
+    with torch.set_grad_enabled(gradients):
+        _, state = model(make_tokens(5), model.initial_state(B, S))
+        before = [x.clone() for x in flat(state)]
+        first, new = outputs(model, make_tokens(length), state)
+        again, _ = outputs(model, make_tokens(length), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, flat(state), strict=True))
+    assert torch.equal(first, again)
+    assert (new.count == state.count + length).all()
+
+
+def test_step_changes_the_given_state_as_a_whole(model):
+    with torch.no_grad():
+        _, state = model(make_tokens(5), model.initial_state(B, S))
+        wanted_output, wanted = outputs(model, make_tokens(1), state)
+        output, new = model.step(make_tokens(1), state)
+    assert new is state
+    for a, b in zip(flat(wanted), flat(state), strict=True):
+        assert (a - b).abs().max() < 1e-5 * (1 + a.abs().max())
+    got = torch.cat([output.readouts[-1].logits, output.readouts[-1].q], -1)
+    assert (got - wanted_output).abs().max() < 1e-4 * wanted_output.abs().max()
+    with pytest.raises(ValueError, match="one a sequence"):
+        model.step(make_tokens(2), state)
+
+
 def test_a_later_token_changes_no_earlier_output(model):
     tokens = make_tokens()
     before, _ = outputs(model, tokens, model.initial_state(B, S))

@@ -1,0 +1,45 @@
+"""`icrl train omnirl`: meta-training, in one process or in those that torchrun starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from icrl.extras import versions
+from icrl.omnirl.training import OmniRLLearner, read_config
+from icrl.plots import training_picture
+from icrl.training.loop import train
+from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
+
+
+def train_omnirl(
+    out: Path, given: dict[str, Any], records: Path | None, over: dict[str, Any], init: Path | None, judged: bool
+) -> dict[str, Any] | None:
+    """Train in the folder `out`, or go on there; prints where the model and its picture are.
+
+    Args:
+        given: the configuration as a JSON object, over the defaults. records: a folder of records, over it.
+        over: fields of the loop's configuration, over it. init: a model's file to begin from.
+        judged: evaluate the model at the end, once more.
+    Returns:
+        the evaluation, versions and machine, where this process is the first one and it was judged.
+    """
+    training, loop = read_config(given)
+    if records is not None:
+        training = replace(training, records=str(records))
+    loop = replace(loop, **over)
+    if init is None and given.get("init"):  # a run's own record
+        init = Path(given["init"])
+    prepare(loop)
+    learner = OmniRLLearner(training, loop, init)
+    with flushed_denormals():
+        path = train(learner, loop, out)
+    numbers = None
+    if rank() == 0:
+        training_picture(out / "metrics.jsonl", out / "curve.png")
+        print(f"model: {path}\npicture: {out / 'curve.png'}")
+        if judged:
+            numbers = {"model": str(path), **learner.evaluate(), "versions": versions(), **machine(learner.device)}
+    finish()
+    return numbers
