@@ -205,23 +205,47 @@ def dataset(folder: Positional[Path], full: bool = False, json: Path | None = No
 
 
 def train_world_model(
-    out: Path = Path("runs/world_model"), config: Path | None = None, seed: int | None = None, json: Path | None = None
+    out: Path = Path("runs/world_model"),
+    config: Path | None = None,
+    seed: int | None = None,
+    environment: str | None = None,
+    records: Path | None = None,
+    updates: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    compile: bool | None = None,
+    autocast: bool | None = None,
+    json: Path | None = None,
 ) -> None:
     """Train S-ICQL's world model alone. Kill it whenever you like: the same command continues from its last checkpoint.
 
     Args:
         out: the run's folder.
-        config: a JSON file of OfflineRun's fields, over the defaults.
+        config: a JSON file of OfflineRun's fields, over the defaults; a run's own config.json is one.
         seed: over the configuration.
-        json: write the errors here.
+        environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
+        records: a folder written by `icrl collect` to train from; over the configuration.
+        updates: over the configuration's world_loop.
+        threads: over the configuration; 0 leaves torch's choice.
+        device: over the configuration; auto is CUDA where there is one, else the CPU.
+        compile: over the configuration's world_loop; compile the loss, minutes before the first update.
+        autocast: over the configuration's world_loop; layers compute in bfloat16, weights stay float32.
+        json: write where the model is, and the errors that its run logged last, here.
     """
+    from icrl.offline.experiment import Experiment, last_metrics
     from icrl.offline.experiment import train_world_model as train
+    from icrl.training.process import machine, prepare, refuse_torchrun
 
+    refuse_torchrun("train world-model")
     _new_file("json", json)
-    run = _offline_run(config, None, None, seed, None)
-    path = train(run, out)
+    options = {"seed": seed, "threads": threads, "device": device}
+    own = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
+    experiment = Experiment(_offline_run(config, None, environment, records, options, own))
+    where = prepare(experiment.run.training_of_world_model)
+    path = train(experiment, out)
     print(f"world model: {path}")
-    _write_json(json, {"model": str(path)})
+    numbers = {"model": str(path), **last_metrics(out), "versions": experiment.versions}
+    _write_json(json, {**numbers, **machine(where)})
 
 
 def train_offline(
@@ -233,6 +257,13 @@ def train_offline(
     seed: int | None = None,
     updates: int | None = None,
     evaluate: int = 40,
+    records: Path | None = None,
+    init: Path | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    compile: bool | None = None,
+    autocast: bool | None = None,
+    json: Path | None = None,
 ) -> None:
     """Train S-ICQL or one of its rivals from offline data, and evaluate it few-shot in unseen tasks.
 
@@ -242,24 +273,39 @@ def train_offline(
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
         environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
-        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), over the defaults.
+        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), over the defaults; a run's own config.json is
+            one.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
         updates: over the configuration.
         evaluate: episodes in each test task, after training.
+        records: a folder written by `icrl collect` to train from; over the configuration.
+        init: a method's file to begin from: its weights, with its world model and its data's moments.
+        threads: over the configuration; 0 leaves torch's choice.
+        device: over the configuration; auto is CUDA where there is one, else the CPU.
+        compile: over the configuration; compile the loss, minutes before the first update. Not for layout "branch".
+        autocast: over the configuration; layers compute in bfloat16, weights stay float32.
+        json: also write the evaluation here.
     """
-    from icrl.offline.experiment import evaluate_method, train_method
+    from icrl.offline.experiment import Experiment, evaluate_method, train_method
     from icrl.offline.suite import describe_best
+    from icrl.training.process import prepare, refuse_torchrun
 
+    refuse_torchrun("train offline")
+    _new_file("json", json)
     if evaluate < 1:
         raise ValueError(f"evaluate: wanted at least 1 episode, got {evaluate}")
-    run = _offline_run(config, method, environment, seed, updates)
-    path = train_method(run, out, world_model)
-    numbers = evaluate_method(path, run, evaluate, run.loop.seed)
+    options = {"seed": seed, "updates": updates, "threads": threads, "device": device}
+    options |= {"compile": compile, "autocast": autocast}
+    experiment = Experiment(_offline_run(config, method, environment, records, options))
+    prepare(experiment.run.loop)
+    path = train_method(experiment, out, world_model, init)
+    numbers = evaluate_method(path, experiment, evaluate, experiment.run.loop.seed)
     best = "" if numbers["best"] is None else f"; {describe_best(numbers)}"
     print(f"model: {path}")
     _write_json(out / "few_shot.json", numbers)
     print(f"return {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes{best}")
+    _write_json(json, numbers)
 
 
 def collect(
@@ -267,24 +313,32 @@ def collect(
     environment: str | None = None,
     config: Path | None = None,
     teacher: Path | None = None,
+    threads: int | None = None,
     json: Path | None = None,
 ) -> None:
     """Gather offline trajectories into a folder of shards, for `"records"` in the configuration of training runs.
 
     Kill it whenever you like: the same command goes on, with cheetah-vel, ant-dir and walker-param from the last iteration
-    of the teacher that it trains first.
+    of the teacher that it trains first. It runs on the CPU, where the simulators are.
 
     Args:
         out: the data set's folder.
         environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
-        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), whose "environment" and "data" count.
+        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), whose "environment", "data" and "loop.threads"
+            count.
         teacher: the teacher's folder, OUT-teacher unless given; one teacher serves data of each quality.
+        threads: over the configuration; 0 leaves torch's choice.
         json: also write what was printed here.
     """
-    from icrl.offline.experiment import collect_data
+    from icrl.offline.experiment import Experiment, collect_data
+    from icrl.training.process import prepare, refuse_torchrun
 
+    refuse_torchrun("collect")
     _new_file("json", json)
-    numbers = collect_data(_offline_run(config, None, environment, None, None), out, teacher)
+    options = {"threads": threads, "device": "cpu"}
+    experiment = Experiment(_offline_run(config, None, environment, None, options))
+    prepare(experiment.run.loop)
+    numbers = collect_data(experiment, out, teacher)
     print(f"{out}: {numbers['shards']} shards, {numbers['bytes'] / 1e6:.1f} MB")
     if "train_return" in numbers:
         print(f"teacher: {numbers['train_return']:.2f} in training tasks, {numbers['test_return']:.2f} in test tasks")
@@ -292,15 +346,24 @@ def collect(
 
 
 def _offline_run(
-    config: Path | None, method: str | None, environment: str | None, seed: int | None, updates: int | None
+    config: Path | None,
+    method: str | None,
+    environment: str | None,
+    records: Path | None,
+    loop: dict[str, Any],
+    world_loop: dict[str, Any] | None = None,
 ) -> Any:
-    from icrl.offline.experiment import OfflineRun
-    from icrl.training.config import configured
+    """The run of a configuration's file with options over it; an option that is None was not given."""
+    from icrl.offline.experiment import offline_run
 
-    run = configured(OfflineRun, {} if config is None else read_json("config", config), "config")
-    run = replace(run, **{k: v for k, v in {"method": method, "environment": environment}.items() if v is not None})
-    loop = {k: v for k, v in {"seed": seed, "updates": updates}.items() if v is not None}
-    return replace(run, loop=replace(run.loop, **loop))
+    def given(options: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in options.items() if v is not None}
+
+    run = offline_run({} if config is None else read_json("config", config))
+    if records is not None:
+        run = replace(run, records=str(records))
+    loops = {"loop": replace(run.loop, **given(loop)), "world_loop": replace(run.world_loop, **given(world_loop or {}))}
+    return replace(run, **given({"method": method, "environment": environment}), **loops)
 
 
 def evaluate_sicql(
@@ -311,6 +374,8 @@ def evaluate_sicql(
     episodes: int = 40,
     jobs: int = 2,
     config: Path | None = None,
+    threads: int | None = None,
+    device: str | None = None,
     json: Path | None = None,
 ) -> None:
     """S-ICQL's table: train every method with every seed, evaluate few-shot in unseen tasks, print, draw.
@@ -327,12 +392,20 @@ def evaluate_sicql(
         episodes: in a row in each test task, the one before being the prompt.
         jobs: processes at a time.
         config: a JSON file of OfflineRun's fields (icrl.offline.experiment), over the defaults.
+        threads: of each process; over the configuration, whose 0 shares the cores among the jobs.
+        device: of each process; over the configuration.
         json: also write the numbers here.
     """
     from icrl.offline.suite import suite
+    from icrl.training.config import merged
+    from icrl.training.process import refuse_torchrun
 
+    refuse_torchrun("eval sicql")
     _new_file("json", json)
     given = {} if config is None else read_json("config", config)
+    options = {k: v for k, v in {"threads": threads, "device": device}.items() if v is not None}
+    if options:
+        given = merged(given, {"loop": options})
     _write_json(json, suite(out, environment, list(methods), seeds, episodes, jobs, given))
 
 

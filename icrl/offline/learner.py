@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icrl.offline.method import Method, MethodConfig, Spaces, numbers
+from icrl.offline.method import Method, MethodConfig, Metrics, Spaces
 from icrl.offline.methods import METHODS, method_class
+from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.world_model import WorldModel
 from icrl.training import checkpoint
@@ -79,6 +80,7 @@ class OfflineLearner:
         facts: what, beside the method's own, a run in the same folder must share to be continued.
         judge: gives numbers to log. loop: whose `compile` and `autocast` are heeded.
         initial: whose weights to begin from, see `begin_from`; fresh ones otherwise.
+        record: what config.json also holds and may be another when the run goes on, see `goes_on`.
     Raises:
         ValueError: the data have other spaces, do not suit the method, or the method cannot be compiled.
     """
@@ -91,6 +93,7 @@ class OfflineLearner:
         judge: Callable[[Method], dict[str, float]],
         loop: LoopConfig | None = None,
         initial: Method | None = None,
+        record: dict[str, Any] | None = None,
     ) -> None:
         if Spaces.of(data) != method.spaces:
             raise ValueError(f"data: wanted {method.spaces}, got {Spaces.of(data)}")
@@ -99,11 +102,10 @@ class OfflineLearner:
             method.check_compile(method.config)
         self.model: Method = method
         self.data, self.facts, self.judge = data.to(method.device), facts, judge
+        self.record = record or {}
         method.prepare(self.data)
         if initial is not None:
             begin_from(method, initial)
-            crc32 = checkpoint.checksum({n: t.cpu() for n, t in initial.state_dict().items()})
-            self.facts = {**facts, "init": {"crc32": crc32}}
         self.objective = torch.compile(method.objective, dynamic=False) if self.loop.compile else method.objective
 
     def config(self) -> dict[str, Any]:
@@ -111,7 +113,10 @@ class OfflineLearner:
         if (world_model := getattr(self.model, "world_model", None)) is not None:  # frozen: a run goes on with the same
             crc32 = checkpoint.checksum({n: t.cpu() for n, t in world_model.state_dict().items()})
             made["world_model"] = {**world_model.facts(), "crc32": crc32}
-        return made
+        return {**made, **self.record}
+
+    def upgraded(self, config: dict[str, Any]) -> dict[str, Any]:
+        return goes_on(config, self.record)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return [
@@ -120,12 +125,12 @@ class OfflineLearner:
             if p.ndim == 2 and p.requires_grad and ".blocks." in name and name.endswith("weight")
         ]
 
-    def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, float]]]:
+    def losses(self, update: int) -> Iterable[tuple[Tensor, Metrics]]:
         self.model.before_update()
         batch = self.model.draw(self.data)
         with autocast(self.loop, self.model.device):
             loss, metrics = self.objective(self.data, batch)
-        yield loss, numbers(metrics)
+        yield loss, metrics
 
     def evaluate(self) -> dict[str, float]:
         return self.judge(self.model)

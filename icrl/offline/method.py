@@ -106,6 +106,10 @@ class Method(nn.Module):
     def check_window(config: Any, window: int) -> None:
         """ValueError where a world model of `window` steps does not suit the configuration."""
 
+    @staticmethod
+    def check_compile(config: Any) -> None:
+        """ValueError where the objective of this configuration cannot be compiled once for all updates."""
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from icrl.offline.learner import METHODS
+from icrl.offline.history import HistoryConfig
+from icrl.offline.methods import METHODS
+from icrl.offline.prompt import PromptConfig
 from icrl.training.config import LoopConfig
 
-TITLES = {
-    "dpt": "DPT",
-    "ad": "AD",
-    "idt": "IDT",
-    "dicp": "DICP",
-    "dit": "DIT",
-    "ic_iql": "IC-IQL",
-    "sicql": "S-ICQL",
+TITLES = {name: method.title for name, method in METHODS.items()} | {
     "sicql w/o cq": "w/o_cq",
     "sicql w/o c": "w/o_c",
     "sicql w/o q": "w/o_q",
 }
+"""Of methods and ablations, by name."""
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -29,18 +25,79 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
-    where: dict(zip(METHODS | ABLATIONS, returns, strict=False))  # ablations were not published everywhere
-    for where, returns in {
-        ("darkroom", "random"): (66.05, 22.12, 42.72, 40.70, 59.76, 30.90, 60.12),
-        ("push", "random"): (653.04, 362.74, 604.50, 621.58, 487.28, 633.58, 646.08),
-        ("reach", "random"): (806.97, 736.72, 738.96, 790.68, 706.46, 758.92, 773.33, 736.72, 792.09, 752.41),
-        ("cheetah-vel", "random"): (-35.48, -78.35, -67.37, -59.46, -66.53, -74.50, -56.53, -78.35, -56.19, -63.66),
-        ("walker-param", "random"): (466.72, 257.11, 424.82, 343.01, 403.90, 253.94, 391.38),
-        ("ant-dir", "random"): (813.34, 591.31, 215.01, 631.83, 745.05, 723.49, 713.26, 591.31, 693.87, 784.07),
-    }.items()
-} | {
-    ("cheetah-vel", "far"): {"sicql": -83.45, "dpt": -137.26, "ic_iql": -101.89},
-    ("ant-dir", "far"): {"sicql": 664.95, "dpt": 205.29, "ic_iql": 540.20},
+    ("darkroom", "random"): {
+        "sicql": 66.05,
+        "dpt": 22.12,
+        "ad": 42.72,
+        "idt": 40.70,
+        "dicp": 59.76,
+        "dit": 30.90,
+        "ic_iql": 60.12,
+    },
+    ("push", "random"): {
+        "sicql": 653.04,
+        "dpt": 362.74,
+        "ad": 604.50,
+        "idt": 621.58,
+        "dicp": 487.28,
+        "dit": 633.58,
+        "ic_iql": 646.08,
+    },
+    ("reach", "random"): {
+        "sicql": 806.97,
+        "dpt": 736.72,
+        "ad": 738.96,
+        "idt": 790.68,
+        "dicp": 706.46,
+        "dit": 758.92,
+        "ic_iql": 773.33,
+        "sicql w/o cq": 736.72,
+        "sicql w/o c": 792.09,
+        "sicql w/o q": 752.41,
+    },
+    ("cheetah-vel", "random"): {
+        "sicql": -35.48,
+        "dpt": -78.35,
+        "ad": -67.37,
+        "idt": -59.46,
+        "dicp": -66.53,
+        "dit": -74.50,
+        "ic_iql": -56.53,
+        "sicql w/o cq": -78.35,
+        "sicql w/o c": -56.19,
+        "sicql w/o q": -63.66,
+    },
+    ("walker-param", "random"): {
+        "sicql": 466.72,
+        "dpt": 257.11,
+        "ad": 424.82,
+        "idt": 343.01,
+        "dicp": 403.90,
+        "dit": 253.94,
+        "ic_iql": 391.38,
+    },
+    ("ant-dir", "random"): {
+        "sicql": 813.34,
+        "dpt": 591.31,
+        "ad": 215.01,
+        "idt": 631.83,
+        "dicp": 745.05,
+        "dit": 723.49,
+        "ic_iql": 713.26,
+        "sicql w/o cq": 591.31,
+        "sicql w/o c": 693.87,
+        "sicql w/o q": 784.07,
+    },
+    ("cheetah-vel", "far"): {
+        "sicql": -83.45,
+        "dpt": -137.26,
+        "ic_iql": -101.89,
+    },
+    ("ant-dir", "far"): {
+        "sicql": 664.95,
+        "dpt": 205.29,
+        "ic_iql": 540.20,
+    },
 }
 """Few-shot returns by environment and split of its tasks, from mixed data (arXiv 2506.01299: table 1, ablations, OOD)."""
 
@@ -72,6 +129,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dicp": {**HISTORY, "discount": 0.95},
     "ic_iql": {**HISTORY, **IQL},
 }
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """The suite's settings of a method; of one that is not listed, those of its kind, as far as it has such fields."""
+    kind = METHODS[method].config_class
+    if method in SETTINGS:
+        return SETTINGS[method]
+    return (
+        PROMPT if issubclass(kind, PromptConfig) else HISTORY if issubclass(kind, HistoryConfig) else {"trunk": TRUNK}
+    )
 
 
 CONTINUOUS = {"balanced": 0.0}  # no state is seen twice

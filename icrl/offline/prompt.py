@@ -87,6 +87,14 @@ class PromptMethod(Method):
     config: PromptConfig
     trunk: PromptTrunk
 
+    @staticmethod
+    def check_compile(config: PromptConfig) -> None:
+        if config.layout == "branch":
+            raise ValueError(
+                "loop.compile: wanted false with layout 'branch', which cuts prompts anew in every update, got true; "
+                "'query_first' can be compiled"
+            )
+
     def draw(self, data: Trajectories) -> Batch:
         """A batch: tasks, an episode of each as the prompt, and transitions of the same tasks."""
         c = self.config

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from icrl.offline.experiment import OfflineRun
+from icrl.files import json_text, write_text
+from icrl.offline.environments import source_class
+from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, run_jobs
-from icrl.offline.methods.sicql import SICQLConfig
+from icrl.offline.method import MethodConfig
 from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, TITLES
 from icrl.plots import few_shot_picture
-from icrl.training.config import configured, differences
+from icrl.training.config import changes, configured
 
 
 def mean_sem(values: list[float]) -> tuple[float, float | None]:
@@ -37,8 +39,10 @@ def run_suite(
     Raises ValueError where `out` holds another suite or another process works there, ChildProcessError where a run
     failed: what is finished stays, and the next call goes on from it.
     """
-    runs = {m: replace(run, method=m) for m in methods}
-    with_world_model = [m for m in methods if uses_world_model(runs[m])]  # also refuses bad settings, before all work
+    experiments = {m: Experiment(replace(run, method=m)) for m in methods}
+    for experiment in experiments.values():
+        experiment.check()  # before all work
+    with_world_model = [m for m, experiment in experiments.items() if experiment.needs_world_model]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         try:
@@ -46,13 +50,9 @@ def run_suite(
         except BlockingIOError:
             raise ValueError(f"out: another process is at work in {out}") from None
         config = out / "run.json"
-        wanted = json.dumps({k: v for k, v in asdict(run).items() if k != "method"}, indent=1) + "\n"
-        if config.exists() and config.read_text() != wanted:
-            other = differences(json.loads(config.read_text()), json.loads(wanted))
-            raise ValueError(f"out: {out} holds a suite with another configuration ({other}); choose another")
-        part = config.with_name("run.json.part")
-        part.write_text(wanted)
-        part.replace(config)
+        if config.exists():
+            check_run(out, read_run(config), run)
+        write_text(config, json_text(without_method(run)))
         todo: list[Job] = []
         for s in range(seeds):
             folder = out / f"world_model-{s}"
@@ -64,7 +64,7 @@ def run_suite(
                 folder = folder_of(out, method, s)
                 found = read_few_shot(folder)
                 if found is not None:
-                    check_settings(folder, asdict(runs[method].make_config()))
+                    check_settings(folder, experiments[method].config)
                     if len(found["returns"]) == episodes:
                         continue
                 line = ["train", "offline", "--config", config, "--method", method, "--seed", s, "--out", folder]
@@ -78,11 +78,43 @@ def run_suite(
         return collect(out, run, methods, seeds)
 
 
-def check_settings(folder: Path, wanted: dict[str, Any]) -> None:
-    """ValueError where the finished run in `folder` had other settings of its method than these."""
-    found = json.loads((folder / "config.json").read_text())["config"]
-    if other := differences(found, json.loads(json.dumps(wanted))):
-        raise ValueError(f"{folder} was trained with other settings ({other}); delete it to have it made again")
+FREE = {f"{loop}.{name}" for loop in ("loop", "world_loop") for name in ("device", "threads", "compile")}
+"""What may differ when a suite goes on: settings that say on what its runs train."""
+
+
+def without_method(run: OfflineRun) -> dict[str, Any]:
+    return {k: v for k, v in asdict(run).items() if k != "method"}
+
+
+def read_run(path: Path) -> OfflineRun:
+    """What a suite's run.json says, with today's defaults for settings that it does not know. Raises ValueError where it is
+    damaged."""
+    try:
+        return configured(OfflineRun, json.loads(path.read_text()), "run.json")
+    except ValueError as e:
+        raise ValueError(f"out: {path} is damaged ({e})") from e
+
+
+def check_run(out: Path, found: OfflineRun, wanted: OfflineRun) -> None:
+    """ValueError where the suite in `out` is another one."""
+    if other := [c for c in changes(without_method(found), without_method(wanted)) if c[0] not in FREE]:
+        said = named(other)
+        raise ValueError(f"out: {out} holds a suite with another configuration ({said}); choose another")
+
+
+def check_settings(folder: Path, wanted: MethodConfig) -> None:
+    """ValueError where the finished run in `folder` had other settings of its method than these. A setting that the run does
+    not know had what is its default today."""
+    try:
+        found = configured(type(wanted), json.loads((folder / "config.json").read_text())["config"], "config")
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{folder}/config.json is damaged ({e}); delete {folder} to have it made again") from e
+    if other := changes(asdict(found), asdict(wanted)):
+        raise ValueError(f"{folder} was trained with other settings ({named(other)}); delete it to have it made again")
+
+
+def named(changed: list[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{name}: {old!r}, wanted {new!r}" for name, old, new in changed)
 
 
 def folder_of(out: Path, method: str, seed: int) -> Path:
@@ -100,18 +132,13 @@ def read_few_shot(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged ({e}); delete it to have it made again") from e
 
 
-def uses_world_model(run: OfflineRun) -> bool:
-    config = run.make_config()
-    return isinstance(config, SICQLConfig) and config.world_model
-
-
 def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[str, dict[str, Any]]:
     """The finished evaluations of a suite: by method, mean ± s.e.m. over seeds, the curve over episodes, and the published
     figure where tasks and the data's quality are the environment's defaults."""
-    source, published = run.make_data(), {}
+    source, published = Experiment(run).source, {}
     default = type(source)()
     if all(getattr(source, name, None) == getattr(default, name, None) for name in LIKE_PUBLISHED):
-        published = PUBLISHED.get((run.environment, getattr(source, "split", "random")), {})
+        published = PUBLISHED.get((run.environment, source.split), {})
     numbers = {}
     for method in methods:
         found = [f for s in range(seeds) if (f := read_few_shot(folder_of(out, method, s))) is not None]
@@ -135,11 +162,10 @@ def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[
 
 
 def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
-    """Ours beside the published figures. In the stitching study it is the first episode that counts: see its module."""
-    some = next(iter(numbers.values()))
+    """Ours beside the published figures. Where the first episode counts, as in the stitching study, it has a column."""
+    some, source = next(iter(numbers.values())), source_class(environment)
     best = "" if some["best"] is None else f"; {describe_best(some)}"
-    share, goals = (some["best"] or 0.0) > 0, environment in ("darkroom", "stitching")
-    first = environment == "stitching"
+    share, goals, first = (some["best"] or 0.0) > 0, source.counts_goals, source.counts_first
     print(
         f"\n{environment}: return of {len(some['curve'])} episodes in unseen tasks, mean ± s.e.m. over "
         f"{some['seeds']} seeds{best}"
@@ -159,8 +185,10 @@ def print_table(numbers: dict[str, dict[str, Any]], environment: str) -> None:
 
 
 def describe_best(numbers: dict[str, Any]) -> str:
-    who = {"optimal": "optimal is", "teacher": "the teacher reaches", "scripted": "the scripted policy earns"}
-    return f"{who[numbers['best_of']]} {numbers['best']:.2f}"
+    """The best known return, in words."""
+    best_of = numbers["best_of"]
+    said = {"optimal": "optimal is", "teacher": "the teacher reaches", "scripted": "the scripted policy earns"}
+    return f"{said.get(best_of, f'{best_of}:')} {numbers['best']:.2f}"
 
 
 def suite(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icrl.offline.method import Metrics, numbers
+from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
 from icrl.training import checkpoint
@@ -228,6 +229,7 @@ class WorldModelLearner:
         loop: whose seed, `compile` and `autocast` are heeded.
         facts: what, beside the world model's own, a run in the same folder must share to be continued.
         device: where it is trained.
+        record: what config.json also holds and may be another when the run goes on, see `goes_on`.
     Raises:
         ValueError: the batch is less than 1, or episodes are shorter than a window.
     """
@@ -240,6 +242,7 @@ class WorldModelLearner:
         loop: LoopConfig,
         facts: dict[str, Any],
         device: torch.device | str = "cpu",
+        record: dict[str, Any] | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
@@ -247,10 +250,14 @@ class WorldModelLearner:
         torch.manual_seed(loop.seed)
         self.model: WorldModel = WorldModel.of(config, data).to(device)
         self.data, self.batch, self.loop, self.facts = data.to(device), batch, loop, facts
+        self.record = record or {}
         self.objective = torch.compile(self.model.objective, dynamic=False) if loop.compile else self.model.objective
 
     def config(self) -> dict[str, Any]:
-        return {"world_model": self.model.facts(), "batch": self.batch, **self.facts}
+        return {"world_model": self.model.facts(), "batch": self.batch, **self.facts, **self.record}
+
+    def upgraded(self, config: dict[str, Any]) -> dict[str, Any]:
+        return goes_on(config, self.record)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return []
@@ -258,11 +265,11 @@ class WorldModelLearner:
     def _draw(self, batch: int) -> WindowBatch:
         return self.model.draw(self.data, torch.randint(len(self.data.states), (batch,), device="cpu"))
 
-    def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, float]]]:
+    def losses(self, update: int) -> Iterable[tuple[Tensor, Metrics]]:
         batch = self._draw(self.batch)
         with autocast(self.loop, self.data.device):
             loss, errors = self.objective(self.data, batch)
-        yield loss, numbers(errors)
+        yield loss, errors
 
     def evaluate(self) -> dict[str, float]:
         with torch.no_grad(), torch.random.fork_rng([]):

@@ -176,7 +176,8 @@ class MujocoData(DataSource):
     seed: int = 0
 
     environment: ClassVar[type[MujocoTask]]
-    simulators: ClassVar[tuple[str, ...]] = ("mujoco", "gymnasium", "stable-baselines3")
+    simulators: ClassVar[tuple[str, ...]] = ("mujoco", "gymnasium")
+    tools: ClassVar[tuple[str, ...]] = ("stable-baselines3",)
     has_teacher: ClassVar[bool] = True
     best_of: ClassVar[str] = "teacher"
 

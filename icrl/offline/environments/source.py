@@ -18,7 +18,8 @@ from torch import Tensor
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trajectory_shards import TaskByTask
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class DataSource(Protocol):
@@ -35,7 +36,10 @@ class DataSource(Protocol):
     split: str = "random"
     """How training and test tasks are parted; published figures are kept by it."""
     simulators: ClassVar[tuple[str, ...]] = ()
-    """Distributions (as pip names them) on which the numbers depend: their versions stand in all that is made."""
+    """Distributions (as pip names them) on which the environments' numbers depend: their versions stand in all that is made,
+    and data of another version are refused."""
+    tools: ClassVar[tuple[str, ...]] = ()
+    """Distributions that gather data and are not needed after that: another version is refused where gathering goes on."""
     has_teacher: ClassVar[bool] = False
     """Whether `collect` trains a teacher first, in a folder of its own."""
     best_of: ClassVar[str] = "optimal"

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icrl.extras import require
+from icrl.extras import require, versions
+from icrl.offline.provenance import check_versions
 from icrl.offline.trajectories import Trajectories
 from icrl.training import checkpoint
 
@@ -99,6 +100,7 @@ class Teacher:
     def save(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"iteration": self.iteration, "returns": self.returns, "teacher": identity(self.source)}
+        facts["versions"] = versions_of(self.source)
         for name, state in self._ppo.get_parameters().items():
             checkpoint.flatten(name, state, tensors, facts)
         for name, moments in (("observations", self._normal.obs_rms), ("rewards", self._normal.ret_rms)):
@@ -107,14 +109,15 @@ class Teacher:
             facts[f"{name}.count"] = float(moments.count)
         checkpoint.save(path, tensors, facts)
 
-    def load(self, path: Path) -> None:
-        """Raises ValueError where the file is damaged, or another teacher's."""
+    def load(self, path: Path, say: bool = False) -> None:
+        """Raises ValueError where the file is damaged, another teacher's, or made with another simulator."""
         tensors, facts = checkpoint.load(path)
         wanted = identity(self.source)
         if facts.get("teacher") != wanted:
             old = facts.get("teacher") or {}
             changed = ", ".join(f"{k} {old.get(k)!r}, not {v!r}" for k, v in wanted.items() if old.get(k) != v)
             raise ValueError(f"teacher: {path} is another teacher's: {changed or 'of an older version'}")
+        check_versions(f"teacher: {path}", facts.get("versions"), packages(self.source), say=say)
         names = ("policy", "policy.optimizer")
         self._ppo.set_parameters({name: checkpoint.unflatten(name, tensors, facts) for name in names}, device="cpu")
         for name, moments in (("observations", self._normal.obs_rms), ("rewards", self._normal.ret_rms)):
@@ -130,6 +133,15 @@ def identity(source: MujocoData) -> dict[str, Any]:
     return {"data": type(source).__name__, **rest, "ppo": PPO_SETTINGS}
 
 
+def packages(source: MujocoData) -> tuple[str, ...]:
+    """What a teacher and its episodes depend on."""
+    return (*source.simulators, *source.tools)
+
+
+def versions_of(source: MujocoData) -> dict[str, str]:
+    return versions(*packages(source))
+
+
 def checkpoint_path(folder: Path, number: int) -> Path:
     return folder / f"checkpoint-{number:02d}.safetensors"
 
@@ -142,7 +154,7 @@ def train_teacher(source: MujocoData, folder: Path) -> Teacher:
     teacher = Teacher(source)
     newest = folder / "newest.safetensors"
     if newest.exists():
-        teacher.load(newest)
+        teacher.load(newest, say=True)
     last = source.checkpoints - 1
     due = {round(source.iterations * c / last): c for c in range(source.checkpoints)}
     each = len(source.goals()[0]) * source.horizon
@@ -188,10 +200,11 @@ def gather(source: MujocoData, folder: Path) -> tuple[Trajectories, dict[str, An
                 part, facts = checkpoint.load(path)
                 if facts.get("episodes") != wanted:
                     raise ValueError(f"teacher: {path} was gathered otherwise; delete it, or choose another folder")
+                check_versions(f"teacher: {path}", facts.get("versions"), packages(source), say=False)
             else:
                 teacher.load(checkpoint_path(folder, c))
                 part = episodes(teacher, environments, tasks, each, source.seed + 7919 * (c + 1), bar)
-                checkpoint.save(path, part, {"episodes": wanted})
+                checkpoint.save(path, part, {"episodes": wanted, "versions": versions_of(source)})
             parts.append(part)
             returns.append(float(part["rewards"].double().sum(-1).mean()))
     teacher.load(checkpoint_path(folder, C - 1))

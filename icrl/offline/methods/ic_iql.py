@@ -43,9 +43,9 @@ class ICIQL(HistoryMethod):
     def objective(self, data: Trajectories, batch: History) -> tuple[Tensor, Metrics]:
         c, h = self.config, batch
         features = self.features(h)
-        # the steps whose next token is s', in the same episode
-        within = [t for t in range(features.shape[1] - 1) if (t + 1) % c.horizon]
-        goes_on = torch.tensor(within, dtype=torch.int64, device=features.device)
+        whole, rest = divmod(features.shape[1] - 1, c.horizon)
+        t = torch.arange(whole * (c.horizon - 1) + rest, device=features.device)
+        goes_on = t + t // max(1, c.horizon - 1)  # the steps whose next token is s', in the same episode
         v = self.v(features)[..., 0]
         paired = (features + self.embed_action(self.spaces.features(h.action)))[:, :-1][:, goes_on]
         losses = iql_losses(

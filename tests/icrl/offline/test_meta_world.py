@@ -14,6 +14,10 @@ import torch
 from icrl.cli import main
 from icrl.offline import suite
 from icrl.offline.environments.meta_world import GOALS, OBJECT, STARTS, MetaWorld, PushData, ReachData, scripted_return
+from icrl.offline.experiment import Experiment, OfflineRun
+from icrl.offline.few_shot import few_shot
+from icrl.offline.learner import make_method
+from icrl.offline.method import Spaces
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trajectory_shards import read_trajectories
 
@@ -207,19 +211,20 @@ def test_methods_train_and_act(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["ad", "idt", "dicp", "dit", "ic_iql"])
 def test_rivals_act_in_reach(name, reach_data):
     """Every rival that the command above leaves out: a loss that can be followed, and two episodes."""
-    run = suite.OfflineRun(
+    run = OfflineRun(
         method=name,
         environment="reach",
         data={"horizon": 10, "tasks": 10},
         settings={"batch": 4, "trunk": {"width": 16, "layers": 1, "heads": 1}},
     )
+    experiment = Experiment(run)
     torch.manual_seed(0)
-    method = suite.make_method(name, run.make_config(), suite.Spaces.of(reach_data))
+    method = make_method(name, experiment.config, Spaces.of(reach_data))
     method.prepare(reach_data)
     loss, _ = method.loss(reach_data)
     loss.backward()
     assert loss.isfinite()
-    got = suite.few_shot(method, run.make_data().environments(), 2)
+    got = few_shot(method, experiment.environments, 2)
     assert got.shape == (1, 2)
     assert bool((got > 0).all())
 
@@ -232,8 +237,8 @@ def reach_data():
 @pytest.mark.parametrize("environment", ["reach", "push"])
 @pytest.mark.parametrize("name", suite.TITLES)
 def test_presets_are_configurations(name, environment):
-    run = suite.OfflineRun(method=name, environment=environment)
-    assert run.make_config().horizon == run.make_data().horizon == 100
+    experiment = Experiment(OfflineRun(method=name, environment=environment))
+    assert experiment.config.horizon == experiment.source.horizon == 100
 
 
 def test_other_data_is_not_put_beside_published_figures(tmp_path, capsys):
@@ -241,7 +246,7 @@ def test_other_data_is_not_put_beside_published_figures(tmp_path, capsys):
     numbers = {"returns": [1.0], "reached": [1.0], "best": 2.0, "best_of": "scripted"}
     (tmp_path / "sicql-0" / "few_shot.json").write_text(json.dumps(numbers))
     for data, shown in (({}, True), ({"quality": "expert"}, False), ({"split": "far"}, False)):
-        run = suite.OfflineRun(environment="push", data=data)
+        run = OfflineRun(environment="push", data=data)
         suite.print_table(suite.collect(tmp_path, run, ["sicql"], 1), "push")
         assert ("653.04" in capsys.readouterr().out) == shown
 

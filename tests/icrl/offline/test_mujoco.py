@@ -23,7 +23,7 @@ from icrl.offline.environments.mujoco import (
     WalkerParam,
     WalkerParamData,
 )
-from icrl.offline.experiment import OfflineRun, collect_data
+from icrl.offline.experiment import Experiment, OfflineRun, collect_data
 from icrl.offline.trajectory_shards import read_trajectories
 from icrl.training import checkpoint
 from icrl.training.config import configured
@@ -188,7 +188,7 @@ def test_environments_are_those_of_the_split(kind):
 @pytest.mark.parametrize("kind", SOURCES)
 def test_collected_data(kind, tmp_path):
     source = kind(**TINY)
-    data, facts = source.gather(tmp_path)
+    data, facts = source.collect(tmp_path)
     env = source.make("train")[0]
     assert (data.num_tasks, data.num_actions, set(data.lengths.tolist())) == (9, 0, {5})
     assert data.states.shape == (9 * 6 * 5, *env.observation_space.shape)
@@ -222,7 +222,7 @@ def weights(path):
 @pytest.mark.parametrize("stage", ["checkpoint", "newest", "episodes"])
 def test_a_killed_command_goes_on_to_the_same_data(stage, tmp_path, monkeypatch):
     source = CheetahVelData(**TINY)
-    whole, _ = source.gather(tmp_path / "whole")
+    whole, _ = source.collect(tmp_path / "whole")
 
     written = checkpoint.save
 
@@ -237,11 +237,11 @@ def test_a_killed_command_goes_on_to_the_same_data(stage, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        source.gather(tmp_path / "killed")
+        source.collect(tmp_path / "killed")
     monkeypatch.setattr(checkpoint, "save", written)
     np.random.seed(5)  # noqa: NPY002 (another process has other global generators)
     torch.manual_seed(5)
-    rest, _ = source.gather(tmp_path / "killed")
+    rest, _ = source.collect(tmp_path / "killed")
     for name in ("states", "actions", "rewards", "next_states"):
         assert torch.equal(getattr(whole, name), getattr(rest, name)), name
     a, b = (weights(tmp_path / k / "newest.safetensors") for k in ("whole", "killed"))
@@ -275,23 +275,23 @@ def test_returns_are_of_the_raw_rewards(monkeypatch):
 
 def test_one_teacher_serves_each_quality(tmp_path, monkeypatch):
     mixed = CheetahVelData(**TINY)
-    data, facts = mixed.gather(tmp_path)
+    data, facts = mixed.collect(tmp_path)
     monkeypatch.setattr(teaching.Teacher, "improve", lambda _: pytest.fail("trained again"))
-    expert, f = replace(mixed, quality="expert", episodes=2).gather(tmp_path)
+    expert, f = replace(mixed, quality="expert", episodes=2).collect(tmp_path)
     assert torch.equal(expert.actions.view(9, 2, 5, 6), data.actions.view(9, 6, 5, 6)[:, 4:])
     assert f["checkpoint_returns"] == facts["checkpoint_returns"][2:]
-    medium, _ = replace(mixed, quality="medium", episodes=2).gather(tmp_path)
+    medium, _ = replace(mixed, quality="medium", episodes=2).collect(tmp_path)
     assert torch.equal(medium.actions.view(9, 2, 5, 6), data.actions.view(9, 6, 5, 6)[:, 2:4])
 
 
 def test_another_teachers_folder_is_refused(tmp_path):
     teaching.train_teacher(CheetahVelData(**TINY), tmp_path)
     with pytest.raises(ValueError, match=r"another teacher's: seed 0, not 1"):
-        CheetahVelData(**TINY, seed=1).gather(tmp_path)
+        CheetahVelData(**TINY, seed=1).collect(tmp_path)
     newest = tmp_path / "newest.safetensors"
     newest.write_bytes(newest.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):
-        CheetahVelData(**TINY).gather(tmp_path)
+        CheetahVelData(**TINY).collect(tmp_path)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------------
@@ -353,10 +353,10 @@ def test_tables_and_pictures_of_negative_returns(best, best_of, tmp_path, capsys
 
 def test_data_of_another_configuration_is_refused_before_a_teacher_is_trained(tmp_path, monkeypatch):
     run = configured(OfflineRun, RUN, "config")
-    collect_data(run, tmp_path / "data")
+    collect_data(Experiment(run), tmp_path / "data")
     monkeypatch.setattr(teaching, "train_teacher", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match=r"out: .* has seed 0, the configuration 1"):
-        collect_data(replace(run, data={**TINY, "seed": 1}), tmp_path / "data")
+        collect_data(Experiment(replace(run, data={**TINY, "seed": 1})), tmp_path / "data")
 
 
 def test_training_without_records_says_what_to_run(tmp_path, monkeypatch, capsys):
@@ -377,12 +377,12 @@ def test_without_the_extra_one_line_says_what_to_install(missing, name, tmp_path
 
 def test_best_returns_are_the_teachers_or_unknown(tmp_path):
     run = configured(OfflineRun, RUN, "config")
-    assert run.best_return() is None
-    facts = collect_data(run, tmp_path / "d")
-    assert replace(run, records=str(tmp_path / "d")).best_return() == facts["test_return"]
-    assert OfflineRun(environment="point-robot").best_return() < 0
+    assert Experiment(run).best_return is None
+    facts = collect_data(Experiment(run), tmp_path / "d")
+    assert Experiment(replace(run, records=str(tmp_path / "d"))).best_return == facts["test_return"]
+    assert Experiment(OfflineRun(environment="point-robot")).best_return < 0
     with pytest.raises(ValueError, match="teacher: darkroom has none"):
-        collect_data(OfflineRun(), tmp_path / "x", tmp_path)
+        collect_data(Experiment(OfflineRun()), tmp_path / "x", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def make(name, data, mixer="gla", **changes):
     settings = {"trunk": trunk, "horizon": 12, "batch": 4}
     settings |= {"idt": {"span": 4}, "dpt": {"layout": "branch"}, "dit": {"layout": "branch"}}.get(name, {})
     torch.manual_seed(1)
-    method = make_method(name, METHODS[name][1](**{**settings, **changes}), Spaces.of(data))
+    method = make_method(name, METHODS[name].config_class(**{**settings, **changes}), Spaces.of(data))
     method.prepare(data)
     return method
 
@@ -303,6 +303,7 @@ def test_few_shot_shows_agents_what_happened():
 
     class Fake(nn.Module):
         config = MethodConfig(horizon=3)
+        device = torch.device("cpu")
 
         def agent(self, batch):
             return self

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from icrl.cli import main
-from icrl.offline.experiment import OfflineRun
+from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, _end_with_parent, run_jobs
 from icrl.offline.presets import TITLES
 from icrl.offline.suite import collect, mean_sem
@@ -176,10 +176,10 @@ def test_training_reads_collected_data(config, tmp_path, capsys):
     assert main(["collect", str(tmp_path / "data"), "--config", str(config)]) == 0
     assert "shards" in capsys.readouterr().out
     run = configured(OfflineRun, {**TINY, "records": str(tmp_path / "data")}, "config")
-    assert torch.equal(run.train_data().actions, replace(run, records="").train_data().actions)
+    assert torch.equal(Experiment(run).data.actions, Experiment(replace(run, records="")).data.actions)
     other = replace(run, data={**TINY["data"], "seed": 1})
     with pytest.raises(ValueError, match="has seed 0, the configuration 1"):
-        other.train_data()
+        _ = Experiment(other).data
 
 
 def test_a_world_model_of_another_environment_is_refused(config, tmp_path, capsys):
@@ -241,30 +241,33 @@ def test_bad_configurations_are_one_line(changes, message, capsys, tmp_path, mon
 @pytest.mark.parametrize("name", TITLES)
 @pytest.mark.parametrize("environment", ["darkroom", "stitching", "point-robot"])
 def test_every_preset_is_a_configuration(name, environment):
-    run = OfflineRun(method=name, environment=environment)
-    assert run.make_config().horizon == run.make_data().horizon
+    experiment = Experiment(OfflineRun(method=name, environment=environment))
+    assert experiment.config.horizon == experiment.source.horizon
 
 
 def test_settings_go_over_the_suites_own_and_leave_ablations_alone():
-    plain = OfflineRun(method="sicql").make_config()
+    def config(**fields):
+        return Experiment(OfflineRun(**fields)).config
+
+    plain = config(method="sicql")
     settings = {"trunk": {"width": 32}, "iql": {"expectile": 0.8}, "stride": 2, "world_model": True}
-    changed = OfflineRun(method="sicql", settings=settings).make_config()
+    changed = config(method="sicql", settings=settings)
     assert changed == replace(
         plain,
         trunk=replace(plain.trunk, width=32),
         iql=replace(plain.iql, expectile=0.8),
         stride=2,
     )
-    without = OfflineRun(method="sicql w/o c", settings=settings).make_config()
+    without = config(method="sicql w/o c", settings=settings)
     assert (without.world_model, without.stride, without.iql.expectile) == (False, 1, 0.8)
     narrow = OfflineRun(world_model=WorldModelConfig(window=2))
     with pytest.raises(ValueError, match=r"stride: wanted at most world_model.window=2, got 4"):
-        narrow.make_config()
-    assert replace(narrow, method="sicql w/o c").make_config().stride == 1
-    reach, stitching = (OfflineRun(environment=e).make_config() for e in ("reach", "stitching"))
+        _ = Experiment(narrow).config
+    assert Experiment(replace(narrow, method="sicql w/o c")).config.stride == 1
+    reach, stitching = (config(environment=e) for e in ("reach", "stitching"))
     assert (reach.iql.reward_scale, reach.iql.discount, stitching.iql.target_rate) == (0.1, 0.95, 0.02)
     with pytest.raises(ValueError, match="horizon: wanted darkroom's 100, got 50"):
-        OfflineRun(settings={"horizon": 50}).make_config()
+        config(settings={"horizon": 50})
 
 
 def test_means_over_seeds(tmp_path):
