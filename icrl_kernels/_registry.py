@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from icrl_kernels import _torch_private
-
 LIBRARY = torch.library.Library("icrl", "FRAGMENT")
 
 
@@ -54,10 +52,16 @@ def define(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     BACKENDS[name] = backends
-    written = _torch_private.written(schema)
+    declared = [a.rsplit(" ", 1) for a in schema[len(name) + 1 : schema.rindex(") ->")].split(", ")]  # type and name
+    written = [i for i, (kind, _) in enumerate(declared) if "!" in kind]
+    # the dispatcher takes None for a tensor that is not optional
+    required = [(i, n) for i, (kind, n) in enumerate(declared) if kind in ("Tensor", "Tensor(a!)", "Tensor(b!)")]
 
     def run(device: str, *args: Any) -> Any:
         arguments = args[:-1]
+        for i, argument in required:
+            if args[i] is None:
+                raise ValueError(f"{argument}: wanted a tensor, got None")
         found = check(*arguments)
         backend = resolve(name, device, args[-1])[1]
         if values is not None and device == "cpu":

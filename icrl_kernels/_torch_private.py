@@ -25,12 +25,6 @@ def _find(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
         return otherwise
 
 
-def _written_in(schema: str) -> list[int]:
-    """Positions of the arguments that a schema writes to, marked `(a!)`."""
-    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
-    return [i for i, a in enumerate(arguments) if "!" in a]
-
-
 # Whether something wants to see a call that skips torch's dispatcher. Where one cannot be asked, the answer is yes: the step
 # then takes the dispatcher's way.
 dispatch_modes = _find("_C._len_torch_dispatch_stack", lambda: 1)
@@ -52,11 +46,3 @@ def tangent(x: Tensor) -> Tensor | None:
         return forward_ad.unpack_dual(x).tangent
     except RuntimeError:  # outside every level, which a torch without `_current_level` does not say before
         return None
-
-
-def written(schema: str) -> list[int]:
-    """Positions of the arguments that an op's schema writes to."""
-    parse = _find("_C.parse_schema", lambda _: None)(schema)
-    if parse is None:
-        return _written_in(schema)
-    return [i for i, a in enumerate(parse.arguments) if a.alias_info is not None and a.alias_info.is_write]

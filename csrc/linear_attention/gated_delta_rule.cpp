@@ -38,12 +38,15 @@ bool forward(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer
   return !refused;
 }
 
-void backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer q, Pointer k, Pointer v, Pointer g, Pointer beta,
+bool backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer q, Pointer k, Pointer v, Pointer g, Pointer beta,
               Pointer initial, Pointer dq, Pointer dk, Pointer dv, Pointer dg, Pointer dbeta, Pointer d_initial) {
   const DeltaShape s = shape(t);
+  int refused = 0;
   const DeltaBackward p{in(d_o),         in(q),   in(k),   in(v),   in(g),   in(beta),   floats(d_final),
-                        floats(initial), out(dq), out(dk), out(dv), out(dg), out(dbeta), out_floats(d_initial)};
+                        floats(initial), out(dq), out(dk), out(dv), out(dg), out(dbeta), out_floats(d_initial),
+                        &refused};
   if (!ICRL_DISPATCH(delta_backward, s, p)) throw std::bad_alloc();
+  return !refused;
 }
 
 bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer beta, Pointer state, Pointer o) {

@@ -33,6 +33,7 @@ struct DeltaBackward {
   const float *d_final, *initial;
   void *dq, *dk, *dv, *dg, *dbeta;
   float* d_initial;  // null: not wanted
+  int* refused;      // set to 1 where a gate is above the allowance
 };
 
 struct DeltaStep {

@@ -209,7 +209,7 @@ struct Backward {
   // e and u of the n tokens from t on
   void errors(const float* state, int64_t t, int n, Next next) {
     const int64_t Kp = m.Kp, Vp = m.Vp;
-    d.read(m.c, s, x, t, n, head, 0, next);
+    if (d.read(m.c, s, x, t, n, head, 0, next) > s.allowance) __atomic_store_n(x.refused, 1, __ATOMIC_RELAXED);
     transpose(kq_t, d.kq, kChunk, Kp);
     product(e_t, kChunk, Vp, kChunk, Left{state, Kp, 1}, kq_t, kChunk, s.k);
     transpose(e, e_t, Vp, kChunk);

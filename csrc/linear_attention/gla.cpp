@@ -36,12 +36,15 @@ bool forward(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer
   return !refused;
 }
 
-void backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer q, Pointer k, Pointer v, Pointer g, Pointer initial,
+bool backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer q, Pointer k, Pointer v, Pointer g, Pointer initial,
               Pointer dq, Pointer dk, Pointer dv, Pointer dg, Pointer d_initial) {
   const GlaShape s = shape(t);
+  int refused = 0;
   const GlaBackward p{in(d_o),         in(q),   in(k),   in(v),   in(g),   floats(d_final),
-                      floats(initial), out(dq), out(dk), out(dv), out(dg), out_floats(d_initial)};
+                      floats(initial), out(dq), out(dk), out(dv), out(dg), out_floats(d_initial),
+                      &refused};
   if (!ICRL_DISPATCH(gla_backward, s, p)) throw std::bad_alloc();
+  return !refused;
 }
 
 bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer g, Pointer state, Pointer o) {

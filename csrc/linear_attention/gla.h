@@ -31,6 +31,7 @@ struct GlaBackward {
   const float *d_final, *initial;
   void *dq, *dk, *dv, *dg;
   float* d_initial;  // null: not wanted
+  int* refused;      // set to 1 where a gate is above the allowance
 };
 
 struct GlaStep {

@@ -128,7 +128,8 @@ struct Backward {
   void chunk(const float* state, int64_t t, int n) {
     const int64_t group = s.heads / s.kv_heads, Kp = m.Kp, Vp = m.Vp;
     constexpr Next next = Next::earlier;
-    read(m.c, s, x.k, x.v, x.g, t, n, head, 0, next);
+    if (read(m.c, s, x.k, x.v, x.g, t, n, head, 0, next) > s.allowance)
+      __atomic_store_n(x.refused, 1, __ATOMIC_RELAXED);
     transpose(m.c.kt, m.c.kd, kChunk, Kp);
     m.begin(state, m.c.v);
     for (int64_t r = 0; r < group; ++r) {

@@ -46,9 +46,10 @@ bool forward(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer s, Pointer
   return !refused;
 }
 
-void backward(const Shape& t, Pointer d_o, Pointer d_final_keys, Pointer d_final_values, Pointer q, Pointer k,
+bool backward(const Shape& t, Pointer d_o, Pointer d_final_keys, Pointer d_final_values, Pointer q, Pointer k,
               Pointer v, Pointer s, Pointer g, Pointer initial_keys, Pointer initial_values, Pointer dq, Pointer dk,
               Pointer dv, Pointer ds, Pointer dg, Pointer d_initial_keys, Pointer d_initial_values) {
+  int refused = 0;
   const GsaBackward p{in(d_o),
                       in(q),
                       in(k),
@@ -65,8 +66,10 @@ void backward(const Shape& t, Pointer d_o, Pointer d_final_keys, Pointer d_final
                       out(ds),
                       out(dg),
                       out_floats(d_initial_keys),
-                      out_floats(d_initial_values)};
+                      out_floats(d_initial_values),
+                      &refused};
   if (!ICRL_DISPATCH(gsa_backward, shape(t), p)) throw std::bad_alloc();
+  return !refused;
 }
 
 bool step(const Shape& t, Pointer q, Pointer k, Pointer v, Pointer s, Pointer g, Pointer keys, Pointer values,

@@ -32,6 +32,7 @@ struct GsaBackward {
   const float *d_final_keys, *d_final_values, *initial_keys, *initial_values;
   void *dq, *dk, *dv, *ds, *dg;
   float *d_initial_keys, *d_initial_values;  // null: not wanted
+  int* refused;                              // set to 1 where a gate is above the allowance
 };
 
 struct GsaStep {

@@ -193,7 +193,7 @@ struct Backward {
   }
 
   void read_chunk(int64_t t, int n, Next next) {
-    read(m.c, s, x.s, x.g, t, n, head, next);
+    if (read(m.c, s, x.s, x.g, t, n, head, next) > s.allowance) __atomic_store_n(x.refused, 1, __ATOMIC_RELAXED);
     load_rows(m.c.v, rows(x.v, s.dtype, t, s.kv_heads, head, s.v), n, s.v, Vp, width, next);
     load_rows(m.c.v + Vp, rows(x.k, s.dtype, t, s.kv_heads, head, s.k), n, s.k, Kp, width, next);
   }

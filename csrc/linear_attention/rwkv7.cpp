@@ -34,13 +34,16 @@ bool forward(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer
   return !refused;
 }
 
-void backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a,
+bool backward(const Shape& t, Pointer d_o, Pointer d_final, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a,
               Pointer b, Pointer initial, Pointer dr, Pointer dw, Pointer dk, Pointer dv, Pointer da, Pointer db,
               Pointer d_initial) {
   const RwkvShape s = shape(t);
+  int refused = 0;
   const RwkvBackward p{in(d_o),         in(r),   in(w),   in(k),   in(v),   in(a),   in(b),   floats(d_final),
-                       floats(initial), out(dr), out(dw), out(dk), out(dv), out(da), out(db), out_floats(d_initial)};
+                       floats(initial), out(dr), out(dw), out(dk), out(dv), out(da), out(db), out_floats(d_initial),
+                       &refused};
   if (!ICRL_DISPATCH(rwkv7_backward, s, p)) throw std::bad_alloc();
+  return !refused;
 }
 
 bool step(const Shape& t, Pointer r, Pointer w, Pointer k, Pointer v, Pointer a, Pointer b, Pointer state, Pointer o) {

@@ -29,6 +29,7 @@ struct RwkvBackward {
   const float *d_final, *initial;
   void *dr, *dw, *dk, *dv, *da, *db;
   float* d_initial;  // null: not wanted
+  int* refused;      // set to 1 where a gate is above the allowance
 };
 
 struct RwkvStep {

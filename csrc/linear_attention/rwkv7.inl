@@ -203,7 +203,7 @@ struct Backward {
   // Reads the n tokens from t on and makes their u.
   void read(const float* state, int64_t t, int n, Next next) {
     const int64_t Kp = m.Kp, Vp = m.Vp;
-    d.read(m.c, s, x, t, n, head, 0, next);
+    if (d.read(m.c, s, x, t, n, head, 0, next) > s.allowance) __atomic_store_n(x.refused, 1, __ATOMIC_RELAXED);
     transpose(qt, d.qd, kChunk, Kp);
     product(u_t, kChunk, Vp, kChunk, Left{state, Kp, 1}, qt, kChunk, s.k);
     float* u = d.value + kChunk * Vp;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -31,10 +32,15 @@ def check_packing(q: Tensor, cu_seqlens: Tensor) -> int:
 def default_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return max(1, q.shape[-1] if q.dim() else 1) ** -0.5
+    if not isinstance(scale, (int, float)) and not isinstance(scale, (Real, Tensor)):
+        raise ValueError(f"scale: wanted a number, got {type(scale).__name__}")
+    return float(scale)
+
+
+def check_scale(scale: float, q: Tensor) -> None:
     most = MOST if q.dtype != torch.float64 else 1e308
     if not -most <= scale <= most:  # math.isfinite cannot be traced where torch.compile makes floats symbolic
         raise ValueError(f"scale: wanted a finite number, got {scale}")
-    return float(scale)
 
 
 def native(op: str, q: Tensor, name: str = "q") -> int:

@@ -48,10 +48,10 @@ def bind(arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first:
     """Check devices, shapes, dtypes and layouts of `tensors`, and add what their shapes say to `sizes`."""
     device, dtype = first.device, first.dtype
     for a, t in zip(arguments, tensors, strict=True):
-        if t is None:
-            if not a.optional:
-                raise ValueError(f"{a.label}: wanted a tensor, got None")
+        if t is None and a.optional:
             continue
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{a.label}: wanted a tensor, got {type(t).__name__}")
         if t.device != device:
             raise ValueError(f"{a.label}: is on {t.device}, but {arguments[0].label} is on {device}")
         shape = t.shape
@@ -131,7 +131,7 @@ class Op:
         def labels(role: str) -> list[str]:  # the public functions take two states as a pair
             names = [f"{role}_{s}".lstrip("_") for s in states]
             pair = f"{role}_state".lstrip("_")
-            return names if len(names) == 1 else [f"{pair}[{i}] ({n})" for i, n in enumerate(names)]
+            return names if len(names) == 1 else [f"{pair}[{i}]" for i in range(len(names))]
 
         named = list(zip(states.items(), labels("initial"), labels(""), strict=True))
         self.initial = [Argument(f"initial_{s}", layout + "?", "state", label) for (s, layout), label, _ in named]
@@ -213,10 +213,11 @@ class Op:
         return args[:n], args[n], args[n + 1 : m], args[m], args[m + 1 :]
 
     def check(self, *args: Any) -> Sizes:
-        tokens, _, states, cu_seqlens, _ = self.split(args)
-        first, sizes = tokens[0], {}
+        tokens, scale, states, cu_seqlens, _ = self.split(args)
+        first, sizes = self._first(tokens), {}
         if first.dtype not in DTYPES and first.dtype != torch.float64:
             _checks.dtype(self.tokens[0].label, first, (*DTYPES, torch.float64))
+        common.check_scale(scale, first)
         bind(self.tokens, tokens, first, sizes)
         self._check_widths(sizes)
         sizes["N"] = sizes["B"]
@@ -227,7 +228,7 @@ class Op:
         return sizes
 
     def check_native(self, *args: Any) -> Sizes:
-        common.native(self.name, args[0], self.tokens[0].label)
+        common.native(self.name, self._first(args), self.tokens[0].label)
         return self.check(*args)
 
     def check_backward(self, *args: Any) -> Sizes:
@@ -238,10 +239,11 @@ class Op:
 
     def check_step(self, *args: Any) -> Sizes:
         n, m = len(self.token), len(self.token) + len(self.state)
-        first, sizes = args[0], {}
+        first, sizes = self._first(args), {}
+        common.check_scale(args[m], first)
         if torch.is_grad_enabled():
             for a, t in zip((*self.token, *self.state), args[:m], strict=True):
-                if t is not None and t.requires_grad:
+                if isinstance(t, Tensor) and t.requires_grad:
                     raise ValueError(
                         f"{a.label}: {self.name}_step has no gradient; use {self.name}, or torch.no_grad() around the step"
                     )
@@ -331,7 +333,8 @@ class Op:
                 if a.name in self.per_head:
                     wanted[i] = torch.empty(size, dtype=torch.float32, device=tokens[0].device)
         shape, given = self._shape(sizes, tokens, flags, scale, True), contiguous((*args[:k], *inputs))
-        self.compiled["backward"](shape, *pointers(given), *pointers(wanted))
+        if not self.compiled["backward"](shape, *pointers(given), *pointers(wanted)):
+            raise common.gate_error(self.gate)
         for i, (g, w) in enumerate(zip(out, wanted, strict=True)):
             if w is not None and w is not g:  # each head wrote its own: summed in their order
                 out[i] = w.unflatten(2, (-1, sizes["H"] // sizes["Hk"])).sum(3).to(g.dtype)
@@ -359,6 +362,7 @@ class Op:
 
     def _triton_backward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
         none = functools.partial(torch.empty, 0, dtype=torch.float32, device=args[0].device)
+        self._check_gate_on_cpu(args[len(self.do) :], self.tokens)
         found = self.launchers.backward(*self._bounded(args, len(self.do), sizes))
         return tuple(none() if g is None else g for g in found)
 

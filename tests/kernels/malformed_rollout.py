@@ -179,7 +179,10 @@ def _policy_values(args: Args, sizes: Sizes, probabilities: bool) -> Iterator[Pr
     elif probabilities:
         own = torch.arange(sizes["A"]) < t["num_actions"][:, None]
         right = ((policies >= 0) & (own[:, None, None] | (policies == 0))).all(3)
-        wrong = ~(right & ((policies.double().sum(3) - 1).abs() <= 1e-4)) & acts[:, None]
+        wrong = ~(right & ((policies.double().sum(3) - 1).abs() <= 1e-4))
+        if bool(wrong.any()) and not bool((wrong & acts[:, None]).any()):
+            yield Problem(names, "unsaid")  # rows that no record acts by
+        wrong &= acts[:, None]
     else:
         if not bool(torch.equal(policies, policies.sort(-1).values)) or not bool((policies >= 0).all()):
             yield Problem(names, "unsaid")
