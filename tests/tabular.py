@@ -9,6 +9,16 @@ from torch import Tensor
 from icrl_kernels import RolloutTables, rollout_tables
 
 
+def moved(x, device):
+    """A tensor, or a NamedTuple or list of them, on this device; what is none stays."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, (list, tuple)):
+        parts = [moved(y, device) for y in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else parts
+    return x
+
+
 class Solution(NamedTuple):
     q: Tensor
 

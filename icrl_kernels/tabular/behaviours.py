@@ -1,4 +1,4 @@
-"""Who acts in a simulated record: policy tables and the policies that need none."""
+"""The policies that act in a simulated record: tables, and those that need none."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ BUILTIN = ("uniform", "random_policy", "q_learning", "model_based")
 
 
 class Behaviours(NamedTuple):
-    """Who acts in each of R records, all float32. M = P + 4 behaviours: P policy tables, then `BUILTIN`.
+    """The policies that act in each of R records, all float32. M = P + 4 behaviours: P policy tables, then `BUILTIN`.
 
     A record's first behaviour is drawn by `initial`; at the end of an episode, with probability `switch`, another is
-    drawn by `later`. Whoever acts, with probability max(0, epsilon - epsilon_decay·step) the action is uniform.
+    drawn by `later`. Under all of them the action is uniform with probability max(0, epsilon - epsilon_decay·step).
 
     `random_policy` is a softmax of policy_scale·N(0,1) logits, one policy a record. `q_learning` has the rate
     (H+1)/(H+n), H = 1/(1-q_discount) (Jin et al., 2018) and takes argmax Q + q_bonus·σ·sqrt(log(1+Σn)/n).
     `model_based` counts, and sweeps optimistic value iteration once over the states a step, with the bonus
     model_bonus·σ/sqrt(n); an untried action is worth (the best mean reward + bonus seen + σ)/(1-model_discount). σ is
-    the root mean square of the record's rewards. Both learners observe every step, whoever acted.
+    the root mean square of the record's rewards. Both learners observe every step, also those of other behaviours.
     """
 
     initial: Tensor  # [R,M] weights

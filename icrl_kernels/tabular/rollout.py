@@ -56,7 +56,7 @@ class Rollout(NamedTuple):
     action: Tensor  # int16
     reward: Tensor  # float32
     done: Tensor  # uint8: 0 no, 1 terminated, 2 truncated
-    behaviour: Tensor  # uint8, who acted (also where epsilon made the action uniform); 255: actions from outside
+    behaviour: Tensor  # uint8, the one that acted (also where epsilon made the action uniform); 255: actions from outside
     next_state: Tensor  # int16, s' before any reset
     labels: Tensor  # int16 [R,T,G], what the references would have done in `state`
     final: RolloutState
@@ -163,7 +163,7 @@ def rollout(
         seed, task_index: as in `rollout_start`, for new records; leave out with `state`.
         policies: P ≤ 251 behaviours: [N,P,S,A] float32 action probabilities, or [N,P,S] integers, the actions of deterministic
             policies (the same steps as with probabilities 1 and 0, for less time and memory).
-        behaviours: who acts; by default the first policy, or uniform actions where there are no policies.
+        behaviours: the policies that act; by default the first policy, or uniform actions where there are no policies.
         references: [N,G,S] integers, actions of G policies, which label every step.
         state: continues these records, with the same behaviours.
         backend: "cpu", "cuda", or "plain": the GPU's code on the CPU, record by record. All give the same bits.
@@ -242,7 +242,7 @@ _DTYPES = [*DTYPES, *STATE_DTYPES]
 
 
 def _plain(everything: tuple[Tensor, ...]) -> bool:
-    """Whether a step's tables, state and action are as the op wants them, on the CPU, and nobody watches the call."""
+    """Whether a step's tables, state and action are as the op wants them, on the CPU, and no dispatch mode is to see the call."""
     if len(everything) != 26 or set(map(type, everything)) != {Tensor} or _torch_private.dispatch_modes():
         return False
     action = everything[25]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icrl_kernels.tabular.behaviours import Behaviours, same_behaviours
+from icrl_kernels import _checks
+from icrl_kernels.tabular.behaviours import Behaviours, check_shapes, check_values, same_behaviours
+from icrl_kernels.tabular.rollout_tables import rollout_tables
 
 OUT_DTYPES = (torch.int16, torch.int16, torch.float32, torch.uint8, torch.uint8, torch.int16)  # as in Rollout
 
@@ -32,8 +34,37 @@ def rollout_reference(
     """The specification in plain torch, rewards in float64 arithmetic: the fields of `Rollout` but the last.
 
     The same bits as `rollout`, for behaviours that are policy tables or uniform, or for outside `actions` [R,T].
+
+    Raises:
+        ValueError: as `rollout_tables` and `rollout` do.
     """
+    tasks = (transition, reward, noise_state, noise_action, start, terminal, max_steps, num_states, num_actions)
+    N, S, A = rollout_tables(*tasks).offset.shape
+    _checks.shape("task_index", task_index, ["R"])
     R = task_index.shape[0]
+    for name, tensor in (("task_index", task_index), ("seed", seed), ("record", record)):
+        _checks.shape(name, tensor, [R])
+        _checks.dtype(name, tensor, [torch.int64])
+    others = {"task_index": task_index, "seed": seed, "record": record, "policies": policies, "actions": actions}
+    _checks.same_device(transition=transition, **others, **(behaviours._asdict() if behaviours else {}))
+    if R and not 0 <= int(task_index.min()) <= int(task_index.max()) < N:
+        raise ValueError(f"task_index: wanted 0 to {N - 1}, got {int(task_index.min())} to {int(task_index.max())}")
+    if steps < 0:
+        raise ValueError(f"steps: wanted an int >= 0, got {steps}")
+    if policies is not None:
+        _checks.shape("policies", policies, [N, "P", S, A])
+        _checks.dtype("policies", policies, [torch.float32])
+    if actions is not None:
+        _checks.shape("actions", actions, [R, "T"])
+        _checks.dtype("actions", actions, [torch.int64])
+        own = num_actions[task_index][:, None]
+        if actions.shape[1] < steps or bool(((actions < 0) | (actions >= own)).any()):
+            raise ValueError(
+                f"actions: wanted {steps} steps of the tasks' own actions, got shape {list(actions.shape)}"
+            )
+    if behaviours is not None:
+        check_shapes(behaviours, R, 0 if policies is None else policies.shape[1])
+        check_values(behaviours)
 
     def at_step(t: int) -> Tensor:
         return torch.full((), t, dtype=torch.int64, device=task_index.device)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tabular import moved
 
-from icrl_kernels import model_based_q
+from icrl_kernels import _C, model_based_q
 from icrl_kernels.testing import error
 
 
@@ -17,14 +18,19 @@ def history(R=5, T=60, S=6, A=3, seed=0, done_at=0.1):
 
 
 @pytest.mark.parametrize(("S", "A", "T"), [(6, 3, 60), (1, 1, 5), (17, 2, 40), (4, 2, 1), (3, 2, 0), (30, 11, 50)])
-def test_values(S, A, T):
+def test_values(S, A, T, device):
     h = history(T=T, S=S, A=A)
     following = torch.randint(0, S, h[0].shape, generator=torch.Generator().manual_seed(1))
     for next_state in (None, following):
         reference = model_based_q(*h, S, A, next_state=next_state, backend="reference")
-        q = model_based_q(*h, S, A, next_state=next_state)
+        plain = model_based_q(*h, S, A, next_state=next_state, backend="plain")
+        if device.type == "cuda" and not _C.with_cuda:
+            with pytest.raises(ValueError, match=r"backend: model_based_q has none.*ICRL_CUDA=1"):
+                model_based_q(*moved(h, device), S, A, next_state=moved(next_state, device))
+            continue
+        q = model_based_q(*moved(h, device), S, A, next_state=moved(next_state, device)).cpu()
         assert error(q, reference) <= 64 * torch.finfo(torch.float32).eps * (1e-9 + reference.norm())
-        assert torch.equal(model_based_q(*h, S, A, next_state=next_state, backend="plain"), q)
+        assert torch.equal(plain, q)
 
 
 def test_truncated_steps_count():
@@ -69,6 +75,20 @@ def test_untried_actions_are_optimistic():
     q = model_based_q(state, action, torch.ones(1, 40), torch.zeros_like(state), 1, 2)
     assert (q[0, 5:, 1] > q[0, 5:, 0]).all()
     assert q[0, -1, 1] == pytest.approx(2.0 / 0.1, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _C.with_cuda, reason="built without CUDA")
+def test_gpu_indices_out_of_range():
+    good = model_based_q(*moved(history(), "cuda"), 6, 3)
+    for i, value in ((0, 6), (0, -(2**62)), (1, 3), (1, 2**62), (3, 3)):
+        h = history()
+        h[i][1, 5] = value
+        q = model_based_q(*moved(h, "cuda"), 6, 3)
+        assert q[1, 5:].isnan().all()
+        before = 4 if i == 0 else 5  # a state is the next state of the step before
+        assert torch.equal(q[1, :before], good[1, :before])
+        assert torch.equal(q[2:], good[2:])
 
 
 def test_refusals():

@@ -18,6 +18,7 @@ from icrl_kernels import (
     model_based_q,
     pack_transition,
     rollout,
+    rollout_reference,
     rollout_start,
     rollout_step,
     rollout_tables,
@@ -316,6 +317,28 @@ def test_rollout_start():
                 rollout_start(tables, seed=0, behaviours=b._replace(**{name: value}))
     with pytest.raises(ValueError, match=r"tables\.offset"):
         rollout_start(tables._replace(offset=tables.offset[0]), seed=0)
+
+
+def test_rollout_reference():
+    tasks = random_tasks(N, S, A, ragged=False).raw()
+    index = torch.arange(N)
+    given = {"seed": index, "record": index, "task_index": index, "policies": torch.full((N, 1, S, A), 1 / A)}
+    given |= {"actions": torch.zeros(N, T, dtype=torch.int64)}
+    for name, tensor in given.items():
+        for value in malformed(tensor):
+            with pytest.raises(ValueError, match=r"seed|record|task_index|policies|actions"):
+                rollout_reference(**tasks, **{**given, name: value}, steps=T)
+    for name, values in (("task_index", (-1, N, HUGE)), ("actions", (-1, A, HUGE))):
+        for value in everywhere(given[name], *values):
+            with pytest.raises(ValueError, match=name):
+                rollout_reference(**tasks, **{**given, name: value}, steps=T)
+    for name, tensor in tasks.items():
+        for value in malformed(tensor):
+            with pytest.raises(ValueError, match=r"wanted|is on"):
+                rollout_reference(**{**tasks, name: value}, **given, steps=T)
+    for steps in (-1, T + 1):
+        with pytest.raises(ValueError, match=r"steps|actions"):
+            rollout_reference(**tasks, **given, steps=steps)
 
 
 # ---- model_based_q ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tabular import random_tasks
+from tabular import moved, random_tasks
 
 from icrl.worlds import sample_anymdp
 from icrl_kernels import (
@@ -47,6 +47,38 @@ def select(b, records):
     return Behaviours(*(t[records].contiguous() for t in b))
 
 
+@pytest.fixture
+def served(device):
+    """A device that this build simulates on."""
+    if device.type == "cuda" and not _C.with_cuda:
+        tables = random_tasks(2, 4, 2).tables().to(device)
+        with pytest.raises(ValueError, match=r"backend: rollout has none.*ICRL_CUDA=1"):
+            rollout(tables, steps=1, seed=0)
+        pytest.skip("this build has no CUDA, and says so")
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _C.with_cuda, reason="built without CUDA")
+@pytest.mark.parametrize("field", ["window", "offset", "num_states", "task", "state", "policies", "behaviour"])
+def test_gpu_values_out_of_range(field):
+    """The host is not waited for: the record is spoilt, the others are as ever."""
+    tables = random_tasks(4, 8, 3, ragged=False).tables().to("cuda")
+    policies = torch.zeros(4, 1, 8, dtype=torch.int16, device="cuda")
+    state = rollout_start(tables, seed=0)
+    good = rollout(tables, steps=20, state=state, policies=policies)
+    if field == "policies":
+        policies[2] = 3
+    else:
+        getattr(tables if hasattr(tables, field) else state, field)[2] = 32767
+    run = rollout(tables, steps=20, state=state, policies=policies)
+    others = torch.arange(4) != 2
+    assert run.reward[2].isnan().all()
+    assert (run.next_state[2] == -1).all()
+    assert torch.equal(run.final.step[2], state.step[2])
+    assert_same([x[others] for x in moved(run[:-1], "cpu")], [x[others] for x in moved(good[:-1], "cpu")])
+
+
 def test_philox_known_answers():
     """The vectors of the Random123 distribution (kat_vectors, philox4x32 10)."""
     zero = torch.tensor(0)
@@ -63,30 +95,31 @@ def test_normal_quantile():
 
 
 @pytest.mark.parametrize(("states", "width"), [(2, None), (7, 3), (40, None), (64, 5)])
-def test_same_bits_as_reference(states, width):
+def test_same_bits_as_reference(states, width, served):
     tasks = random_tasks(3, states, 4, width=width, seed=states)
     task_index = torch.tensor([0, 1, 2, 2, 1, 0, 0, 1])
     policies = random_policies(tasks, 2)
     b = constant_behaviours(8, 2, {0: 1, 1: 1, "uniform": 0.5}, switch=0.5, epsilon=0.5, epsilon_decay=0.004)
-    run = rollout(
-        rollout_tables(**tasks.raw()), steps=300, seed=-5, task_index=task_index, policies=policies, behaviours=b
-    )
+    there = moved([rollout_tables(**tasks.raw()), task_index, policies, b], served)
+    run = rollout(there[0], steps=300, seed=-5, task_index=there[1], policies=there[2], behaviours=there[3])
+    run = moved(run, "cpu")
     keys = {"seed": torch.full((8,), -5), "record": torch.arange(8), "task_index": task_index}
     assert_same(run[:-2], rollout_reference(**tasks.raw(), **keys, steps=300, policies=policies, behaviours=b))
     assert bool((run.done == (2 if states == 64 else 1)).any())
 
-    state = rollout_start(rollout_tables(**tasks.raw()), **keys)
-    tables = rollout_tables(**tasks.raw())
-    columns = [(state.state.clone(), *rollout_step(tables, state, run.action[:, t].long())) for t in range(50)]
-    by_step = [torch.stack(c, 1) for c in zip(*columns, strict=True)]
+    tables = there[0]
+    state = rollout_start(tables, **{name: x.to(served) for name, x in keys.items()})
+    actions = run.action.long().to(served)
+    columns = [(state.state.clone(), *rollout_step(tables, state, actions[:, t])) for t in range(50)]
+    by_step = [torch.stack(c, 1).cpu() for c in zip(*columns, strict=True)]
     wanted = rollout_reference(**tasks.raw(), **keys, steps=50, actions=run.action.long())
     assert_same([by_step[0].short(), *by_step[1:]], [wanted[0], wanted[2], wanted[3], wanted[5]])
 
 
-def test_policy_equals_loop_of_steps():
+def test_policy_equals_loop_of_steps(served):
     tasks = random_tasks(6, 9, 4, seed=1)
-    tables = rollout_tables(**tasks.raw())
-    greedy = tasks.solve([0.9]).q[:, 0].argmax(2) % tasks.num_actions[:, None]
+    tables = rollout_tables(**tasks.raw()).to(served)
+    greedy = (tasks.solve([0.9]).q[:, 0].argmax(2) % tasks.num_actions[:, None]).to(served)
     run = rollout(tables, steps=120, seed=7, policies=torch.nn.functional.one_hot(greedy, 4).float()[:, None])
     state = rollout_start(tables, seed=7)
     for t in range(120):
@@ -123,21 +156,23 @@ def test_threads_splits_and_resumption_change_nothing():
     assert_same(second.final, whole.final)
 
 
-def everything(tasks, b, records, backend, steps=150, seed=6):
+def everything(tasks, b, records, backend, steps=150, seed=6, device="cpu"):
     N, S, _ = tasks.noise_action.shape
     g = torch.Generator().manual_seed(1)
     references = torch.randint(3, (N, 3, S), generator=g, dtype=torch.int16)
-    return rollout(
-        tasks.tables(), steps=steps, seed=seed, task_index=records, policies=random_policies(tasks, 2), behaviours=b,
-        references=references, backend=backend
-    ), references  # fmt: skip
+    there = moved([tasks.tables(), records, random_policies(tasks, 2), b, references], device)
+    run = rollout(
+        there[0], steps=steps, seed=seed, task_index=there[1], policies=there[2], behaviours=there[3],
+        references=there[4], backend=backend
+    )  # fmt: skip
+    return moved(run, "cpu"), references
 
 
 SIZES = [(2, 2, None), (13, 9, 4), (40, 5, 37), (70, 3, 70), (9, 17, None)]
 
 
 @pytest.mark.parametrize(("states", "actions", "width"), SIZES)
-def test_vectors_and_records_in_step_change_nothing(states, actions, width):
+def test_vectors_and_records_in_step_change_nothing(states, actions, width, served):
     """`plain` is the code of the GPU, one record after another; 21 records make whole and broken groups of eight."""
     tasks = random_tasks(4, states, actions, width=width, seed=states, max_steps=25)
     tasks.noise_state[0], tasks.noise_action[0] = 0, 0  # a task without noise
@@ -147,7 +182,7 @@ def test_vectors_and_records_in_step_change_nothing(states, actions, width):
         b = constant_behaviours(21, 2, weights, switch=0.4, epsilon=0.3, epsilon_decay=0.001)
         b.initial[3, -2:] = b.later[3, -2:] = 0  # one record of them all learns nothing
         plain, references = everything(tasks, b, records, "plain")
-        fast, _ = everything(tasks, b, records, "auto")
+        fast, _ = everything(tasks, b, records, "auto", device=served)
         assert_same(fast[:-1], plain[:-1])
         assert_same(fast.final, plain.final)
         assert_same([fast.labels], [references[records[:, None], :, fast.state.long()]])
