@@ -109,7 +109,9 @@ def outcome(door: Door, args: Args, verdict: malformed.Verdict, what: str) -> st
             return ""
         if door.op.endswith("_step") and ("g: with an element" in what or "w: with an element" in what):
             before = {n: x for n, x in before.items() if n not in ("state", "keys", "values")}  # as its docstring says
-        if door.op.startswith("rollout") and "tables." in what:  # other records may have made their steps, as is documented
+        if (
+            door.op.startswith("rollout") and "tables." in what
+        ):  # other records may have made their steps, as is documented
             before = {n: x for n, x in before.items() if not n.startswith("state.")}
         changed = [n for n, x in before.items() if not same(x, given[n])]
         if changed:
