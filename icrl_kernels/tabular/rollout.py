@@ -56,9 +56,7 @@ class Rollout(NamedTuple):
     action: Tensor  # int16
     reward: Tensor  # float32
     done: Tensor  # uint8: 0 no, 1 terminated, 2 truncated
-    behaviour: (
-        Tensor  # uint8, the one that acted (also where epsilon made the action uniform); 255: actions from outside
-    )
+    behaviour: Tensor  # uint8, which one acted (also where epsilon made the action uniform); 255: from outside
     next_state: Tensor  # int16, s' before any reset
     labels: Tensor  # int16 [R,T,G], what the references would have done in `state`
     final: RolloutState
