@@ -141,7 +141,7 @@ def _check(
         ("num_observations", num_observations, s, MOST_OBSERVATIONS),
         ("max_attempts", max_attempts, 1, 2**62),
     ):
-        if not least <= value <= most:
+        if not isinstance(value, int) or not least <= value <= most:
             raise ValueError(f"{name}: wanted {least} to {most}, got {value}")
     return n, s, a
 

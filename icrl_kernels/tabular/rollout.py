@@ -194,6 +194,9 @@ def rollout(
         assert seed is not None
         final = rollout_start(tables, seed=seed, task_index=task_index, behaviours=behaviours)
     else:
+        for name, tensor in state._asdict().items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"state.{name}: wanted a tensor, got {type(tensor).__name__}")
         final = RolloutState(*map(_copy, state))
     if behaviours is None:
         device = tables.offset.device
@@ -263,12 +266,15 @@ def _fit(everything: tuple[Tensor, ...]) -> bool:
         return False
     if [t.dtype for t in everything] != _DTYPES or not all(map(Tensor.is_contiguous, everything)):
         return False
-    learners = [t for t in everything[18:] if t.numel()]
-    return not learners or _learners_fit(everything[18:], state_shapes(own[0], *shapes[2][1:])[7:])
+    learners = [t.shape for t in everything[18:]]
+    return learners == _NO_LEARNERS or _learners_fit(learners, state_shapes(own[0], *shapes[2][1:])[7:])
 
 
-def _learners_fit(learners: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bool:
-    return all(not t.numel() or t.shape == shape for t, shape in zip(learners, shapes, strict=True))
+_NO_LEARNERS = [torch.Size([0])] * 7
+
+
+def _learners_fit(learners: list[torch.Size], shapes: tuple[tuple[int, ...], ...]) -> bool:
+    return all(own in (shape, (0,)) for own, shape in zip(learners, shapes, strict=True))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -384,7 +390,7 @@ def _refuse_state(state: RolloutState, S: int, A: int) -> None:
     _checks.shape(f"state.{sized}", getattr(state, sized), ["R"])
     shapes = state_shapes(getattr(state, sized).shape[0], S, A)
     for i, (name, tensor) in enumerate(state._asdict().items()):
-        if i < 7 or tensor.numel():
+        if i < 7 or tuple(tensor.shape) != (0,):
             _checks.shape(f"state.{name}", tensor, shapes[i])
         _checks.dtype(f"state.{name}", tensor, [STATE_DTYPES[i]])
         if not tensor.is_contiguous():

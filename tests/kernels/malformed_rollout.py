@@ -184,7 +184,11 @@ def _policy_values(args: Args, sizes: Sizes, probabilities: bool) -> Iterator[Pr
             yield Problem(names, "unsaid")  # rows that no record acts by
         wrong &= acts[:, None]
     else:
-        if not bool(torch.equal(policies, policies.sort(-1).values)) or not bool((policies >= 0).all()):
+        last = (most - 1).clamp(0, sizes["A"] - 1)[..., None].expand(*policies.shape[:3], 1)
+        ends = policies.gather(3, last).squeeze(3) >= 2  # the threshold that no number passes
+        if not bool((ends | ~acts[:, None]).all()):
+            yield Problem(names)
+        elif not bool(torch.equal(policies, policies.sort(-1).values)) or not bool((policies >= 0).all()):
             yield Problem(names, "unsaid")
         return
     if bool(wrong.any()):
