@@ -313,7 +313,7 @@ def _public_variants(backends: tuple[str, ...]) -> tuple[Variant, ...]:
             return
         yield from _policy_values(args, sizes, True)
         references = args["references"]
-        if references is not None and bool(((references < -32768) | (references > 32767)).any()):
+        if references is not None and bool(((references.long() < -32768) | (references.long() > 32767)).any()):
             yield Problem({"references"})
 
     return (
