@@ -57,15 +57,16 @@ class OfflineRun:
         for name in ("world_batch", "judged_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+
+    @property
+    def training_of_world_model(self) -> LoopConfig:
+        """`world_loop` with the run's seed, and the run's device and threads where it has none of its own. Raises ValueError
+        where it has another seed."""
         if self.world_loop.seed not in (0, self.loop.seed):
             raise ValueError(
                 f"world_loop.seed: wanted none of its own, the run's is loop.seed={self.loop.seed}, "
                 f"got {self.world_loop.seed}"
             )
-
-    @property
-    def training_of_world_model(self) -> LoopConfig:
-        """`world_loop` with the run's seed, and the run's device and threads where it has none of its own."""
         own, loop = self.world_loop, self.loop
         device = loop.device if own.device == "auto" else own.device
         return replace(own, seed=loop.seed, device=device, threads=own.threads or loop.threads)
@@ -152,6 +153,11 @@ class Experiment:
         """Of this package, of torch, and of what the environment's numbers depend on."""
         return versions(*self.source.simulators, *self.source.tools)
 
+    @property
+    def simulators(self) -> dict[str, str]:
+        """Versions of the source's simulators and tools, as far as they are installed."""
+        return {k: v for k, v in self.versions.items() if k in (*self.source.simulators, *self.source.tools)}
+
     def facts(self) -> dict[str, Any]:
         """What a run's config.json says of its data: what made it, and where it was read, that data set's identity."""
         made: dict[str, Any] = {"environment": self.run.environment, "data": settings(self.source)}
@@ -162,8 +168,7 @@ class Experiment:
     def record(self) -> dict[str, Any]:
         """What stands in config.json besides, and may differ when a run goes on: the run as it was given, and versions of
         simulators."""
-        names = (*self.source.simulators, *self.source.tools)
-        return {"run": asdict(self.run), "simulators": {k: v for k, v in self.versions.items() if k in names}}
+        return {"run": asdict(self.run), "simulators": self.simulators}
 
     def check(self) -> None:
         """ValueError for all that can be refused before data are gathered: settings, the device, `compile`."""
@@ -171,8 +176,9 @@ class Experiment:
         if self.run.loop.compile:
             self.method.check_compile(config)
         resolve(self.run.loop.device)
+        world_loop = self.run.training_of_world_model
         if self.needs_world_model:
-            resolve(self.run.training_of_world_model.device)
+            resolve(world_loop.device)
 
 
 def settings(source: Any) -> dict[str, Any]:
@@ -260,7 +266,7 @@ def collect_data(experiment: Experiment, out: Path, teacher: Path | None = None)
     """Gather the experiment's training data into shards in `out`, or go on there; what was written, and what is known of
     its teacher.
 
-    A data set that goes on keeps the versions that it was begun with.
+    The data set's configuration names the versions of simulators; this package's and torch's stand beside it.
 
     Args:
         teacher: the folder of the teacher, where the environment has one; `out`-teacher unless given.
@@ -270,29 +276,28 @@ def collect_data(experiment: Experiment, out: Path, teacher: Path | None = None)
     source, run = experiment.source, experiment.run
     if teacher is not None and not source.has_teacher:
         raise ValueError(f"teacher: {run.environment} has none, got {teacher}")
-    begun: dict[str, Any] = {"versions": experiment.versions}
+    simulators = experiment.simulators
     if (out / INDEX).exists():
-        check_records(out, run.environment, source, "out", (*source.simulators, *source.tools), say=True)
-        old = read_index(out)[0].config.get("versions")
-        begun = {} if old is None else {"versions": old}
+        check_records(out, run.environment, source, "out", (*source.simulators, *source.tools))
+        simulators = read_index(out)[0].config.get("simulators", {})  # none of data from before they were kept
     data, facts = source.collect(teacher or out.with_name(out.name + "-teacher"))
-    made = {"source": run.environment, **settings(source), **facts, **begun}
+    made = {"source": run.environment, **settings(source), **facts}
+    if simulators:
+        made["simulators"] = simulators
     written = write_trajectories(out, data, made, source.seed, progress=True)
     numbers = {"shards": written.made + written.found, "made": written.made, "bytes": written.bytes, **facts}
     return {**numbers, "versions": experiment.versions}
 
 
-def check_records(
-    folder: Path, environment: str, source: DataSource, name: str, packages: tuple[str, ...], say: bool = False
-) -> None:
+def check_records(folder: Path, environment: str, source: DataSource, name: str, packages: tuple[str, ...]) -> None:
     """ValueError, about the argument `name`, where the data set in `folder` was gathered otherwise, or with another version
-    of one of `packages`. Other versions that differ are printed where `say` asks for it."""
+    of one of `packages`."""
     made = read_index(folder)[0].config
     defaults = {f.name: f.default for f in fields(source)}  # pyright: ignore[reportArgumentType] (a dataclass)
     for key, value in {"source": environment, **settings(source)}.items():
         if made.get(key, defaults.get(key)) != value:
             raise ValueError(f"{name}: {folder} has {key} {made.get(key)!r}, the configuration {value!r}")
-    check_versions(f"{name}: {folder}", made.get("versions"), packages, say)
+    check_versions(f"{name}: {folder}", made.get("simulators"), packages, say=False)
 
 
 def evaluate_method(path: Path, experiment: Experiment, episodes: int, seed: int) -> dict[str, Any]:

@@ -167,11 +167,20 @@ def numbers(metrics: Metrics) -> dict[str, float]:
     return dict(zip(metrics, torch.stack([x.float() for x in metrics.values()]).tolist(), strict=True))
 
 
-def head(width: int, outputs: int) -> nn.Sequential:
+class Head(nn.Sequential):
+    """A readout; in float32 under autocast too, for small differences of values become weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = input.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return super().forward(input.float())
+        return super().forward(input)
+
+
+def head(width: int, outputs: int) -> Head:
     """A readout with two hidden layers; its last layer starts small."""
-    net = nn.Sequential(
-        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
-    )
+    net = Head(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
     nn.init.normal_(net[-1].weight, std=0.02)  # pyright: ignore[reportArgumentType]
     nn.init.zeros_(net[-1].bias)  # pyright: ignore[reportArgumentType]
     return net

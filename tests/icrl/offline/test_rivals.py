@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_trajectories import small
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.few_shot import few_shot
@@ -348,3 +349,23 @@ def test_refuses(room):
         make_method("bc", HistoryConfig(), Spaces.of(room))
     with pytest.raises(ValueError, match="horizon"):
         make("dit", small(), horizon=3)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "gla"])
+def test_imagination_leaves_the_agents_memory_alone(room, mixer):
+    """DICP's plan goes on from the memory of what happened, and so does another plan after it."""
+    method = make("dicp", room, mixer, episodes=2, beam=1)
+    agent = method.agent(3)
+    agent.begin()
+    state = room.states[:3]
+    agent.act(state)
+    before = tree_map(lambda t: t.clone(), agent.memory.layers)
+    with torch.no_grad():
+        method.decide(torch.randn(3, 16), agent.memory, state)
+    for a, b in zip(tree_leaves(before), tree_leaves(agent.memory.layers), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_few_shot_refuses_no_episodes(room):
+    with pytest.raises(ValueError, match="episodes: wanted at least 1, got 0"):
+        few_shot(make("ad", room), ROOM.environments(), 0)

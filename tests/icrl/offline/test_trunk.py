@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from icrl.offline.trunk import MIXERS, Trunk, TrunkConfig
 
@@ -81,3 +82,31 @@ def test_refuses():
         make("gla").remember(torch.zeros(1, 5, 32), [3, 2])
     with pytest.raises(ValueError, match="lengths"):
         make("gla").remember(torch.zeros(1, 5, 32), [6])
+
+
+def copied(state):
+    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, state)
+
+
+def same(a, b):
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["without gradients", "with gradients"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_state_and_a_memory_are_left_as_they_were(mixer, grad):
+    trunk = make(mixer)
+    with torch.set_grad_enabled(grad):
+        _, state = trunk(torch.randn(2, 3, 32))
+        for T in (1, 2):
+            before, tokens = copied(state), torch.randn(2, T, 32)
+            first, after = trunk(tokens, state)
+            second, again = trunk(tokens, state)
+            assert same(state, before)
+            assert torch.equal(first, second)
+            assert same(after, again)
+        memory = trunk.remember(torch.randn(2, 4, 32), [0, 2, 4])
+        before, queries = copied(memory), torch.randn(2, 3, 2, 32)
+        assert torch.equal(trunk.read(queries, memory), trunk.read(queries, memory))
+        assert same(memory, before)
