@@ -277,7 +277,7 @@ class TokenMixer(nn.Module):
                     f"cu_seqlens: wanted N + 1 ≥ 1 entries and a batch of B=1, got {N + 1} and B={x.shape[0]}"
                 )
             if x.device.type == "cpu" and not _checks.compiling():
-                common.bounds(*x.shape[:2], cu_seqlens)
+                common.bounds(x.shape[0], x.shape[1], cu_seqlens)
         if state is None:
             return self.initial_state(N, x.device)
         self._check_state(state, N)

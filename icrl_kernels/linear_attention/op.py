@@ -200,7 +200,7 @@ class Op:
         refuse_transforms(f"{self.name}_step", *tokens, *states)
         return self.step_op(*tokens, *states, common.default_scale(scale, first), *flags, backend)
 
-    def _first(self, tokens: tuple[Tensor | None, ...]) -> Tensor:
+    def _first(self, tokens: Sequence[Any]) -> Tensor:
         if not isinstance(tokens[0], Tensor):
             raise ValueError(f"{self.tokens[0].label}: wanted a tensor, got {type(tokens[0]).__name__}")
         return tokens[0]
@@ -224,6 +224,10 @@ class Op:
         if cu_seqlens is not None:
             bind([self.cu_seqlens], [cu_seqlens], first, sizes)
             sizes["N"] = common.check_packing(first, cu_seqlens)
+        given = [t is not None for t in states]
+        if any(given) and not all(given):
+            a, b = self.initial[given.index(False)], self.initial[given.index(True)]
+            raise ValueError(f"{a.label}: wanted a tensor, as {b.label} is one, got None")
         bind(self.initial, states, first, sizes)
         return sizes
 

@@ -295,6 +295,8 @@ def _steps(steps: int) -> int:
 
 def _policies(policies: Tensor, N: int) -> Tensor:
     """Actions [N,P,S] int16, or probabilities as thresholds: zeros in place of rows that are no distribution."""
+    if not isinstance(policies, Tensor):
+        raise ValueError(f"policies: wanted a tensor, got {type(policies).__name__}")
     if not policies.dtype.is_floating_point:
         _checks.shape("policies", policies, [N, "P", "S"], N=N)
         _checks.dtype("policies", policies, INTEGERS)
@@ -348,8 +350,8 @@ def _check(*args: Any) -> Sizes:
         refuse(tables)
         _refuse_state(RolloutState(*state), *tables.offset.shape[1:])
     (N, S, A), R, M = tables.offset.shape, state[0].shape[0], tables.cumulative.shape[0] - READ_PAST
-    if steps < 0:
-        raise ValueError(f"steps: wanted an int >= 0, got {steps}")
+    if not 0 <= steps <= MOST_ENTRIES:
+        raise ValueError(f"steps: wanted 0 to {MOST_ENTRIES}, got {steps}")
     P = G = 0
     if policies is not None:
         choices = policies.dtype == torch.int16

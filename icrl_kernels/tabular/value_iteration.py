@@ -94,7 +94,15 @@ def value_iteration(
     if not isinstance(discount, Tensor):
         discount = torch.full((1,), float(discount), dtype=torch.float64, device=transition.device)
     out = torch.ops.icrl.value_iteration(
-        transition, reward, windows, discount, terminal, num_states, float(tol), method, backend or "auto"
+        transition,
+        reward,
+        windows,
+        discount,
+        terminal,
+        num_states,
+        float(tol),
+        method,
+        "auto" if backend is None else backend,
     )
     return ValueIteration(*(x.squeeze(1) for x in out) if single else out)
 

@@ -132,7 +132,7 @@ def _rules(op: str, step: bool, public: bool) -> Callable[[Args, Sizes], Iterato
                 yield Problem({"cu_seqlens"})
         if op == "gsa" and not step and (args["initial_keys"] is None) != (args["initial_values"] is None):
             names = {"initial_keys", "initial_values", "initial_state"}
-            yield Problem(names, "value" if public else "unsaid")
+            yield Problem(names)
 
     return rules
 

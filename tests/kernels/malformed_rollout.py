@@ -24,7 +24,7 @@ INTEGERS = (I16, I32, I64, torch.int8, torch.uint8)
 
 TABLES = {
     "cumulative": ("M+16", F32, BAD),
-    "reward": ("M", F32, BAD),
+    "reward": ("W", F32, BAD),  # at least M: tasks may share what others use
     "offset": ("N S A", I64, (-1, 1, 1000, 2**31, 2**62, -(2**62))),
     "window": ("N S A 2", I16, (-1, 0, 1, S, S + 1, 32000, -5)),
     "noise_state": ("N S", F32, BAD),
@@ -87,6 +87,9 @@ def _values(args: Args, sizes: Sizes) -> Iterator[Problem]:
         if bool(((t[name] < 1) | (t[name] > most)).any()):
             yield Problem({name, f"tables.{name}", "tables"})
             return
+    if sizes["W"] < m:
+        yield Problem({"M", "tables", "reward", "cumulative", "tables.reward", "tables.cumulative"})
+        return
     own = torch.arange(s) < t["num_states"][:, None]
     acts = own & ~t["terminal"]
     read = acts[:, :, None] & (torch.arange(a) < t["num_actions"][:, None])[:, None]
@@ -94,10 +97,8 @@ def _values(args: Args, sizes: Sizes) -> Iterator[Problem]:
     names = {"tables", "offset", "window", "tables.offset", "tables.window", "num_states", "tables.num_states"}
     wrong = (first < 0) | (length < 0) | (first + length > t["num_states"][:, None, None])
     wrong |= (t["offset"] < 0) | (t["offset"] > m - length)
-    if bool((wrong & read).any()):
-        yield Problem(names)
-    elif bool((wrong | (read & (length < 1))).any()):
-        yield Problem(names, "unsaid")
+    if bool((wrong | (read & (length < 1))).any()):
+        yield Problem(names, "unsaid")  # refused where a record reads it, and it may not come there
     floats = [t[n] for n in ("cumulative", "reward", "noise_state", "noise_action", "start")]
     if not all(bool(x.isfinite().all()) and bool((x >= 0).all()) for x in (floats[0], *floats[2:])):
         yield Problem({"tables"}, "unsaid")
@@ -338,7 +339,7 @@ def _public(args: Args) -> Any:
 def _start_variant() -> Variant:
     public = _public_variants(())[0].args
     seed, index = (next(a for a in public if a.name == n) for n in ("seed", "task_index"))
-    args = (*_tables("unsaid"), seed, index, Arg("record", ("R",), (I64,)))
+    args = (*_tables("unsaid"), seed, index, Arg("record", ("R",), (I64,), also=("task_index",)))
 
     def build(rng: random.Random) -> Args:
         tables = tasks(rng, ragged=True).tables()

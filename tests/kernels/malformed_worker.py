@@ -116,7 +116,11 @@ def outcome(door: Door, args: Args, verdict: malformed.Verdict, what: str) -> st
         changed = [n for n, x in before.items() if not same(x, given[n])]
         if changed:
             return f"refused, but {', '.join(changed)} has changed: {short}"
-        if not malformed.named(message) & verdict.names:
+        told = {
+            part.split(":")[0].strip() for part in what.split(";")
+        }  # of two things that are wrong either may be named
+        told |= {name.rpartition(".")[2] for name in told} | {"initial_state" for name in told if "initial_" in name}
+        if not malformed.named(message) & (verdict.names | told):
             return f"the wrong argument is named, wanted one of {sorted(verdict.names)}: {short}"
         dispatcher = verdict.type_error or "Expected a value of type" in message
         right = (ValueError, TypeError, RuntimeError) if dispatcher else (ValueError,)
