@@ -57,12 +57,15 @@ def define(
     # the dispatcher takes None for a tensor that is not optional
     required = [(i, n) for i, (kind, n) in enumerate(declared) if kind in ("Tensor", "Tensor(a!)", "Tensor(b!)")]
 
+    def checked(*arguments: Any) -> Any:
+        for i, argument in required:
+            if arguments[i] is None:
+                raise ValueError(f"{argument}: wanted a tensor, got None")
+        return check(*arguments)
+
     def run(device: str, *args: Any) -> Any:
         arguments = args[:-1]
-        for i, argument in required:
-            if args[i] is None:
-                raise ValueError(f"{argument}: wanted a tensor, got None")
-        found = check(*arguments)
+        found = checked(*arguments)
         backend = resolve(name, device, args[-1])[1]
         if values is not None and device == "cpu":
             values(found, *arguments)
@@ -78,7 +81,7 @@ def define(
     LIBRARY.impl(name, lambda *args: run("cuda", *args), "CUDA")
 
     def traced(*args: Any) -> Any:
-        return fake(check(*args[:-1]), *args[:-1])
+        return fake(checked(*args[:-1]), *args[:-1])
 
     torch.library.register_fake(f"icrl::{name}", traced, lib=LIBRARY)
 

@@ -214,7 +214,7 @@ def resized(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def poked(rng: random.Random, x: Tensor, value: float | int) -> Tensor:
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     if x.numel():
         x.view(-1)[rng.randrange(x.numel())] = value
     return x
