@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,20 +231,14 @@ def train_world_model(
         autocast: over the configuration's world_loop; layers compute in bfloat16, weights stay float32.
         json: write where the model is, and the errors that its run logged last, here.
     """
-    from icrl.offline.experiment import Experiment, last_metrics
-    from icrl.offline.experiment import train_world_model as train
-    from icrl.training.process import machine, prepare, refuse_torchrun
+    from icrl.offline import commands
 
-    refuse_torchrun("train world-model")
     _new_file("json", json)
-    options = {"seed": seed, "threads": threads, "device": device}
-    own = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
-    experiment = Experiment(_offline_run(config, None, environment, records, options, own))
-    where = prepare(experiment.run.training_of_world_model)
-    path = train(experiment, out)
-    print(f"world model: {path}")
-    numbers = {"model": str(path), **last_metrics(out), "versions": experiment.versions}
-    _write_json(json, {**numbers, **machine(where)})
+    where = {"threads": threads, "device": device}
+    own = {**where, "updates": updates, "compile": compile, "autocast": autocast}
+    over = {"environment": environment, "records": None if records is None else str(records)}
+    experiment = commands.experiment_of(_given(config), over, {**where, "seed": seed}, own)
+    _write_json(json, commands.train_world_model(experiment, out))
 
 
 def train_offline(
@@ -265,16 +258,14 @@ def train_offline(
     autocast: bool | None = None,
     json: Path | None = None,
 ) -> None:
-    """Train S-ICQL or one of its rivals from offline data, and evaluate it few-shot in unseen tasks.
-
-    Kill it whenever you like: the same command continues from its last checkpoint.
+    """Train S-ICQL or one of its rivals from offline data, and evaluate it few-shot in unseen tasks. Kill it whenever you
+    like: the same command continues from its last checkpoint.
 
     Args:
         out: the run's folder; the evaluation goes to few_shot.json there.
         method: sicql, dpt, ad, idt, dicp, dit, ic_iql, or an ablation: "sicql w/o q", "sicql w/o c", "sicql w/o cq".
         environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
-        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), over the defaults; a run's own config.json is
-            one.
+        config: a JSON file of OfflineRun's fields, over the defaults; a run's own config.json is one.
         world_model: one that is trained already; otherwise S-ICQL trains its own first.
         seed: over the configuration.
         updates: over the configuration.
@@ -287,25 +278,13 @@ def train_offline(
         autocast: over the configuration; layers compute in bfloat16, weights stay float32.
         json: also write the evaluation here.
     """
-    from icrl.offline.experiment import Experiment, evaluate_method, train_method
-    from icrl.offline.suite import describe_best
-    from icrl.training.process import prepare, refuse_torchrun
+    from icrl.offline import commands
 
-    refuse_torchrun("train offline")
     _new_file("json", json)
-    if evaluate < 1:
-        raise ValueError(f"evaluate: wanted at least 1 episode, got {evaluate}")
-    options = {"seed": seed, "updates": updates, "threads": threads, "device": device}
-    options |= {"compile": compile, "autocast": autocast}
-    experiment = Experiment(_offline_run(config, method, environment, records, options))
-    prepare(experiment.run.loop)
-    path = train_method(experiment, out, world_model, init)
-    numbers = evaluate_method(path, experiment, evaluate, experiment.run.loop.seed)
-    best = "" if numbers["best"] is None else f"; {describe_best(numbers)}"
-    print(f"model: {path}")
-    _write_json(out / "few_shot.json", numbers)
-    print(f"return {numbers['returns'][-1]:.2f} in the last of {evaluate} episodes{best}")
-    _write_json(json, numbers)
+    loop = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
+    over = {"method": method, "environment": environment, "records": None if records is None else str(records)}
+    experiment = commands.experiment_of(_given(config), over, {**loop, "seed": seed})
+    _write_json(json, commands.train_offline(experiment, out, world_model, init, evaluate))
 
 
 def collect(
@@ -324,46 +303,20 @@ def collect(
     Args:
         out: the data set's folder.
         environment: of docs/SICQL.md's table, as darkroom or reach; over the configuration.
-        config: a JSON file of OfflineRun's fields (icrl.offline.experiment), whose "environment", "data" and "loop.threads"
-            count.
+        config: a JSON file of OfflineRun's fields, whose "environment", "data" and "loop.threads" count.
         teacher: the teacher's folder, OUT-teacher unless given; one teacher serves data of each quality.
         threads: over the configuration; 0 leaves torch's choice.
         json: also write what was printed here.
     """
-    from icrl.offline.experiment import Experiment, collect_data
-    from icrl.training.process import prepare, refuse_torchrun
+    from icrl.offline import commands
 
-    refuse_torchrun("collect")
     _new_file("json", json)
-    options = {"threads": threads, "device": "cpu"}
-    experiment = Experiment(_offline_run(config, None, environment, None, options))
-    prepare(experiment.run.loop)
-    numbers = collect_data(experiment, out, teacher)
-    print(f"{out}: {numbers['shards']} shards, {numbers['bytes'] / 1e6:.1f} MB")
-    if "train_return" in numbers:
-        print(f"teacher: {numbers['train_return']:.2f} in training tasks, {numbers['test_return']:.2f} in test tasks")
-    _write_json(json, numbers)
+    experiment = commands.experiment_of(_given(config), {"environment": environment}, {"threads": threads})
+    _write_json(json, commands.collect(experiment, out, teacher))
 
 
-def _offline_run(
-    config: Path | None,
-    method: str | None,
-    environment: str | None,
-    records: Path | None,
-    loop: dict[str, Any],
-    world_loop: dict[str, Any] | None = None,
-) -> Any:
-    """The run of a configuration's file with options over it; an option that is None was not given."""
-    from icrl.offline.experiment import offline_run
-
-    def given(options: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in options.items() if v is not None}
-
-    run = offline_run({} if config is None else read_json("config", config))
-    if records is not None:
-        run = replace(run, records=str(records))
-    loops = {"loop": replace(run.loop, **given(loop)), "world_loop": replace(run.world_loop, **given(world_loop or {}))}
-    return replace(run, **given({"method": method, "environment": environment}), **loops)
+def _given(config: Path | None) -> dict[str, Any]:
+    return {} if config is None else read_json("config", config)
 
 
 def evaluate_sicql(
@@ -380,9 +333,8 @@ def evaluate_sicql(
 ) -> None:
     """S-ICQL's table: train every method with every seed, evaluate few-shot in unseen tasks, print, draw.
 
-    Also `icrl eval --suite sicql`. What each run prints is in <run>.log.
-
-    What `out` holds already is not made again, so the same command continues one that was killed.
+    Also `icrl eval --suite sicql`. What each run prints is in <run>.log. What `out` holds already is not made again, so the
+    same command continues one that was killed.
 
     Args:
         out: the suite's folder.
@@ -398,14 +350,10 @@ def evaluate_sicql(
     """
     from icrl.offline.suite import suite
     from icrl.training.config import merged
-    from icrl.training.process import refuse_torchrun
 
-    refuse_torchrun("eval sicql")
     _new_file("json", json)
-    given = {} if config is None else read_json("config", config)
-    options = {k: v for k, v in {"threads": threads, "device": device}.items() if v is not None}
-    if options:
-        given = merged(given, {"loop": options})
+    loop = {k: v for k, v in {"threads": threads, "device": device}.items() if v is not None}
+    given = merged(_given(config), {"loop": loop} if loop else {})
     _write_json(json, suite(out, environment, list(methods), seeds, episodes, jobs, given))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -252,14 +251,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def last_metrics(folder: Path) -> dict[str, float]:
-    """The last value of each number that the run in `folder` logged."""
-    found: dict[str, float] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        found |= json.loads(line)
-    return found
 
 
 def collect_data(experiment: Experiment, out: Path, teacher: Path | None = None) -> dict[str, Any]:

@@ -284,3 +284,37 @@ def test_means_over_seeds(tmp_path):
     assert (alone["all_sem"], alone["curve_sem"]) == (None, [])
     json.dumps(alone, allow_nan=False)
     assert mean_sem([1.0, 3.0, 5.0]) == (3.0, pytest.approx(2 / 3**0.5))
+
+
+def test_a_suite_from_before_a_setting_existed_goes_on(config, tmp_path, capsys):
+    """In its own record and in those of its runs; and settings that say on what it trains may change."""
+    args = [
+        "eval",
+        "sicql",
+        "--out",
+        tmp_path / "suite",
+        "--methods",
+        "ad",
+        "--seeds",
+        1,
+        "--episodes",
+        2,
+        "--config",
+        config,
+    ]
+    assert main([str(a) for a in args]) == 0
+    path, made = tmp_path / "suite" / "run.json", tmp_path / "suite" / "ad-0" / "config.json"
+    run, record = json.loads(path.read_text()), json.loads(made.read_text())
+    for name in ("device", "autocast"):
+        del run["loop"][name], run["world_loop"][name]
+    del record["config"]["episodes"]  # its default is what the run had
+    path.write_text(json.dumps(run))
+    made.write_text(json.dumps(record))
+    before = (tmp_path / "suite" / "ad-0" / "model.safetensors").stat().st_mtime_ns
+    assert main([str(a) for a in [*args, "--threads", 1, "--device", "cpu"]]) == 0
+    assert (tmp_path / "suite" / "ad-0" / "model.safetensors").stat().st_mtime_ns == before
+    loop = json.loads(path.read_text())["loop"]
+    assert (loop["threads"], loop["device"], loop["autocast"]) == (1, "cpu", False)
+    path.write_text("cut")
+    assert main([str(a) for a in args]) == 2
+    assert "run.json is damaged" in capsys.readouterr().err
