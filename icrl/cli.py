@@ -126,7 +126,7 @@ def train_omnirl(
         init: a model's file to begin from, its weights alone, instead of from random weights.
         json: write the last evaluation here.
     """
-    from icrl.commands.train import train_omnirl as run
+    from icrl.offline.train import train_omnirl as run
 
     _new_file("json", json)
     over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
@@ -231,14 +231,14 @@ def train_world_model(
         autocast: over the configuration's world_loop; layers compute in bfloat16, weights stay float32.
         json: write where the model is, and the errors that its run logged last, here.
     """
-    from icrl.offline import commands
+    from icrl.commands import offline
 
     _new_file("json", json)
     where = {"threads": threads, "device": device}
     own = {**where, "updates": updates, "compile": compile, "autocast": autocast}
     over = {"environment": environment, "records": None if records is None else str(records)}
-    experiment = commands.experiment_of(_given(config), over, {**where, "seed": seed}, own)
-    _write_json(json, commands.train_world_model(experiment, out))
+    experiment = offline.experiment_of(_given(config), over, {**where, "seed": seed}, own)
+    _write_json(json, offline.train_world_model(experiment, out))
 
 
 def train_offline(
@@ -278,13 +278,13 @@ def train_offline(
         autocast: over the configuration; layers compute in bfloat16, weights stay float32.
         json: also write the evaluation here.
     """
-    from icrl.offline import commands
+    from icrl.commands import offline
 
     _new_file("json", json)
     loop = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
     over = {"method": method, "environment": environment, "records": None if records is None else str(records)}
-    experiment = commands.experiment_of(_given(config), over, {**loop, "seed": seed})
-    _write_json(json, commands.train_offline(experiment, out, world_model, init, evaluate))
+    experiment = offline.experiment_of(_given(config), over, {**loop, "seed": seed})
+    _write_json(json, offline.train_offline(experiment, out, world_model, init, evaluate))
 
 
 def collect(
@@ -308,11 +308,11 @@ def collect(
         threads: over the configuration; 0 leaves torch's choice.
         json: also write what was printed here.
     """
-    from icrl.offline import commands
+    from icrl.commands import offline
 
     _new_file("json", json)
-    experiment = commands.experiment_of(_given(config), {"environment": environment}, {"threads": threads})
-    _write_json(json, commands.collect(experiment, out, teacher))
+    experiment = offline.experiment_of(_given(config), {"environment": environment}, {"threads": threads})
+    _write_json(json, offline.collect(experiment, out, teacher))
 
 
 def _given(config: Path | None) -> dict[str, Any]:

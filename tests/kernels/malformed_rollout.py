@@ -340,7 +340,7 @@ def _start_variant() -> Variant:
     public = _public_variants(())[0].args
     seed, index = (next(a for a in public if a.name == n) for n in ("seed", "task_index"))
     index = Arg(**{**index.__dict__, "also": (*index.also, "record")})  # without it there is a record a task
-    args = (*_tables("unsaid"), seed, index, Arg("record", ("R",), (I64,), also=("task_index",)))
+    args = (*_tables("unsaid"), seed, index, Arg("record", ("R",), (I64,), True, also=("task_index",)))
 
     def build(rng: random.Random) -> Args:
         tables = tasks(rng, ragged=True).tables()
