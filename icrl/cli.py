@@ -126,7 +126,7 @@ def train_omnirl(
         init: a model's file to begin from, its weights alone, instead of from random weights.
         json: write the last evaluation here.
     """
-    from icrl.offline.train import train_omnirl as run
+    from icrl.commands.train import train_omnirl as run
 
     _new_file("json", json)
     over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
