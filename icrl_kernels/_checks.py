@@ -22,9 +22,9 @@ def shape(name: str, tensor: Tensor, wanted: Sequence[int | str | None], **sizes
         )
 
 
-def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], more: str = "") -> None:
     if tensor.dtype not in allowed:
-        raise ValueError(f"{name}: wanted dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+        raise ValueError(f"{name}: wanted dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}{more}")
 
 
 def same_device(**tensors: Tensor | None) -> torch.device:
@@ -44,5 +44,5 @@ def same_dtype(**tensors: Tensor | None) -> torch.dtype:
 
 
 def compiling() -> bool:
-    """True under torch.compile, export or fake tensors, where values cannot be looked at."""
+    """True under torch.compile and export, where values cannot be looked at."""
     return torch.compiler.is_compiling()

@@ -1,18 +1,22 @@
-"""The torch.library handle, and how an op is defined: the op is the border that every call passes.
+"""The torch.library handle, and how an op is defined and its backend chosen.
 
-Every op has a schema `torch.ops.icrl.<op>` whose last argument is `str backend` ("auto" or a name). Whoever calls it, by
-whatever door, meets `check` once, before any backend. An explicit backend that cannot serve raises: nothing falls back in
-silence.
+Every op has a schema `torch.ops.icrl.<op>` whose last argument is `str backend` ("auto" or a name). Its `check` runs once per
+call, before any backend, for the public function and for `torch.ops.icrl.<op>` alike. An explicit backend that cannot serve
+raises: nothing falls back in silence.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from icrl_kernels import _C
 
 LIBRARY = torch.library.Library("icrl", "FRAGMENT")
 
@@ -28,6 +32,19 @@ class Backend:
     devices: tuple[str, ...]
     run: Callable[..., Any]
     missing: Callable[[], str | None] | None = None
+
+
+def no_cuda() -> str | None:
+    return None if _C.with_cuda else "this build has no CUDA; build with ICRL_CUDA=1"
+
+
+@functools.cache
+def no_triton() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton")
+    except ValueError:  # a module without a spec stands in for it
+        found = None
+    return None if found else "Triton is not installed (pip install triton)"
 
 
 BACKENDS: dict[str, dict[str, Backend]] = {}  # by op; the first listed that serves a device is its "auto"
@@ -55,7 +72,9 @@ def define(
     declared = [a.rsplit(" ", 1) for a in schema[len(name) + 1 : schema.rindex(") ->")].split(", ")]  # type and name
     written = [i for i, (kind, _) in enumerate(declared) if "!" in kind]
     # the dispatcher takes None for a tensor that is not optional
-    required = [(i, n) for i, (kind, n) in enumerate(declared) if kind in ("Tensor", "Tensor(a!)", "Tensor(b!)")]
+    required = [
+        (i, n) for i, (kind, n) in enumerate(declared) if kind.startswith("Tensor") and not kind.endswith(("?", "[]"))
+    ]
 
     def checked(*arguments: Any) -> Any:
         for i, argument in required:

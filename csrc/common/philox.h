@@ -7,8 +7,8 @@
 //   Random4        four uint32 numbers of one counter
 //   x              one of them: uniform(x) is a float in [0, 1), below(x, n) an integer in [0, n), normal(x) a double
 //
-// Whoever includes this must be compiled without contraction into fused multiply-adds. Everything has internal linkage:
-// no instruction set's code can stand in for another's.
+// A file that includes this must be compiled without contraction into fused multiply-adds. Everything has internal
+// linkage: no instruction set's code can stand in for another's.
 #pragma once
 
 #include <cmath>

@@ -6,7 +6,7 @@
 //
 // Value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each quantity of each attempt has a
 // stream of its own in which each number has its place. So a task depends on its key alone, and
-// icrl/worlds/anymdp_torch.py draws the same one for a whole batch at once.
+// icrl_kernels/tabular/anymdp_reference.py draws the same one for a whole batch at once.
 #pragma once
 
 #include <immintrin.h>

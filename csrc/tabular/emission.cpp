@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
 
-uint64_t mix(uint64_t z) {  // splitmix64's finaliser, as icrl/worlds/counter.py has it
+uint64_t mix(uint64_t z) {  // splitmix64's finaliser, as icrl_kernels/tabular/counter_rng.py has it
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);

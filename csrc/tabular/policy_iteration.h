@@ -23,9 +23,9 @@ enum class Refusal : int {
 };
 
 // One task's tables, row-major. States from num_states on (up to `stride`) are padding and are not read. Packed tables
-// (`offset` is not null) hold for each row one window of successors, as icrl_kernels/packed.py says; then `transition`,
-// and with `reward_by_successor` `reward`, are the batch's values, which the offsets index; windows are within `stride`
-// states.
+// (`offset` is not null) hold for each row one window of successors, as icrl_kernels/tabular/packed.py says; then
+// `transition`, and with `reward_by_successor` `reward`, are the batch's values, which the offsets index; windows are
+// within `stride` states.
 struct TaskTables {
   const void* transition;   // [num_states, num_actions, stride], float or double
   const void* reward;       // [num_states, num_actions], or with `reward_by_successor` shaped as transition; same type

@@ -1,4 +1,5 @@
-// Batched tabular simulation: see icrl_kernels/rollout.py for the semantics, the shapes and the order of the tensors.
+// Batched tabular simulation: see icrl_kernels/tabular/rollout.py for the semantics, the shapes and the order of the
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,5 @@
-// The arguments of one simulation: pointers to the tensors of icrl_kernels/rollout.py, on the CPU or on the GPU.
+// The arguments of one simulation: pointers to the tensors of icrl_kernels/tabular/rollout.py, on the CPU or on the
+// GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The simulator: what one record does in a step, for the CPU and the GPU alike. See icrl_kernels/rollout.py for the
-// semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with
+// The simulator: what one record does in a step, for the CPU and the GPU alike. See icrl_kernels/tabular/rollout.py for
+// the semantics, and philox.h for what its includers owe it. `Ops` says how to search and to sweep (PlainOps, or with
 // vectors).
 //
 //   R, T      records, and steps of this call: r and t are one of them; outputs are [R, T], labels [R, T, G]
@@ -68,7 +68,7 @@ struct Record {
   const int16_t *window, *choices, *references;
   const uint8_t* terminal;
   float epsilon, decay;
-  // the learners; both learn from every step, whoever acted
+  // the learners; both learn from every step, under every behaviour
   bool use_q, use_model;
   ModelBased model;  // its sizes and visits are those of the Q-learner too
   float* q;

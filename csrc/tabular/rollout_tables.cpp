@@ -1,4 +1,4 @@
-// Tasks made ready for simulation: see icrl_kernels/rollout_tables.py for the shapes.
+// Tasks made ready for simulation: see icrl_kernels/tabular/rollout_tables.py for the shapes.
 #include <pybind11/pybind11.h>
 
 #include <cmath>

@@ -25,7 +25,7 @@ class PromptConfig(MethodConfig):
     """Lengths, and transitions, that branch from one prompt."""
     balanced: float = 0.0
     """Share of the transitions asked about that are drawn by state, each that the task has seen as likely as another. Good
-    data is mostly where its task's goal is; who learns that from states alone will not look elsewhere."""
+    data is mostly where its task's goal is; a policy that learns that from states alone does not look elsewhere."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
     previous_action: Tensor  # int64; `actions` where done is START
     previous_reward: Tensor  # float32
     previous_done: Tensor  # int64: 0 no, 1 terminated, 2 truncated, 3 START
-    previous_tag: Tensor  # int64 in [0, TAGS): who chose previous_action
+    previous_tag: Tensor  # int64 in [0, TAGS): the behaviour that chose previous_action
 
 
 class Readout(NamedTuple):

@@ -94,7 +94,7 @@ class EnvironmentSteps(NamedTuple):
     action: Tensor  # [R,E,D] int16, -1 for those that an end cut off
     reward: Tensor  # [R,E] float32, summed over the actions
     done: Tensor  # [R,E] uint8: 0 no, 1 terminated, 2 truncated
-    behaviour: Tensor  # [R,E] uint8, who took the first action
+    behaviour: Tensor  # [R,E] uint8, the behaviour that took the first action
     next_state: Tensor  # [R,E] int16, inner state after the last action, before any reset
     step: Tensor  # [R,E] int64, the column of the first action
     count: Tensor  # [R] int64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from itertools import pairwise
 from numbers import Real
 
@@ -32,8 +33,10 @@ def check_packing(q: Tensor, cu_seqlens: Tensor) -> int:
 def default_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return max(1, q.shape[-1] if q.dim() else 1) ** -0.5
-    if not isinstance(scale, (int, float)) and not isinstance(scale, (Real, Tensor)):
+    if not isinstance(scale, (int, float)) and not isinstance(scale, (Real, Tensor, torch.SymFloat, torch.SymInt)):
         raise ValueError(f"scale: wanted a number, got {type(scale).__name__}")
+    if isinstance(scale, int) and abs(scale) > MOST:
+        raise ValueError(f"scale: wanted a finite number, got {scale}")
     return float(scale)
 
 
@@ -43,30 +46,20 @@ def check_scale(scale: float, q: Tensor) -> None:
         raise ValueError(f"scale: wanted a finite number, got {scale}")
 
 
-def native(op: str, q: Tensor, name: str = "q") -> int:
-    """The code of q's dtype; ValueError where only the reference serves it."""
-    found = DTYPES.get(q.dtype)
-    if found is None:
-        raise ValueError(
-            f"{name}: this backend serves float32, bfloat16 and float16, got {q.dtype}; {op} has backend='reference'"
-        )
-    return found
-
-
 @functools.lru_cache(maxsize=64)
-def _equal_bounds(B: int, T: int) -> Tensor:
-    return torch.tensor([b * T for b in range(B + 1)], dtype=torch.int64, device="cpu")
+def _equal_bounds(B: int, T: int) -> array[int]:
+    return array("q", [b * T for b in range(B + 1)])
 
 
-def bounds(B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Where each sequence's tokens begin, int64 [N + 1]. Not to be written to."""
+def bounds(B: int, T: int, cu_seqlens: Tensor | None) -> array[int]:
+    """Where each sequence's tokens begin, [N + 1] 64-bit integers in memory of their own: no mode or transform of torch sees
+    them. Not to be written to."""
     if cu_seqlens is None:
         return _equal_bounds(B, T)
-    result = cu_seqlens.to(torch.int64).contiguous()
-    values = result.tolist()
+    values = cu_seqlens.tolist()
     if not values or values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"cu_seqlens: wanted a non-decreasing sequence from 0 to T={T}, got {values}")
-    return result
+    return array("q", values)
 
 
 def gate_error(name: str = "g") -> ValueError:

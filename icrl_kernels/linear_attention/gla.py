@@ -77,8 +77,8 @@ def gla(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, with B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1.
             Sequences may be empty. Its values are checked on the CPU. On a GPU, where reading them would make the host
-            wait, values out of order or range are clamped into 0 to T: nothing outside is read or written, and tokens of
-            no sequence get undefined outputs.
+            wait, Triton clamps values out of order or range into 0 to T: nothing outside is read or written, and tokens
+            of no sequence get undefined outputs.
         backend: "auto", "cpu", "triton" or "reference".
 
     Returns:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from icrl_kernels.linear_attention import common
 from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
 
 Sizes = dict[str, Any]  # by symbol; also "bounds", where each sequence's tokens begin, once values were checked
-WIDTHS = {"K": "channels", "V": "channels", "M": "slots"}
 
 
 class Argument:
@@ -44,8 +42,13 @@ class Argument:
         return [sizes[symbol] for symbol in shape]
 
 
-def bind(arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first: Tensor, sizes: Sizes) -> None:
-    """Check devices, shapes, dtypes and layouts of `tensors`, and add what their shapes say to `sizes`."""
+def bind(
+    arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first: Tensor, label: str, sizes: Sizes
+) -> None:
+    """Check devices, shapes, dtypes and layouts of `tensors`, and add what their shapes say to `sizes`.
+
+    first: the op's first tensor, called `label`, whose device and dtype are the inputs'.
+    """
     device, dtype = first.device, first.dtype
     for a, t in zip(arguments, tensors, strict=True):
         if t is None and a.optional:
@@ -53,7 +56,7 @@ def bind(arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first:
         if not isinstance(t, Tensor):
             raise ValueError(f"{a.label}: wanted a tensor, got {type(t).__name__}")
         if t.device != device:
-            raise ValueError(f"{a.label}: is on {t.device}, but {arguments[0].label} is on {device}")
+            raise ValueError(f"{a.label}: is on {t.device}, but {label} is on {device}")
         shape = t.shape
         symbols = a.shapes.get(len(shape))
         fits = symbols is not None
@@ -64,7 +67,7 @@ def bind(arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first:
             symbols = symbols or next(reversed(a.shapes.values()))
             _checks.shape(a.label, t, symbols, **{s: sizes[s] for s in symbols if s in sizes})
         if t.dtype != dtype or a.kind != "input":
-            check_dtype(a, t, arguments[0].label, dtype)
+            check_dtype(a, t, label, dtype)
         if a.written and not t.is_contiguous():
             raise ValueError(f"{a.label}: wanted a contiguous tensor, because it is changed in place")
 
@@ -72,19 +75,9 @@ def bind(arguments: Sequence[Argument], tensors: Sequence[Tensor | None], first:
 def check_dtype(a: Argument, t: Tensor, first: str, dtype: torch.dtype) -> None:
     if a.kind == "input":
         raise ValueError(f"{a.label}: has dtype {t.dtype}, but {first} has {dtype}")
-    if a.kind == "gate" and t.dtype not in (torch.float32, dtype):
-        _checks.dtype(a.label, t, tuple({torch.float32: 0, dtype: 0}))
-    if a.kind == "state":
-        wanted = torch.float64 if dtype == torch.float64 else torch.float32
-        if t.dtype != wanted:
-            _checks.dtype(a.label, t, (wanted,))
-    if a.kind == "index":
-        _checks.dtype(a.label, t, (torch.int32, torch.int64))
-
-
-@functools.cache
-def triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+    wide = torch.promote_types(dtype, torch.float32)
+    gates = (torch.float32, dtype) if dtype != torch.float32 else (dtype,)
+    _checks.dtype(a.label, t, {"gate": gates, "state": (wide,), "index": (torch.int32, torch.int64)}[a.kind])
 
 
 class Op:
@@ -97,7 +90,7 @@ class Op:
         states: layouts by name, without "initial_" and "final_".
         gates: names of tokens that may be float32 beside inputs of another dtype; the first holds log decays.
         heads: (many, few): names of the two arguments with H and with Hk heads.
-        c_sizes, c_dtypes: the sizes, and the tokens whose dtypes' codes, a C++ Shape begins with.
+        c_sizes, c_dtypes: the sizes in a C++ Shape, and the tokens whose dtypes it has: see `_shape`.
         flags: names of bools.
         per_head: names of inputs with Hk heads whose gradients C++ writes for each of H heads, to be summed.
     """
@@ -119,6 +112,7 @@ class Op:
         per_head: tuple[str, ...] = (),
     ) -> None:
         self.name, self.reference, self.gate, self.heads = name, reference, gates[0], heads
+        self.first = next(iter(tokens))
         self.c_sizes, self.flags, self.per_head = c_sizes.split(), flags, per_head
         names = list(tokens)
         self.c_dtypes = [names.index(x) for x in c_dtypes.split()]
@@ -128,24 +122,21 @@ class Op:
         one = {x: layout.replace("T ", "") for x, layout in tokens.items()}
         self.token = [Argument(x, layout, kinds[x]) for x, layout in one.items()]
 
-        def labels(role: str) -> list[str]:  # the public functions take two states as a pair
-            names = [f"{role}_{s}".lstrip("_") for s in states]
-            pair = f"{role}_state".lstrip("_")
-            return names if len(names) == 1 else [f"{pair}[{i}]" for i in range(len(names))]
+        def label(role: str, i: int) -> str:  # the public functions take two states as a pair
+            return f"{role}[{i}]" if len(states) > 1 else ""
 
-        named = list(zip(states.items(), labels("initial"), labels(""), strict=True))
-        self.initial = [Argument(f"initial_{s}", layout + "?", "state", label) for (s, layout), label, _ in named]
-        self.state = [Argument(s, layout.replace("N", "B"), "state", x, True) for (s, layout), _, x in named]
+        each = list(enumerate(states.items()))
+        self.initial = [Argument(f"initial_{s}", f"{x}?", "state", label("initial_state", i)) for i, (s, x) in each]
+        self.state = [Argument(s, x.replace("N", "B"), "state", label("state", i), True) for i, (s, x) in each]
         self.cu_seqlens = Argument("cu_seqlens", "N+1?", "index")
-        self.o = Argument("o", output, "input")
-        self.final = [Argument(f"final_{s}", layout, "state") for s, layout in states.items()]
-        self.one_o = Argument("o", output.replace("T ", ""), "input")
-        self.do = [Argument("do", output, "input"), *(Argument(f"d{a.name}", states[s], "state") for s, a in zip(states, self.final, strict=True))]  # fmt: skip
-        kernel = kernel or name
-        self.compiled = {x: getattr(_C, f"{kernel}_{x}") for x in ("forward", "backward", "step", "step_plain")}
+        self.o, self.one_o = Argument("o", output, "input"), Argument("o", output.replace("T ", ""), "input")
+        self.final = [Argument(f"final_{s}", x, "state") for s, x in states.items()]
+        dfinal = [Argument(f"dfinal_{s}", x, "state") for s, x in states.items()]
+        self.do = [Argument("do", output, "input"), *dfinal]
+        self.compiled = {x: getattr(_C, f"{kernel or name}_{x}") for x in ("forward", "backward", "step", "step_plain")}
         self._register()
 
-    # Doors: what the public functions call.
+    # Entry points: what the public functions call.
 
     def __call__(
         self,
@@ -163,8 +154,9 @@ class Op:
         states = (initial,) if len(self.initial) == 1 else pair("initial_state", initial, optional=True)
         if backend == "reference" or (backend == "auto" and first.dtype == torch.float64):
             sizes = self.check(*tokens, scale, *states, cu_seqlens, *flags)
-            if first.device.type == "cpu" and not _checks.compiling():
-                self.values(sizes, *tokens, scale, *states, cu_seqlens, *flags)
+            if not _checks.compiling():
+                if cu_seqlens is not None:  # the reference reads it on any device
+                    common.bounds(sizes["B"], sizes["T"], cu_seqlens)
                 self._check_gate_on_cpu(tokens, self.tokens)
             return self.reference(*tokens, scale, initial, output_final_state, cu_seqlens, *flags)
         refuse_transforms(self.name, *tokens, *states)
@@ -202,10 +194,10 @@ class Op:
 
     def _first(self, tokens: Sequence[Any]) -> Tensor:
         if not isinstance(tokens[0], Tensor):
-            raise ValueError(f"{self.tokens[0].label}: wanted a tensor, got {type(tokens[0]).__name__}")
+            raise ValueError(f"{self.first}: wanted a tensor, got {type(tokens[0]).__name__}")
         return tokens[0]
 
-    # The border: what every call of the ops passes, and the reference's.
+    # Checks: of every call of an op, and of the reference.
 
     def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], float, Sequence[Any], Tensor | None, Sequence[bool]]:
         """tokens, scale, initial states, cu_seqlens, flags."""
@@ -216,29 +208,31 @@ class Op:
         tokens, scale, states, cu_seqlens, _ = self.split(args)
         first, sizes = self._first(tokens), {}
         if first.dtype not in DTYPES and first.dtype != torch.float64:
-            _checks.dtype(self.tokens[0].label, first, (*DTYPES, torch.float64))
+            _checks.dtype(self.first, first, (*DTYPES, torch.float64))
         common.check_scale(scale, first)
-        bind(self.tokens, tokens, first, sizes)
+        bind(self.tokens, tokens, first, self.first, sizes)
         self._check_widths(sizes)
         sizes["N"] = sizes["B"]
         if cu_seqlens is not None:
-            bind([self.cu_seqlens], [cu_seqlens], first, sizes)
+            bind([self.cu_seqlens], [cu_seqlens], first, self.first, sizes)
             sizes["N"] = common.check_packing(first, cu_seqlens)
         given = [t is not None for t in states]
         if any(given) and not all(given):
             a, b = self.initial[given.index(False)], self.initial[given.index(True)]
             raise ValueError(f"{a.label}: wanted a tensor, as {b.label} is one, got None")
-        bind(self.initial, states, first, sizes)
+        bind(self.initial, states, first, self.first, sizes)
         return sizes
 
     def check_native(self, *args: Any) -> Sizes:
-        common.native(self.name, self._first(args), self.tokens[0].label)
-        return self.check(*args)
+        sizes = self.check(*args)
+        if args[0].dtype not in DTYPES:
+            _checks.dtype(self.first, args[0], tuple(DTYPES), f"; {self.name} has backend='reference'")
+        return sizes
 
     def check_backward(self, *args: Any) -> Sizes:
         k = len(self.do)
         sizes = self.check_native(*args[k:])
-        bind(self.do, args[:k], args[k], sizes)
+        bind(self.do, args[:k], args[k], self.first, sizes)
         return sizes
 
     def check_step(self, *args: Any) -> Sizes:
@@ -252,10 +246,10 @@ class Op:
                         f"{a.label}: {self.name}_step has no gradient; use {self.name}, or torch.no_grad() around the step"
                     )
         if first.dtype not in DTYPES:
-            _checks.dtype(self.token[0].label, first, tuple(DTYPES))
-        bind(self.token, args[:n], first, sizes)
+            _checks.dtype(self.first, first, tuple(DTYPES))
+        bind(self.token, args[:n], first, self.first, sizes)
         self._check_widths(sizes)
-        bind(self.state, args[n:m], first, sizes)
+        bind(self.state, args[n:m], first, self.first, sizes)
         return sizes
 
     def _check_widths(self, sizes: Sizes) -> None:
@@ -265,12 +259,12 @@ class Op:
                 f"{many}: wanted a number of heads that is a multiple of {few}'s, got H={sizes['H']} and Hk={sizes['Hk']}"
             )
         if sizes["H"] < 1:
-            raise ValueError(f"{self.tokens[0].label}: wanted at least one head, got H=0")
-        for symbol, what in WIDTHS.items():
+            raise ValueError(f"{self.first}: wanted at least one head, got H=0")
+        for symbol in "KVM":
             if symbol in sizes and not 1 <= sizes[symbol] <= MAX_HEAD_DIM:
                 owner = next(a.label for a in self.tokens for s in a.shapes.values() if symbol in s)
                 raise ValueError(
-                    f"{owner}: wanted {symbol} of 1 to {MAX_HEAD_DIM} {what} per head, got {symbol}={sizes[symbol]}"
+                    f"{owner}: wanted {symbol} of 1 to {MAX_HEAD_DIM} per head, got {symbol}={sizes[symbol]}"
                 )
 
     def values(self, sizes: Sizes, *args: Any) -> None:
@@ -305,7 +299,10 @@ class Op:
     # C++
 
     def _shape(self, sizes: Sizes, tokens: Sequence[Any], flags: Sequence[bool], scale: float, backward: bool) -> tuple:
-        """What csrc/linear_attention/<op>.cpp calls a Shape."""
+        """What csrc/linear_attention/<op>.cpp calls a Shape: sizes, bounds, dtypes' codes (then dq's where gradients are written
+        per head, then the gate's kind where a gate is optional), flags, scale, allowance, threads. Pointers follow it: tokens,
+        states, outputs (in backward the outputs' gradients first). C++ returns False where it refused a gate.
+        """
         bounds = sizes.get("bounds")  # none in a step
         codes = [0 if tokens[i] is None else DTYPES[tokens[i].dtype] for i in self.c_dtypes]
         if self.per_head:  # the dtype of dq and dk as C++ writes them
@@ -315,7 +312,7 @@ class Op:
             codes.append(0 if g is None else g.dim() - (3 if bounds is None else 4) + 2)
         of = [sizes[s] for s in self.c_sizes]
         limits = GATE_ALLOWANCE, torch.get_num_threads()
-        return (*of, 0 if bounds is None else bounds.data_ptr(), *codes, *flags, scale, *limits)
+        return (*of, 0 if bounds is None else bounds.buffer_info()[0], *codes, *flags, scale, *limits)
 
     def _cpu_forward(self, sizes: Sizes, *args: Any) -> tuple[Tensor, ...]:
         tokens, scale, states, _, flags = self.split(args)
@@ -332,10 +329,10 @@ class Op:
         out = self.gradients(inputs)
         wanted = [None if t is None else g for t, g in zip(inputs, out, strict=True)]
         if self.per_head and sizes["H"] > sizes["Hk"]:
-            size = (sizes["B"], sizes["T"], sizes["H"], sizes["K"])
+            each = {**sizes, "Hk": sizes["H"]}
             for i, a in enumerate(self.tokens):
                 if a.name in self.per_head:
-                    wanted[i] = torch.empty(size, dtype=torch.float32, device=tokens[0].device)
+                    wanted[i] = torch.empty(a.size(each), dtype=torch.float32, device=tokens[0].device)
         shape, given = self._shape(sizes, tokens, flags, scale, True), contiguous((*args[:k], *inputs))
         if not self.compiled["backward"](shape, *pointers(given), *pointers(wanted)):
             raise common.gate_error(self.gate)
@@ -374,9 +371,11 @@ class Op:
         """The same arguments with cu_seqlens made a non-decreasing sequence within the T tokens, whatever it holds, so that
         kernels read and write nothing outside. On a CPU its values have been checked."""
         at = skip + len(self.tokens) + 1 + len(self.initial)
-        if args[at] is None or args[at].device.type == "cpu":
+        if args[at] is None:
             return args
-        return (*args[:at], args[at].clamp(0, sizes["T"]).cummax(0).values, *args[at + 1 :])
+        on_cpu = args[at].device.type == "cpu"
+        cu_seqlens = args[at].contiguous() if on_cpu else args[at].clamp(0, sizes["T"]).cummax(0).values
+        return (*args[:at], cu_seqlens, *args[at + 1 :])
 
     def _triton_step(self, sizes: Sizes, *args: Any) -> Tensor:
         self._check_gate_on_cpu(args, self.token)
@@ -399,6 +398,10 @@ class Op:
 
     # Registration
 
+    def _backends(self, part: str) -> dict[str, _registry.Backend]:
+        triton = _registry.Backend(("cuda",), getattr(self, f"_triton_{part}"), _registry.no_triton)
+        return {"cpu": _registry.Backend(("cpu",), getattr(self, f"_cpu_{part}")), "triton": triton}
+
     def _register(self) -> None:
         optional = [*self.initial, self.cu_seqlens]
         flags = [f"bool {flag}" for flag in self.flags]
@@ -408,10 +411,7 @@ class Op:
         outputs = ", ".join(a.schema() for a in (self.o, *self.final))
         _registry.define(
             f"{self.name}({inputs}) -> ({outputs})",
-            {
-                "cpu": _registry.Backend(("cpu",), self._cpu_forward),
-                "triton": _registry.Backend(("cuda",), self._triton_forward, triton_missing),
-            },
+            self._backends("forward"),
             lambda sizes, first, *_: tuple(self.empty(sizes, first)),
             self.check_native,
             self.values,
@@ -419,23 +419,18 @@ class Op:
         gradients = ", ".join(f"Tensor d{a.name}" for a in (*self.tokens, *self.initial))
         _registry.define(
             f"{self.name}_backward({', '.join(a.schema() for a in self.do)}, {inputs}) -> ({gradients})",
-            {
-                "cpu": _registry.Backend(("cpu",), self._cpu_backward),
-                "triton": _registry.Backend(("cuda",), self._triton_backward, triton_missing),
-            },
+            self._backends("backward"),
             self._fake_backward,
             self.check_backward,
             self.values_backward,
         )
-        marks = [a.schema().replace("a!", f"{mark}!") for mark, a in zip("abc", self.state, strict=False)]
+        marks = [
+            a.schema().replace("a!", f"{mark}!") for mark, a in zip("ab"[: len(self.state)], self.state, strict=True)
+        ]
         token = ", ".join([*(a.schema() for a in self.token), *marks, "float scale", *flags, "str backend"])
         _registry.define(
             f"{self.name}_step({token}) -> Tensor",
-            {
-                "cpu": _registry.Backend(("cpu",), self._cpu_step),
-                "triton": _registry.Backend(("cuda",), self._triton_step, triton_missing),
-                "reference": _registry.Backend(("cpu", "cuda"), self._reference_step),
-            },
+            {**self._backends("step"), "reference": _registry.Backend(("cpu", "cuda"), self._reference_step)},
             lambda sizes, first, *_: first.new_empty(self.one_o.size(sizes)),
             self.check_step,
         )

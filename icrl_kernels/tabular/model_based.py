@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks
-from icrl_kernels._registry import Backend, define
-from icrl_kernels.tabular.backends import no_cuda
+from icrl_kernels._registry import Backend, define, no_cuda
 
 MOST_ENTRIES = 2**58  # whose bytes 64 bits count
 MOST_SWEEPS = 2**16

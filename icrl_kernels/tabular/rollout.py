@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks, _torch_private
-from icrl_kernels._registry import Backend, define
+from icrl_kernels._registry import Backend, define, no_cuda
 from icrl_kernels.tabular import behaviours as behaving
-from icrl_kernels.tabular.backends import no_cuda
 from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours
 from icrl_kernels.tabular.rollout_reference import OUT_DTYPES, thresholds
 from icrl_kernels.tabular.rollout_tables import DTYPES, READ_PAST, RolloutTables, fit, refuse
@@ -436,9 +435,9 @@ def _call(found: Sizes, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list
         return 0 if t is None or not t.numel() else t.data_ptr()
 
     groups = [[at(t) for t in group] for group in (tables, behaviours, state, out)]
-    who = (0, at(policies)) if policies is not None and policies.dtype == torch.int16 else (at(policies), 0)
+    chosen = (0, at(policies)) if policies is not None and policies.dtype == torch.int16 else (at(policies), 0)
     kept = [t for t in (policies, references, actions) if t is not None]  # copies, perhaps, that must outlive the call
-    return (*out, *kept), [groups[0], *who, at(references), groups[1], at(actions), *groups[2:], *found]
+    return (*out, *kept), [groups[0], *chosen, at(references), groups[1], at(actions), *groups[2:], *found]
 
 
 def _empty(like: Tensor, found: Sizes) -> tuple[Tensor, ...]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks, _registry
+from icrl_kernels._registry import no_cuda, no_triton
 from icrl_kernels.tabular import value_iteration_reference as specification
-from icrl_kernels.tabular.backends import no_cuda, no_triton
 from icrl_kernels.tabular.packed import PackedTransition
 
 # The number is csrc/tabular/policy_iteration.h's Method.

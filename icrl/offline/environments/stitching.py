@@ -3,7 +3,7 @@
 Half of the episodes start where tests do, at (0, 0), and go to some cell of the left half and about it, never into the
 right half: they see no reward. The others start on the left half's border and go to the goal, which lies in the right half.
 So no trajectory leads from the start to a goal. A test gives one episode of the second kind as the first prompt, and
-starts at (0, 0): whoever reaches the goal from there has put halves together.
+starts at (0, 0): an agent that reaches the goal from there has put halves together.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_grades_are_ordered_in_return(kind):
 
 
 @KINDS
-def test_a_task_is_the_same_whoever_else_is_gathered(kind):
+def test_a_task_is_the_same_in_any_company(kind):
     source = kind(horizon=20, tasks=10, episodes=2, history=2).task_by_task()
     both, alone = source.tasks_slice(3, 2), source.tasks_slice(4, 1)
     second = both.tasks_slice(1, 1)
