@@ -120,9 +120,9 @@ def train_omnirl(
         seed: over the configuration.
         updates: over the configuration.
         threads: over the configuration.
-        compile: over the configuration.
+        compile: True or False, over the configuration.
         device: over the configuration; auto is CUDA where there is one, else the CPU.
-        autocast: over the configuration; layers compute in bfloat16, weights and states stay float32.
+        autocast: True or False, over the configuration; layers compute in bfloat16, weights and states stay float32.
         init: a model's file to begin from, its weights alone, instead of from random weights.
         json: write the last evaluation here.
     """
@@ -227,8 +227,8 @@ def train_world_model(
         updates: over the configuration's world_loop.
         threads: over the configuration; 0 leaves torch's choice.
         device: over the configuration; auto is CUDA where there is one, else the CPU.
-        compile: over the configuration's world_loop; compile the loss, minutes before the first update.
-        autocast: over the configuration's world_loop; layers compute in bfloat16, weights stay float32.
+        compile: True or False, over the configuration's world_loop; compile the loss, minutes before the first update.
+        autocast: True or False, over the configuration's world_loop; layers compute in bfloat16, weights stay float32.
         json: write where the model is, and the errors that its run logged last, here.
     """
     from icrl.commands import offline
@@ -274,16 +274,20 @@ def train_offline(
         init: a method's file to begin from: its weights, with its world model and its data's moments.
         threads: over the configuration; 0 leaves torch's choice.
         device: over the configuration; auto is CUDA where there is one, else the CPU.
-        compile: over the configuration; compile the loss, minutes before the first update. Not for layout "branch".
-        autocast: over the configuration; layers compute in bfloat16, weights stay float32.
+        compile: True or False, over the configuration; compile the loss, minutes before the first update. Not for layout "branch".
+        autocast: True or False, over the configuration; layers compute in bfloat16, weights stay float32.
         json: also write the evaluation here.
     """
     from icrl.commands import offline
+    from icrl.training.config import init_of
 
     _new_file("json", json)
     loop = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
     over = {"method": method, "environment": environment, "records": None if records is None else str(records)}
-    experiment = offline.experiment_of(_given(config), over, {**loop, "seed": seed})
+    given = _given(config)
+    experiment = offline.experiment_of(given, over, {**loop, "seed": seed})
+    if world_model is None:
+        init = init_of(init, given)
     _write_json(json, offline.train_offline(experiment, out, world_model, init, evaluate))
 
 
@@ -581,6 +585,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 2 with one line on what was wrong with the input."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        if args[:1] == ["eval"]:
+            args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--suite=") else [arg])]
         if args[:1] == ["eval"] and "--suite" in args:  # `eval --suite sicql` is `eval sicql`
             at = args.index("--suite")
             if args[at + 1 : at + 2] not in [[name] for name in SUITES]:

@@ -9,8 +9,10 @@ from typing import Any
 from icrl.extras import versions
 from icrl.omnirl.training import OmniRLLearner, read_config
 from icrl.plots import training_picture
+from icrl.training.config import init_of
 from icrl.training.loop import train
 from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
+from icrl.training.run import has_checkpoint
 
 
 def train_omnirl(
@@ -29,10 +31,8 @@ def train_omnirl(
     if records is not None:
         training = replace(training, records=str(records))
     loop = replace(loop, **over)
-    if init is None and given.get("init"):  # a run's own record
-        init = Path(given["init"])
     prepare(loop)
-    learner = OmniRLLearner(training, loop, init)
+    learner = OmniRLLearner(training, loop, init_of(init, given), fresh=not has_checkpoint(out))
     with flushed_denormals():
         path = train(learner, loop, out)
     numbers = None

@@ -293,7 +293,7 @@ def check_records(folder: Path, environment: str, source: DataSource, name: str,
 
 def evaluate_method(path: Path, experiment: Experiment, episodes: int, seed: int) -> dict[str, Any]:
     """Few-shot returns of a trained method in the experiment's test tasks: every episode's, averaged over tasks; the best
-    known return, whose it is ("optimal", "teacher", "scripted"), or None; and versions and the machine."""
+    known return, the policy that earned it ("optimal", "teacher", "scripted"), or None; and versions and the machine."""
     method = load_method(path).to(experiment.device)
     returns = few_shot(method, experiment.environments, episodes, seed, prompts=experiment.prompts)
     return {

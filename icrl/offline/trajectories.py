@@ -32,7 +32,7 @@ class Trajectories:
         states, next_states: [T,S] float32. rewards: [T] float32. terminated: [T] bool: next_states has no value of its own.
         actions: [T] int64, or [T,A] float32.
         ends: [E] int64 on the CPU, ascending: episode e is steps ends[e-1] to ends[e]-1.
-        tasks: [E] int64 on the CPU, not descending: whose episode it is; every task 0..N-1 has one.
+        tasks: [E] int64 on the CPU, not descending: the task of each episode; every task 0..N-1 has one.
         optimal: [T] int64, an optimal action in `states`, where it is known; else None.
         history: episodes of a learning history, of which each task has whole ones, end to end; 0: one a task.
     """

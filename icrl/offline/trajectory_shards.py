@@ -22,7 +22,7 @@ KIND = "trajectories"
 
 @dataclass(frozen=True)
 class TaskByTask:
-    """Trajectories that are yet to be gathered, some tasks at a time: what is known of them before, and who gathers."""
+    """Trajectories that are yet to be gathered, some tasks at a time: what is known of them before, and the function that gathers them."""
 
     environment: str
     num_actions: int

@@ -206,7 +206,7 @@ class Trunk(nn.Module):
             assert isinstance(block, Block)
             y, m = block.mixer.remember(block.mix_norm(x), lengths)
             memory.append(m)
-            if i + 1 < len(self.blocks):  # nobody reads what the last block makes of the prompt
+            if i + 1 < len(self.blocks):  # nothing reads what the last block makes of the prompt
                 x = block.mlp(x + y)
         return memory
 

@@ -57,7 +57,7 @@ class DPDConfig:
 
     A behaviour is `name[+noise][->name]`: `uniform`, `random_policy`, `q_learning`, `model_based` (see
     icrl_kernels.Behaviours) or `greedy0`.. (greedy at that discount). With `+noise` its actions are uniform with a
-    probability that starts at U(0,1) and decays to zero, or, for 30% of them, stays. After `->` comes who takes over at
+    probability that starts at U(0,1) and decays to zero, or, for 30% of them, stays. After `->` comes the behaviour that takes over at
     some episode's end, for good.
     """
 
@@ -217,7 +217,7 @@ def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Record
 
 
 def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Whom to imitate at each step: (prompt, the reference's tag, and label, its greedy action), both [B,T] int64."""
+    """The policy to imitate at each step: (prompt, the reference's tag, and label, its greedy action), both [B,T] int64."""
     R, T = records.action.shape
     generator = torch.Generator().manual_seed(hash_seed(seed, 2))
     weights = torch.tensor(config.references, dtype=torch.float32, device="cpu")

@@ -176,16 +176,19 @@ class OmniRLLearner:
 
     Args:
         init: a model's file to begin from, instead of from random weights; its configuration must be `config.model`.
+        fresh: whether the run begins; one that goes on from a checkpoint does not read `init` again.
     Raises:
         ValueError: the device is not to be had, `init` is no such file, or the records are not what the model takes.
     """
 
-    def __init__(self, config: OmniRLTraining, loop: LoopConfig, init: Path | None = None) -> None:
+    def __init__(
+        self, config: OmniRLTraining, loop: LoopConfig, init: Path | None = None, *, fresh: bool = True
+    ) -> None:
         torch.manual_seed(loop.seed)
         self.training, self.loop, self.init = config, loop, init
         self.device = resolve(loop.device)
         self.model: OmniRL = OmniRL(config.model)
-        if init is not None:
+        if init is not None and fresh:
             self._begin_from(init)
         self.model.to(self.device)
         if loop.compile:

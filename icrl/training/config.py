@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -98,3 +99,11 @@ def configured(kind: type[Any] | Any, values: dict[str, Any], name: str) -> Any:
             raise ValueError(f"config: {name}.{key}: wanted {type(old).__name__}, got {value!r}")
         changes[key] = value
     return replace(base, **changes)
+
+
+def init_of(init: Path | None, given: dict[str, Any]) -> Path | None:
+    """`init`, or else the one in a configuration that is a run's own record. Raises ValueError where that is no path."""
+    found = given.get("init")
+    if not isinstance(found, str | None):
+        raise ValueError(f"config: init: wanted a path, got {found!r}")
+    return Path(found) if init is None and found else init

@@ -127,6 +127,7 @@ def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) 
     """Bring the learner and the optimisers to the run's newest checkpoint; what else is in it, or nothing."""
     found = run.load()
     if found is None:
+        run.forget_after(-1)  # what a run logged that was killed before its first checkpoint
         return {}
     state, processes, own = found
     run.forget_after(state["update"])
@@ -141,6 +142,9 @@ def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) 
     else:
         raise ValueError(f"world_size: {processes} in the run, {world_size()} given; this learner keeps to its own")
     torch.set_rng_state(state["rng"])
+    device = next(learner.model.parameters()).device
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
     return state
 
 
@@ -207,6 +211,7 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
                         "optimizers": [optimizer.state_dict() for optimizer in made],
                         "learner": learner.state_dict(),
                         "rng": torch.get_rng_state(),
+                        **({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
                     },
                 )
     path = out / "model.safetensors"

@@ -40,15 +40,19 @@ class Run:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         record = folder / "config.json"
         self.config = config = json.loads(json.dumps(config, default=str))
-        if not record.exists() and folder.exists() and any(folder.iterdir()):
+        cut_short = record.with_name(record.name + ".part")  # a first record that a kill cut short
+        if not record.exists() and folder.exists() and any(p != cut_short for p in folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
         goes_on = record.exists() and self.newest() is not None
         if goes_on:
             self._compare(upgraded(_read(record)))
         wait_for_all()  # every process has looked at the folder as it was found
-        if not goes_on and rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, config)
+        if rank() == 0:
+            for part in self.checkpoints.glob("*.part"):  # of a save that a kill cut short, perhaps of more processes
+                shutil.rmtree(part)
+            if not goes_on:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(record, config)
         wait_for_all()
         self._board: Any = None
         self._purge: int | None = None
@@ -152,6 +156,11 @@ class Run:
         if self._board:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, update)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in this folder has a finished checkpoint, from which it goes on."""
+    return any(p.name.isdigit() for p in (folder / "checkpoints").glob("[0-9]*"))
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

@@ -91,7 +91,7 @@ def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100, start: str
 
 @dataclass(frozen=True)
 class DarkRoomData(DataSource):
-    """Which goals, and who gathered the training data in them."""
+    """Which goals, and the behaviour that gathered the training data in them."""
 
     name: ClassVar[str] = "darkroom"
     counts_goals: ClassVar[bool] = True
@@ -140,10 +140,10 @@ class DarkRoomData(DataSource):
         best = tasks.solve(0.99).q.argmax(-1)
         N = len(best)
         steps, each = self.history * self.horizon, self.episodes // self.history
-        who: dict[int | str, float] = {"q_learning": 1.0} if self.quality == "q_learning" else {0: 1.0}
+        weights: dict[int | str, float] = {"q_learning": 1.0} if self.quality == "q_learning" else {0: 1.0}
         noise = {"mixed": (1.0, 1.0 / steps), "medium": (0.5, 0.0), "expert": (0.05, 0.0), "q_learning": (0.1, 0.0)}
         epsilon, decay = noise[self.quality]
-        behaviours = constant_behaviours(N * each, 1, who, epsilon=epsilon, epsilon_decay=decay, q_discount=0.95)
+        behaviours = constant_behaviours(N * each, 1, weights, epsilon=epsilon, epsilon_decay=decay, q_discount=0.95)
         out = rollout(
             tasks.tables(),
             steps=steps,

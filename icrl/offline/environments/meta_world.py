@@ -91,7 +91,7 @@ class MetaWorld(gymnasium.Env[np.ndarray, np.ndarray]):
 
 @dataclass(frozen=True)
 class MetaWorldData(DataSource):
-    """Which goals, and who gathered the training data: the scripted policy with noise. Use `ReachData` or `PushData`."""
+    """Which goals, and the behaviour that gathered the training data: the scripted policy with noise. Use `ReachData` or `PushData`."""
 
     simulators: ClassVar[tuple[str, ...]] = ("mujoco", "gymnasium", "metaworld")
     best_of: ClassVar[str] = "scripted"

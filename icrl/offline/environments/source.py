@@ -43,7 +43,7 @@ class DataSource(Protocol):
     has_teacher: ClassVar[bool] = False
     """Whether `collect` trains a teacher first, in a folder of its own."""
     best_of: ClassVar[str] = "optimal"
-    """Whose returns the best known ones are: "optimal", "teacher" or "scripted"."""
+    """The policy that earns the best known returns: "optimal", "teacher" or "scripted"."""
     counts_goals: ClassVar[bool] = False
     """Whether a positive return means that the goal was reached: tables then have its share."""
     counts_first: ClassVar[bool] = False

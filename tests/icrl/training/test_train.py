@@ -23,7 +23,7 @@ from icrl.omnirl.model import OmniRL, OmniRLConfig
 from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.training import OmniRLLearner, OmniRLTraining, read_config
 from icrl.training import checkpoint, process
-from icrl.training.config import LoopConfig, configured
+from icrl.training.config import LoopConfig, configured, init_of
 from icrl.training.loop import rate, train
 
 TINY = OmniRLTraining(
@@ -459,3 +459,35 @@ def test_threads_are_heeded():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_rows(tmp_path):
+    run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at=1)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"update": 2, "lo')  # a row that the kill cut short
+    (tmp_path / "killed" / "checkpoints" / "00000002.part").mkdir(parents=True)
+    (tmp_path / "killed" / "checkpoints" / "00000002.part" / "rank1.safetensors").write_bytes(b"of two processes")
+    run(tmp_path / "killed")
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    rows = [[{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in log] for log in logs]
+    assert rows[0] == rows[1]
+    assert not list((tmp_path / "killed").glob("checkpoints/*/rank1.safetensors"))
+
+
+def test_a_record_that_a_kill_cut_short_is_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.part").write_text("{")
+    assert run(tmp_path / "run").exists()
+
+
+def test_the_weights_to_begin_from_are_read_once(tmp_path):
+    first = run(tmp_path / "first")
+    learner = OmniRLLearner(TINY, LOOP, first)
+    train(learner, LOOP, tmp_path / "second")
+    first.unlink()
+    longer = replace(LOOP, updates=7)
+    assert train(OmniRLLearner(TINY, longer, first, fresh=False), longer, tmp_path / "second").exists()
+    with pytest.raises(ValueError, match="init: wanted a path, got 5"):
+        init_of(None, {"init": 5})

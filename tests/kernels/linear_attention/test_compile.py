@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -354,3 +355,19 @@ def test_the_backward_op_refuses_what_autograd_would_not_give(device, op, broken
     options = [1.0, *[None] * len(states), None, *([False] if op.name == "gated_delta_rule" else []), "auto"]
     with pytest.raises(ValueError, match=r"^(do|dfinal_\w+|k): wanted shape"):
         getattr(torch.ops.icrl, op.name + "_backward")(*wrong, *options)
+
+
+@pytest.mark.parametrize("first", ["fake", "grad", "functionalize"])
+def test_a_call_under_a_mode_or_transform_leaves_the_next_alone(first):
+    """What is kept from call to call holds no tensor, which a mode or a transform would have wrapped."""
+    T = {"fake": 41, "grad": 42, "functionalize": 43}[first]  # a length that no other test uses
+    q, k, v = (torch.randn(2, T, 2, 4) for _ in range(3))
+    if first == "fake":
+        with FakeTensorMode() as mode:
+            icrl_kernels.gla(*(mode.from_tensor(t) for t in (q, k, v)), backend="reference")
+    elif first == "grad":
+        torch.func.grad(lambda q: icrl_kernels.gla(q, k, v, backend="reference")[0].sum())(q)
+    else:
+        torch.func.functionalize(lambda q: icrl_kernels.gla(q, k, v, backend="reference")[0])(q)
+    o, _ = icrl_kernels.gla(q, k, v)
+    torch.testing.assert_close(o, icrl_kernels.gla_reference(q, k, v)[0])
