@@ -21,7 +21,7 @@ from icrl.offline.environments.source import DataSource
 from icrl.offline.few_shot import few_shot
 from icrl.offline.learner import METHODS, OfflineLearner, load_method, make_method
 from icrl.offline.method import Method, MethodConfig, Spaces
-from icrl.offline.presets import ABLATIONS, ENVIRONMENT_SETTINGS, LOOP, TITLES, WORLD_LOOP, settings_of
+from icrl.offline.presets import ABLATIONS, ENVIRONMENT_SETTINGS, LOOP, WORLD_LOOP, settings_of, titles
 from icrl.offline.provenance import check_versions
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trajectory_shards import read_trajectories, write_trajectories
@@ -50,8 +50,8 @@ class OfflineRun:
     """Of each test task, at every evaluation during training."""
 
     def __post_init__(self) -> None:
-        if self.method not in TITLES:
-            raise ValueError(f"method: wanted one of {', '.join(TITLES)}, got {self.method!r}")
+        if self.method not in titles():
+            raise ValueError(f"method: wanted one of {', '.join(titles())}, got {self.method!r}")
         source_class(self.environment)
         for name in ("world_batch", "judged_episodes"):
             if getattr(self, name) < 1:
@@ -200,7 +200,7 @@ def train_method(experiment: Experiment, out: Path, world_model: Path | None = N
     experiment.check()
     run, config = experiment.run, experiment.config
     if world_model is not None and not experiment.needs_world_model:
-        raise ValueError(f"world_model: {run.method} uses none")
+        raise ValueError(f"world_model: {run.method} uses none, got {world_model}")
     if world_model is not None and init is not None:
         raise ValueError(f"world_model: init={init} brings its own, got {world_model}")
     initial = None if init is None else load_method(init)

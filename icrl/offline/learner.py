@@ -61,10 +61,8 @@ def begin_from(method: Method, initial: Method) -> None:
     """
     if method.name != initial.name:
         raise ValueError(f"init: wanted a {method.name}, got a {initial.name}")
-    pairs = [(method.spaces._asdict(), initial.spaces._asdict()), (method.config.trunk, initial.config.trunk)]
-    for wanted, found in pairs:
-        wanted, found = (x if isinstance(x, dict) else asdict(x) for x in (wanted, found))
-        if other := differences(found, wanted):
+    for name, of in (("spaces", lambda m: m.spaces._asdict()), ("settings.trunk", lambda m: asdict(m.config.trunk))):
+        if other := differences(of(initial), of(method), name):
             raise ValueError(f"init: {other}")
     shapes, given = ({n: list(t.shape) for n, t in m.state_dict().items()} for m in (method, initial))
     if other := differences(given, shapes):

@@ -9,12 +9,14 @@ from icrl.offline.methods import METHODS
 from icrl.offline.prompt import PromptConfig
 from icrl.training.config import LoopConfig
 
-TITLES = {name: method.title for name, method in METHODS.items()} | {
-    "sicql w/o cq": "w/o_cq",
-    "sicql w/o c": "w/o_c",
-    "sicql w/o q": "w/o_q",
-}
-"""Of methods and ablations, by name."""
+
+def titles() -> dict[str, str]:
+    """Of methods and ablations, by name."""
+    return {name: method.title for name, method in METHODS.items()} | {
+        "sicql w/o cq": "w/o_cq",
+        "sicql w/o c": "w/o_c",
+        "sicql w/o q": "w/o_q",
+    }
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from icrl.offline.environments import source_class
 from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, run_jobs
 from icrl.offline.method import MethodConfig
-from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, TITLES
+from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, titles
 from icrl.plots import few_shot_picture
 from icrl.training.config import changes, configured
 
@@ -146,7 +146,7 @@ def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[
             continue
         last = max(1, len(found[0]["returns"]) // 4)
         curves = torch.tensor([f["returns"] for f in found], dtype=torch.float64)
-        summary = {"title": TITLES[method], "published": published.get(method), "seeds": len(found)}
+        summary = {"title": titles()[method], "published": published.get(method), "seeds": len(found)}
         summary |= {"best": found[0]["best"], "best_of": found[0]["best_of"], "curve": curves.mean(0).tolist()}
         summary["curve_sem"] = (curves.std(0, correction=1) / math.sqrt(len(found))).tolist() if len(found) > 1 else []
         for key, values in {
@@ -201,8 +201,10 @@ def suite(
     overrides: dict[str, Any],
 ) -> dict[str, Any]:
     """Run, print and draw a suite; its numbers. `overrides` are OfflineRun's fields, `environment` goes over them."""
-    if set(methods) - set(TITLES) or len(set(methods)) < max(1, len(methods)):
-        raise ValueError(f"methods: wanted some of {', '.join(TITLES)}, each once, got {', '.join(methods) or 'none'}")
+    if set(methods) - set(titles()) or len(set(methods)) < max(1, len(methods)):
+        raise ValueError(
+            f"methods: wanted some of {', '.join(titles())}, each once, got {', '.join(methods) or 'none'}"
+        )
     for name, value in {"seeds": seeds, "episodes": episodes, "jobs": jobs}.items():
         if value < 1:
             raise ValueError(f"{name}: wanted at least 1, got {value}")

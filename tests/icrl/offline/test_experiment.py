@@ -18,7 +18,7 @@ from icrl.offline.environments.source import DataSource
 from icrl.offline.experiment import Experiment, OfflineRun, collect_data, offline_run
 from icrl.offline.learner import METHODS, OfflineLearner, begin_from, load_method, make_method
 from icrl.offline.method import Method, Spaces
-from icrl.offline.presets import ABLATIONS, PUBLISHED, TITLES
+from icrl.offline.presets import ABLATIONS, PUBLISHED, titles
 from icrl.offline.world_model import WorldModel, WorldModelConfig
 from icrl.training import checkpoint
 from icrl.training import loop as training
@@ -83,14 +83,22 @@ def test_every_source_is_found_by_its_name_and_refuses_other_tasks(name):
             ask("trian")
 
 
-def test_a_new_source_is_trained_and_judged_without_a_word_of_it_elsewhere(command, tmp_path, monkeypatch):
+def test_a_new_source_and_a_new_method_are_trained_and_judged_without_a_word_of_it_elsewhere(
+    command, tmp_path, monkeypatch
+):
     class Corridor(DarkRoomData):
         name = "corridor"
 
+    class Copycat(METHODS["dpt"]):
+        name, title = "copycat", "Copycat"
+
     monkeypatch.setitem(SOURCES, "corridor", Corridor)
-    args = ["train", "offline", "--method", "dpt", "--environment", "corridor", "--out", tmp_path / "run"]
+    monkeypatch.setitem(METHODS, "copycat", Copycat)
+    args = ["train", "offline", "--method", "copycat", "--environment", "corridor", "--out", tmp_path / "run"]
     assert command(*args, "--evaluate", 1)[0] == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"] == "corridor"
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["environment"], record["method"]) == ("corridor", "copycat")
+    assert record["config"]["layout"] == "branch"  # the suite's, of methods with a prompt
 
 
 def test_published_figures_are_kept_by_name():
@@ -101,12 +109,12 @@ def test_published_figures_are_kept_by_name():
         "sicql": 806.97, "dpt": 736.72, "ad": 738.96, "idt": 790.68, "dicp": 706.46, "dit": 758.92, "ic_iql": 773.33,
         "sicql w/o cq": 736.72, "sicql w/o c": 792.09, "sicql w/o q": 752.41,
     }  # fmt: skip
-    assert {m for figures in PUBLISHED.values() for m in figures} == set(METHODS) | set(ABLATIONS) == set(TITLES)
+    assert {m for figures in PUBLISHED.values() for m in figures} == set(METHODS) | set(ABLATIONS) == set(titles())
 
 
 def test_a_method_says_what_it_is():
     for name, kind in METHODS.items():
-        assert (kind.name, TITLES[name]) == (name, kind.title)
+        assert (kind.name, titles()[name]) == (name, kind.title)
         assert issubclass(kind, Method)
         assert kind.config_class()
     with pytest.raises(ValueError, match="method: wanted one of ad, dicp"):
@@ -214,7 +222,9 @@ def test_init_begins_from_a_methods_weights(command, tmp_path):
     assert json.loads((tmp_path / "second" / "config.json").read_text())["init"] == str(init[1])
     refused(command(*train, *init, "--method", "ad", "--out", tmp_path / "x"), "init: wanted a ad, got a sicql")
     wider = {**SMALL["settings"], "trunk": {"width": 32, "layers": 1, "heads": 1}}
-    refused(command(*train, *init, "--out", tmp_path / "x", settings=wider), "init: width: 16, wanted 32")
+    refused(
+        command(*train, *init, "--out", tmp_path / "x", settings=wider), "init: settings.trunk.width: 16, wanted 32"
+    )
     refused(
         command(*train, *init, "--out", tmp_path / "x", "--world-model", tmp_path / "wm"),
         "brings its own",

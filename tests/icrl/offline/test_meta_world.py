@@ -235,7 +235,7 @@ def reach_data():
 
 
 @pytest.mark.parametrize("environment", ["reach", "push"])
-@pytest.mark.parametrize("name", suite.TITLES)
+@pytest.mark.parametrize("name", suite.titles())
 def test_presets_are_configurations(name, environment):
     experiment = Experiment(OfflineRun(method=name, environment=environment))
     assert experiment.config.horizon == experiment.source.horizon == 100

@@ -16,7 +16,7 @@ import torch
 from icrl.cli import main
 from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, _end_with_parent, run_jobs
-from icrl.offline.presets import TITLES
+from icrl.offline.presets import titles
 from icrl.offline.suite import collect, mean_sem
 from icrl.offline.world_model import WorldModel, WorldModelConfig
 from icrl.training.config import configured
@@ -238,7 +238,7 @@ def test_bad_configurations_are_one_line(changes, message, capsys, tmp_path, mon
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", TITLES)
+@pytest.mark.parametrize("name", titles())
 @pytest.mark.parametrize("environment", ["darkroom", "stitching", "point-robot"])
 def test_every_preset_is_a_configuration(name, environment):
     experiment = Experiment(OfflineRun(method=name, environment=environment))
