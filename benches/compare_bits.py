@@ -108,6 +108,11 @@ class Moved:
 # ---- hashes --------------------------------------------------------------------------------------------------------
 
 
+def numbers(logged: dict[str, Any]) -> dict[str, float]:
+    """What a loss logs, as floats: it may be tensors, so that nothing waits for a GPU."""
+    return {name: float(value) for name, value in logged.items()}
+
+
 def flatten(name: str, value: Any, out: dict[str, str]) -> None:
     """Every tensor in `value`, and every plain value, by a dotted name."""
     import numpy as np
@@ -1246,7 +1251,7 @@ def learning_calls() -> None:
         output, state = net(moved.tokens_of(records), net.initial_state(4, 10))
         total, logged = moved.loss_of(output, targets, c)
         total.backward()
-        return total, logged, targets, {name: p.grad for name, p in net.named_parameters()}, state
+        return total, numbers(logged), targets, {name: p.grad for name, p in net.named_parameters()}, state
 
     add("icrl/omnirl/loss", loss)
     add("icrl/omnirl/loss threads", loss, 2)
@@ -1256,7 +1261,7 @@ def learning_calls() -> None:
         c = training(dagger=0.5, dagger_from=0, dagger_records=4, evaluation_tasks=2, evaluation_steps=20)
         made = moved.OmniRLLearner(c, moved.LoopConfig(updates=2, threads=1, seed=2))
         try:
-            found = [(total, logged) for u in range(2) for total, logged in made.losses(u)]
+            found = [(total, numbers(logged)) for u in range(2) for total, logged in made.losses(u)]
             return found, made.own, made.collections, made.evaluate(), [p.shape for p in made.hidden_matrices()]
         finally:
             made.stream.close()
@@ -1402,7 +1407,7 @@ def offline_calls() -> None:
         total.backward()
         grads = {n: p.grad for n, p in method.named_parameters()}
         scores = moved.few_shot(method, source.environments(), 3, seed=2)
-        return total, logged, grads, dict(method.state_dict()), scores
+        return total, numbers(logged), grads, dict(method.state_dict()), scores
 
     for name in ("sicql", "dpt", "ad", "idt", "dicp", "dit", "ic_iql"):
         for mixer in ("softmax", "gla"):
@@ -1669,7 +1674,8 @@ def isas_here() -> list[str]:
 def differences(old: dict[str, str] | None, new: dict[str, str] | None) -> list[str]:
     if old is None or new is None:
         return [f"was not called in the {'old' if old is None else 'new'} build"]
-    names = list(dict.fromkeys([*old, *new]))
+    # fields may be added, and the count of fields with them
+    names = [n for n in dict.fromkeys([*old, *new]) if n in old or n == "raises"]
     return [f"{n}: {old.get(n, 'absent')} -> {new.get(n, 'absent')}" for n in names if old.get(n) != new.get(n)]
 
 

@@ -301,8 +301,7 @@ def collect(
 ) -> None:
     """Gather offline trajectories into a folder of shards, for `"records"` in the configuration of training runs.
 
-    Kill it whenever you like: the same command goes on, with cheetah-vel, ant-dir and walker-param from the last iteration
-    of the teacher that it trains first. It runs on the CPU, where the simulators are.
+    Kill it whenever you like: the same command goes on, with robots from their teacher's last iteration. It uses the CPU.
 
     Args:
         out: the data set's folder.
@@ -335,10 +334,8 @@ def evaluate_sicql(
     device: str | None = None,
     json: Path | None = None,
 ) -> None:
-    """S-ICQL's table: train every method with every seed, evaluate few-shot in unseen tasks, print, draw.
-
-    Also `icrl eval --suite sicql`. What each run prints is in <run>.log. What `out` holds already is not made again, so the
-    same command continues one that was killed.
+    """S-ICQL's table: train every method with every seed, evaluate few-shot in unseen tasks, print, draw. Also `icrl eval
+    --suite sicql`. What `out` holds already is not made again. What each run prints is in <run>.log.
 
     Args:
         out: the suite's folder.
@@ -353,12 +350,10 @@ def evaluate_sicql(
         json: also write the numbers here.
     """
     from icrl.offline.suite import suite
-    from icrl.training.config import merged
 
     _new_file("json", json)
-    loop = {k: v for k, v in {"threads": threads, "device": device}.items() if v is not None}
-    given = merged(_given(config), {"loop": loop} if loop else {})
-    _write_json(json, suite(out, environment, list(methods), seeds, episodes, jobs, given))
+    loop = {"threads": threads, "device": device}
+    _write_json(json, suite(out, environment, list(methods), seeds, episodes, jobs, _given(config), loop))
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:

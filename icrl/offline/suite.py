@@ -199,8 +199,10 @@ def suite(
     episodes: int,
     jobs: int,
     overrides: dict[str, Any],
+    loop: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run, print and draw a suite; its numbers. `overrides` are OfflineRun's fields, `environment` goes over them."""
+    """Run, print and draw a suite; its numbers. `overrides` are OfflineRun's fields; over them go `environment` and the
+    fields of `loop`, as far as they are not None."""
     if set(methods) - set(titles()) or len(set(methods)) < max(1, len(methods)):
         raise ValueError(
             f"methods: wanted some of {', '.join(titles())}, each once, got {', '.join(methods) or 'none'}"
@@ -213,6 +215,7 @@ def suite(
         raise ValueError(
             "config: a suite has its methods and seeds from --methods and --seeds, not from method, loop.seed"
         )
+    run = replace(run, loop=replace(run.loop, **{k: v for k, v in (loop or {}).items() if v is not None}))
     if environment is not None:
         run = replace(run, environment=environment)
     numbers = run_suite(out, run, methods, seeds, episodes, jobs)
