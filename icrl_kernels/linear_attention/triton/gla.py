@@ -178,7 +178,8 @@ def backward(
     dg = z = strong = decay = added = None
     if gate == 1:
         z = torch.empty(parts, *q.shape[:3], dtype=torch.float32, device=q.device)
-        dg = torch.empty(parts, *g.shape, dtype=torch.float32, device=g.device)
+        own = triton.cdiv(K, tiles[0][0])  # parts of K in the launch for dg: all of it where the state fits
+        dg = torch.empty(own, *g.shape, dtype=torch.float32, device=g.device)
     elif gate == 2:
         dg = torch.empty_like(g)
         z = dg if dg.dtype == torch.float32 and plan.heads == H else torch.empty_like(q, dtype=torch.float32)
@@ -197,6 +198,8 @@ def backward(
             C=chunk, LEVELS=levels(chunk), BK=BKS, BV=BV, ANY=any_gate,
             num_warps=_warps(BKS * BV) if g is None else 8, **share,
         )  # fmt: skip
+    if gate == 1 and len(dg) < parts:
+        z = z.sum(0, keepdim=True)  # that launch reads as many parts of q·z as it writes of dg
     if plan.single:
         dstates, dinit = dfinal_state, None if initial_state is None else plan.states(plan.sequences, k)
         dinit_out = dinit

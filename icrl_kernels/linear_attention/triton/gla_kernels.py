@@ -19,8 +19,8 @@ their last factor.
   dstates         [U, HK, K, V], the gradient of the state that a unit ends with (None: zeros)
   decay           product of a segment's decays: GATE 1 [NS, HK, 1], GATE 2 [NS, HK, K]
   strong          int32, where gates go beyond LIMIT (GATE 2): [U, HK] in `_outputs`, [PARTS, U, HK] in gradients
-  z               q's part of dg: GATE 1 [PARTS, B, T, H], GATE 2 [B, T, H, K], which may be dg itself
-  dg              GATE 1 [PARTS, B, T, HK], summed by the launcher; GATE 2 [B, T, HK, K] in g's dtype
+  z               q's part of dg: GATE 1 [PARTS, B, T, H], summed to 1 part where `_grad_kv` has all of K, GATE 2 [B, T, H, K], which may be dg itself
+  dg              GATE 1 [K tiles of `_grad_kv`, B, T, HK], summed by the launcher; GATE 2 [B, T, HK, K] in g's dtype
   state, scale    [B, HK, K, V], `_step`'s; float
   PARTS, part     ceil(K / BK) of `_grad_q`; entries of a part: B·T·H in `_grad_q`, B·T·HK in `_grad_kv` (GATE 1)
   C               tokens of a chunk: 16, 32 or 64. LEVELS: log2 C. LIMIT: in bits, 16 for float32, else 100
@@ -207,7 +207,7 @@ def _outputs(
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-        for j in range(GROUP):
+        for j in tl.range(GROUP, num_stages=1):
             hq = h * GROUP + j
             bq = _load(q, t, hi, hq, H, ok, K, MK)
             qa = (bq.to(tl.float32) * tl.exp2(G)).to(DT) if GATE == 2 else bq.to(DT)
@@ -309,7 +309,7 @@ def _grad_q(
         elif GATE == 1:
             coarse, fine, coarse_end, fine_end = _scalar_gates(g, t, hi, h, HK)
             pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-        for j in range(GROUP):
+        for j in tl.range(GROUP, num_stages=1):
             hq = h * GROUP + j
             bo = _load(do, t, hi, hq, H, ov, V, MV).to(DT)
             W = tl.dot(bo, tl.trans(bv), input_precision=PREC)
@@ -465,7 +465,7 @@ def _grad_kv(
             shrink = _decay(coarse_end, fine_end)
         if DV:
             xv = tl.dot(D.to(DT), tl.trans(kw), input_precision=PREC)
-            for j in range(GROUP):
+            for j in tl.range(GROUP, num_stages=1):
                 hq = h * GROUP + j
                 bq = _rows(q, t0, r, left, hq, H, ok, K, MK)
                 bo = _rows(do, t0, r, left, hq, H, ov, V, MV).to(DT)
@@ -501,7 +501,7 @@ def _grad_kv(
             D *= shrink
         elif ANY:
             D *= later
-        for j in range(GROUP):
+        for j in tl.range(GROUP, num_stages=1):
             hq = h * GROUP + j
             bq = _rows(q, t0, r, left, hq, H, ok, K, MK)
             bo = _rows(do, t0, r, left, hq, H, ov, V, MV).to(DT)
@@ -586,7 +586,7 @@ def _step(
     bk = tl.load(k + n * K + ok, mask=ok < K, other=0.0).to(tl.float32)
     S += bk[:, None] * tl.load(v + n * V + ov, mask=ov < V, other=0.0).to(tl.float32)[None, :]
     tl.store(p, S, mask=m)
-    for j in range(GROUP):
+    for j in tl.range(GROUP, num_stages=1):
         bq = tl.load(q + (n * GROUP + j) * K + ok, mask=ok < K, other=0.0).to(tl.float32) * scale
         x = tl.sum(S * bq[:, None], 0)
         tl.store(o + (n * GROUP + j) * V + ov, x.to(o.dtype.element_ty), mask=ov < V)

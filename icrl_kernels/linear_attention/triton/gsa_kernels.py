@@ -108,7 +108,7 @@ def _local_states(
             S2 *= shrink[:, None]
             weak = tl.min(_weak(total, LIMIT), 0)
             beyond = tl.where(weak == 0, tl.minimum(beyond, c), beyond)
-        for j in range(GROUP):
+        for j in tl.range(GROUP, num_stages=1):
             bx = _load(x1, t, hi, h * GROUP + j, HX, om, M, MM)
             by = _load(y1, t, hi, h * GROUP + j, HX, ok, K, MK).to(DT)
             if GATE:
@@ -478,7 +478,7 @@ def _grad_kv(
         xx = tl.dot(D.to(DT), tl.trans(sw), input_precision=PREC)
         if ANY:
             D *= tl.exp2(tl.sum(b, 0))[None, :]
-        for j in range(GROUP):
+        for j in tl.range(GROUP, num_stages=1):
             hq = h * GROUP + j
             by = _load(y, t, hi, hq, H, on, N, MN).to(DT)
             bw = _load(weight, t, hi, hq, H, om, M, MM)
@@ -502,7 +502,7 @@ def _grad_kv(
         tl.store(p, xx.to(dx.dtype.element_ty), mask=(t < hi)[None, :] & (on < N)[:, None])
         if GATE:
             drift = -_load(s, t, hi, h, HK, om, M, MM).to(tl.float32) * xs  # again: bs would cost registers until here
-            for j in range(GROUP):
+            for j in tl.range(GROUP, num_stages=1):
                 hq = h * GROUP + j
                 xy = tl.load(own + t * H + hq, mask=t < hi, other=0.0)
                 xs += xy[:, None] * _load(weight, t, hi, hq, H, om, M, MM)
@@ -555,7 +555,7 @@ def _step(
         Y += bs[:, None] * bv[None, :]
         tl.store(px, X, mask=mx)
         tl.store(py, Y, mask=my)
-        for j in range(GROUP):
+        for j in tl.range(GROUP, num_stages=1):
             bq = tl.load(q + (n * GROUP + j) * K + ok, mask=ok < K, other=0.0).to(tl.float32) * scale
             z = tl.where(om < M, tl.sum(X * bq[:, None], 0), float("-inf"))
             mine = og == j

@@ -114,6 +114,15 @@ def test_state_larger_than_a_tile(K, V, gate):
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("K", "V"), [(64, 64), (128, 64), (64, 128), (128, 128), (96, 80), (100, 128), (256, 40), (40, 256)]
+)
+def test_every_tile_that_a_plan_can_choose(K, V, gate, both_modes):
+    """Where dq's launch cuts K in two and the launch for dk and dg has all of it, dg needs both parts of q·z."""
+    check(*inputs(T=70, H=2, Hk=1, K=K, V=V, gate=gate))
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
 def test_packed(gate, segments):
     check(*inputs(T=300, H=2, Hk=1, gate=gate, lengths=[0, 1, 130, 0, 0, 129, 40, 0]))
 
