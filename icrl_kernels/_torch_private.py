@@ -7,6 +7,7 @@ vanish in turn.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -35,9 +36,13 @@ profiling = _find("autograd._profiler_enabled", lambda: True)
 transform = _find("_C._functorch.peek_interpreter_stack", lambda: None)
 
 
-def forward_level() -> int:
-    """Level of forward-mode differentiation, -1 outside; 0 (perhaps inside) where this torch does not say."""
-    return getattr(forward_ad, "_current_level", 0)
+# Level of forward-mode differentiation, -1 outside; 0 (perhaps inside) where this torch does not say.
+forward_level = partial(getattr, forward_ad, "_current_level", 0)
+
+
+def watched() -> bool:
+    """Whether a mode, tracer, profiler or forward-mode level wants to see a call that skips torch's dispatcher."""
+    return bool(dispatch_modes() or function_modes() or tracing() is not None or profiling() or forward_level() >= 0)
 
 
 def tangent(x: Tensor) -> Tensor | None:

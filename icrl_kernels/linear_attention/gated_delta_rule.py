@@ -139,7 +139,7 @@ def gated_delta_rule_step(
         ValueError: as `gated_delta_rule`, and where an input requires a gradient while gradients are on. When a gate is
             refused the state has changed all the same.
     """
-    return OP.step((q, k, v, g, beta), state, scale, backend, qk_l2norm)
+    return OP.step(backend, q, k, v, g, beta, state, qk_l2norm, scale)
 
 
 OP = Op(

@@ -112,7 +112,7 @@ def gla_step(
         ValueError: as `gla`, and where an input requires a gradient while gradients are on. When a gate is refused the
             state has changed all the same.
     """
-    return OP.step((q, k, v, g), state, scale, backend)
+    return OP.step(backend, q, k, v, g, state, scale)
 
 
 OP = Op(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from icrl_kernels.linear_attention import common
-from icrl_kernels.linear_attention.op import Op
+from icrl_kernels.linear_attention.op import Op, pair
 
 State = tuple[Tensor, Tensor]
 
@@ -131,7 +131,7 @@ def gsa_step(
         ValueError: as `gsa`, and where an input requires a gradient while gradients are on. When a gate is refused the
             state has changed all the same.
     """
-    return OP.step((q, k, v, s, g), state, scale, backend)
+    return OP.step(backend, q, k, v, s, g, *pair("state", state), scale)
 
 
 OP = Op(

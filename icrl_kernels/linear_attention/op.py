@@ -133,7 +133,8 @@ class Op:
         self.final = [Argument(f"final_{s}", x, "state") for s, x in states.items()]
         dfinal = [Argument(f"dfinal_{s}", x, "state") for s, x in states.items()]
         self.do = [Argument("do", output, "input"), *dfinal]
-        self.compiled = {x: getattr(_C, f"{kernel or name}_{x}") for x in ("forward", "backward", "step", "step_plain")}
+        self.compiled = {x: getattr(_C, f"{kernel or name}_{x}") for x in ("forward", "backward", "step")}
+        self.plain = getattr(_C, f"{kernel or name}_step_plain")
         self._register()
 
     # Entry points: what the public functions call.
@@ -165,32 +166,20 @@ class Op:
             return o, None
         return o, final[0] if len(final) == 1 else tuple(final)
 
-    def step(
-        self, tokens: tuple[Tensor | None, ...], state: Any, scale: float | None, backend: str, *flags: bool
-    ) -> Tensor:
-        """o of one token; `state` is changed in place.
+    def step(self, backend: str, *args: Any) -> Tensor:
+        """o of one token. args: tokens, states (changed in place), flags, scale.
 
         C++ is called at once, without torch's dispatcher, unless it finds that the tensors are not dense CPU tensors that
         fit each other and need no gradient (it returns None), or something wants to see the call: a compiler, tracer,
         mode, forward-mode level or profiler.
         """
-        states = (state,) if len(self.state) == 1 else pair("state", state)
-        if not (
-            torch.compiler.is_compiling()
-            or (backend != "auto" and backend != "cpu")
-            or _torch_private.dispatch_modes()
-            or _torch_private.function_modes()
-            or _torch_private.tracing() is not None
-            or _torch_private.profiling()
-            or _torch_private.forward_level() >= 0
-        ):
-            limits = GATE_ALLOWANCE, torch.get_num_threads(), torch.is_grad_enabled()
-            o = self.compiled["step_plain"](*tokens, *states, *flags, scale, *limits)
+        if not (torch.compiler.is_compiling() or (backend != "auto" and backend != "cpu") or _torch_private.watched()):
+            o = self.plain(*args, GATE_ALLOWANCE, torch.get_num_threads(), torch.is_grad_enabled())
             if o is not None:
                 return o
-        first = self._first(tokens)
-        refuse_transforms(f"{self.name}_step", *tokens, *states)
-        return self.step_op(*tokens, *states, common.default_scale(scale, first), *flags, backend)
+        first, m = self._first(args), len(self.token) + len(self.state)
+        refuse_transforms(f"{self.name}_step", *args[:m])
+        return self.step_op(*args[:m], common.default_scale(args[-1], first), *args[m:-1], backend)
 
     def _first(self, tokens: Sequence[Any]) -> Tensor:
         if not isinstance(tokens[0], Tensor):

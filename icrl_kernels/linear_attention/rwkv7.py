@@ -120,7 +120,7 @@ def rwkv7_step(
             torch.no_grad() is on, for an argument that requires a gradient. Where a gate is refused the state has
             changed all the same.
     """
-    return OP.step((r, w, k, v, a, b), state, scale, backend)
+    return OP.step(backend, r, w, k, v, a, b, state, scale)
 
 
 OP = Op(

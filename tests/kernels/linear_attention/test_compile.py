@@ -220,8 +220,8 @@ def test_a_step_is_seen_by_modes_and_profilers(op):
     inputs, name = op.inputs(CPU, 3), f"icrl.{op.name}_step"
     state = op.states(CPU, 3)
     start, results, calls = tuple(s.clone() for s in state), [], []
-    compiled = importlib.import_module(f"icrl_kernels.linear_attention.{op.name}").OP.compiled
-    original = compiled["step_plain"]
+    declared = importlib.import_module(f"icrl_kernels.linear_attention.{op.name}").OP
+    original = declared.plain
 
     def run(*x):
         for s, first in zip(state, start, strict=True):
@@ -236,7 +236,7 @@ def test_a_step_is_seen_by_modes_and_profilers(op):
         return calls[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(compiled, "step_plain", counted)
+        patch.setattr(declared, "plain", counted)
         run(*inputs)
         assert len(calls) == 1
         if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -291,7 +291,7 @@ def test_steps_of_every_backend_agree(device, op):
 
 def test_a_step_goes_straight_to_c_for_its_own_backend_alone(monkeypatch):
     op, calls = importlib.import_module("icrl_kernels.linear_attention.gla").OP, []
-    monkeypatch.setitem(op.compiled, "step_plain", lambda *args: calls.append(args))  # None: ask the dispatcher
+    monkeypatch.setattr(op, "plain", lambda *args: calls.append(args))  # None: ask the dispatcher
     x, state = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, 4)
     for backend, wanted in (("auto", 1), ("cpu", 2), ("reference", 2)):
         gla_step(x, x, x, None, state, backend=backend)
