@@ -27,10 +27,9 @@ def experiment_of(given: dict[str, Any], over: Options, loop: Options, world_loo
         return {name: value for name, value in options.items() if value is not None}
 
     run = offline_run(given)
-    seed = {} if loop.get("seed") is None else {"seed": 0}  # the option goes over both
     loops = {
         "loop": replace(run.loop, **chosen(loop)),
-        "world_loop": replace(run.world_loop, **seed, **chosen(world_loop or {})),
+        "world_loop": replace(run.world_loop, **chosen(world_loop or {})),
     }
     return Experiment(replace(run, **chosen(over), **loops))
 
