@@ -433,7 +433,7 @@ def test_only_train_omnirl_runs_in_several_processes(monkeypatch, capsys, tmp_pa
 
 def test_the_group_and_the_device_follow_the_machine(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: asked.append(backend))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert process.prepare(LoopConfig(device="cpu")) == torch.device("cpu")
