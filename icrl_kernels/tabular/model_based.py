@@ -14,6 +14,7 @@ from icrl_kernels._registry import Backend, define, no_cuda
 
 MOST_ENTRIES = 2**58  # whose bytes 64 bits count
 MOST_SWEEPS = 2**16
+MOST_ACTIONS = 2**20
 
 
 def model_based_q(
@@ -84,7 +85,7 @@ def _check(
     _checks.same_device(**given)
     if reward.requires_grad and torch.is_grad_enabled():
         raise ValueError("reward: model_based_q has no gradient; detach it")
-    for name, size, most in (("num_states", num_states, 32767), ("num_actions", num_actions, 32767)):
+    for name, size, most in (("num_states", num_states, 32767), ("num_actions", num_actions, MOST_ACTIONS)):
         if not 1 <= size <= most:
             raise ValueError(f"{name}: wanted 1 to {most}, got {size}")
     if max(R, 1) * (num_states + 3) ** 2 * (num_actions + 8) > MOST_ENTRIES or R * T * num_actions > MOST_ENTRIES:

@@ -350,7 +350,7 @@ def _check(*args: Any) -> Sizes:
         _refuse_state(RolloutState(*state), *tables.offset.shape[1:])
     (N, S, A), R, M = tables.offset.shape, state[0].shape[0], tables.cumulative.shape[0] - READ_PAST
     if not 0 <= steps <= MOST_ENTRIES:
-        raise ValueError(f"steps: wanted 0 to {MOST_ENTRIES}, got {steps}")
+        raise ValueError(f"steps: wanted an int >= 0, of at most {MOST_ENTRIES}, got {steps}")
     P = G = 0
     if policies is not None:
         choices = policies.dtype == torch.int16
