@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 
+def not_a_tensor(name: str, value: object) -> ValueError:
+    return ValueError(f"{name}: wanted a tensor, got {type(value).__name__}")
+
+
 def shape(name: str, tensor: Tensor, wanted: Sequence[int | str | None], **sizes: int) -> None:
     """`wanted` holds an int, a symbol ("T", looked up in `sizes`, free when absent) or None (free) for each dimension."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+        raise not_a_tensor(name, tensor)
     names = "[" + ", ".join("?" if w is None else str(w) for w in wanted) + "]"
     values = [sizes.get(w) if isinstance(w, str) else w for w in wanted]
     fits = tensor.dim() == len(values) and all(w is None or s == w for s, w in zip(tensor.shape, values, strict=True))

@@ -54,7 +54,7 @@ def bind(
         if t is None and a.optional:
             continue
         if not isinstance(t, Tensor):
-            raise ValueError(f"{a.label}: wanted a tensor, got {type(t).__name__}")
+            raise _checks.not_a_tensor(a.label, t)
         if t.device != device:
             raise ValueError(f"{a.label}: is on {t.device}, but {label} is on {device}")
         shape = t.shape
@@ -183,7 +183,7 @@ class Op:
 
     def _first(self, tokens: Sequence[Any]) -> Tensor:
         if not isinstance(tokens[0], Tensor):
-            raise ValueError(f"{self.first}: wanted a tensor, got {type(tokens[0]).__name__}")
+            raise _checks.not_a_tensor(self.first, tokens[0])
         return tokens[0]
 
     # Checks: of every call of an op, and of the reference.

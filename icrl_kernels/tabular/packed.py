@@ -30,7 +30,7 @@ class PackedTransition(NamedTuple):
         _checks.dtype("probability", self.probability, [torch.float32, torch.float64])
         for name in ("offset", "first", "length"):
             if not isinstance(getattr(self, name), Tensor):
-                raise ValueError(f"{name}: wanted a tensor, got {type(getattr(self, name)).__name__}")
+                raise _checks.not_a_tensor(name, getattr(self, name))
         sized = "first" if self.first.shape == self.length.shape else "offset"  # two that agree say the sizes
         _checks.shape(sized, getattr(self, sized), ["N", "S", "A"])
         n, s, a = getattr(self, sized).shape

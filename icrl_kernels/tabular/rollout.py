@@ -195,7 +195,7 @@ def rollout(
     else:
         for name, tensor in state._asdict().items():
             if not isinstance(tensor, Tensor):
-                raise ValueError(f"state.{name}: wanted a tensor, got {type(tensor).__name__}")
+                raise _checks.not_a_tensor(f"state.{name}", tensor)
         final = RolloutState(*map(_copy, state))
     if behaviours is None:
         device = tables.offset.device
@@ -295,7 +295,7 @@ def _steps(steps: int) -> int:
 def _policies(policies: Tensor, N: int) -> Tensor:
     """Actions [N,P,S] int16, or probabilities as thresholds: zeros in place of rows that are no distribution."""
     if not isinstance(policies, Tensor):
-        raise ValueError(f"policies: wanted a tensor, got {type(policies).__name__}")
+        raise _checks.not_a_tensor("policies", policies)
     if not policies.dtype.is_floating_point:
         _checks.shape("policies", policies, [N, "P", "S"], N=N)
         _checks.dtype("policies", policies, INTEGERS)
