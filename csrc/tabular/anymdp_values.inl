@@ -135,22 +135,14 @@ struct TaskValues {
       for (int64_t r = 0; r < kBlock; ++r) own[(i - l) * 64 + r * 9] += 1.0;
       for (int64_t j = l; j <= h; ++j) {
         double* here = own + (j - l) * 64;
-        v8 acc[8];
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) acc[r] = load(here + 8 * r);
-        for (int64_t k = l; k < smaller(i, j); ++k)
-          if (high[k] >= j) subtract_product(acc, own + (k - l) * 64, tiles + tile[k] + (j - low[k]) * 64);
-        if (j == i) {
-          invert(acc);
-          here = inverse + i * 64;
-        } else if (j < i) {
-#pragma GCC unroll 8
-          for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
-          clear(acc);
-          subtract_product(acc, here, inverse + j * 64);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) store(here + 8 * r, acc[r]);
+        subtract_products(here, l, smaller(i, j), [&](int64_t k, const double*& m, const double*& u) {
+          m = own + (k - l) * 64, u = tiles + tile[k] + (j - low[k]) * 64;
+          return high[k] >= j;
+        });
+        if (j < i)
+          multiply(here, inverse + j * 64);
+        else if (j == i)
+          invert(here, inverse + i * 64);
       }
     }
   }
@@ -159,19 +151,15 @@ struct TaskValues {
 
   void solve() {  // v from rhs, which is lost
     for (int64_t i = 0; i < nb; ++i) {
-      v8 acc[8];
-      clear(acc);
-      for (int64_t j = low[i]; j < i; ++j) subtract_times(acc, tile_at(i, j), rhs + j * kBlock);
-      store(rhs + i * kBlock, load(rhs + i * kBlock) + row_sums(acc));
+      const Eight known = minus_products(
+          low[i], i, [&](int64_t j, const double*& m, const double*& x) { m = tile_at(i, j), x = rhs + j * kBlock; });
+      store(rhs + i * kBlock, eight(rhs + i * kBlock) + known);
     }
     for (int64_t i = nb - 1; i >= 0; --i) {
-      v8 acc[8];
-      clear(acc);
-      for (int64_t j = i + 1; j <= high[i]; ++j) subtract_times(acc, tile_at(i, j), v + j * kBlock);
-      const v8 right = load(rhs + i * kBlock) + row_sums(acc);
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) acc[r] = load(inverse + i * 64 + 8 * r) * right;
-      store(v + i * kBlock, row_sums(acc));
+      const Eight known = minus_products(i + 1, high[i] + 1, [&](int64_t j, const double*& m, const double*& x) {
+        m = tile_at(i, j), x = v + j * kBlock;
+      });
+      store(v + i * kBlock, product(inverse + i * 64, eight(rhs + i * kBlock) + known));
     }
   }
 

@@ -42,25 +42,26 @@ void backup(Task& t, double discount, const double* v) {
     for (int64_t a0 = 0; a0 < na; a0 += 8) {
       const int64_t rows = na - a0 < 8 ? na - a0 : 8;
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + a0 * n * 8;
-      v8 acc[8];
-      clear(acc);
-      if (rows == 5) {
+      Eight acc[8];
+#pragma GCC unroll 8
+      for (Eight& one : acc) one = eight_of(0);
+      if (rows == 5 && kParts < 4) {
         const double* at[5];
         for (int r = 0; r < 5; ++r) at[r] = v + start[a0 + r] * 8;
         for (int64_t b = 0; b < n * 8; b += 8) {
 #pragma GCC unroll 5
-          for (int r = 0; r < 5; ++r) acc[r] += load(p + r * n * 8 + b) * load(at[r] + b);
+          for (int r = 0; r < 5; ++r) acc[r] += eight(p + r * n * 8 + b) * eight(at[r] + b);
         }
       } else {
         for (int64_t r = 0; r < rows; ++r) {
           const double* at = v + start[a0 + r] * 8;
-          v8 one = splat(0);
-          for (int64_t b = 0; b < n * 8; b += 8) one += load(p + r * n * 8 + b) * load(at + b);
+          Eight one = eight_of(0);
+          for (int64_t b = 0; b < n * 8; b += 8) one += eight(p + r * n * 8 + b) * eight(at + b);
           acc[r] = one;
         }
       }
       // eight are written where fewer are meant; the next state or the padding takes them over
-      store(q + a0, load(t.reward + s * na + a0) + discount * row_sums(acc));
+      store(q + a0, eight(t.reward + s * na + a0) + discount * row_sums(acc));
       for (int64_t r = 0; r < rows; ++r) best = q[a0 + r] > best ? q[a0 + r] : best;
     }
     t.next[s] = best;
@@ -75,14 +76,12 @@ double backup_rounding(const Task& t, double discount, double largest) {
 
 // max |v|, NaN where there is NaN or infinity; v is padded with zeros to whole blocks.
 double largest_magnitude(const Task& t, const double* v) {
-  v8 most = splat(0), odd = splat(0);
+  Eight most = eight_of(0), odd = eight_of(0);
   for (int64_t b = 0; b < t.nb * 8; b += 8) {
-    const v8 x = load(v + b), size = magnitude(x);
-    most = size > most ? size : most, odd += x - x;
+    const Eight x = eight(v + b);
+    most = most_of(magnitude(x), most), odd += x - x;
   }
-  double m = 0;
-  for (int j = 0; j < 8; ++j) m = most[j] > m ? most[j] : m;
-  return m + sum(odd);
+  return largest_lane(most) + sum(odd);
 }
 
 // ---- policy evaluation by block LU ----------------------------------------------------------------------------------
@@ -106,54 +105,37 @@ bool evaluate(Task& t, double discount, const int64_t* policy, int64_t from) {
     t.tile[i + 1] = t.tile[i] + (high - low + 1) * 64;
     double* tiles = t.tiles + t.tile[i];  // tile j at tiles + (j - low) * 64
 
-    for (int64_t x = 0; x < (high - low + 1) * 64; x += 8) store(tiles + x, splat(0));
+    __builtin_memset(tiles, 0, (high - low + 1) * 64 * sizeof(double));
     for (int64_t r = 0; r < count; ++r) {
       const int64_t s = begin + r, k = s * na + policy[s];
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + (policy[s] * t.blocks[s] - t.row_start[k]) * 8;
       for (int64_t j = t.row_first[k]; j < t.row_end[k]; ++j)
-        store(tiles + (j - low) * 64 + r * 8, -discount * load(p + j * 8));
+        store(tiles + (j - low) * 64 + r * 8, -discount * eight(p + j * 8));
       t.rhs[s] = t.reward[k];
     }
     for (int64_t r = 0; r < 8; ++r) tiles[(i - low) * 64 + r * 9] += 1;
     for (int64_t r = count; r < 8; ++r) t.rhs[begin + r] = 0;
 
-    v8 residual[8];
-    clear(residual);
     for (int64_t j = low; j <= high; ++j) {
       double* here = tiles + (j - low) * 64;
-      v8 acc[8];
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) acc[r] = load(here + 8 * r);
-      const int64_t last = j < i ? j : i;
-      for (int64_t k = low; k < last; ++k)
-        if (t.high[k] >= j) subtract_product(acc, tiles + (k - low) * 64, t.tiles + t.tile[k] + (j - t.low[k]) * 64);
-      if (j == i) {
-        if (!invert(acc)) return false;
-        here = t.inverse + i * 64;
-      } else if (j < i) {
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) store(here + 8 * r, -acc[r]);
-        v8 product[8];
-        clear(product);
-        subtract_product(product, here, t.inverse + j * 64);
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) acc[r] = product[r];
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) store(here + 8 * r, acc[r]);
-      if (j < i) subtract_times(residual, here, t.rhs + j * 8);
+      subtract_products(here, low, j < i ? j : i, [&](int64_t k, const double*& m, const double*& u) {
+        m = tiles + (k - low) * 64, u = t.tiles + t.tile[k] + (j - t.low[k]) * 64;
+        return t.high[k] >= j;
+      });
+      if (j < i)
+        multiply(here, t.inverse + j * 64);
+      else if (j == i && !invert(here, t.inverse + i * 64))
+        return false;
     }
-    store(t.rhs + begin, load(t.rhs + begin) + row_sums(residual));
+    const Eight known = minus_products(
+        low, i, [&](int64_t j, const double*& m, const double*& x) { m = tiles + (j - low) * 64, x = t.rhs + j * 8; });
+    store(t.rhs + begin, eight(t.rhs + begin) + known);
   }
   for (int64_t i = nb - 1; i >= 0; --i) {
-    v8 acc[8];
-    clear(acc);
-    for (int64_t j = i + 1; j <= t.high[i]; ++j)
-      subtract_times(acc, t.tiles + t.tile[i] + (j - t.low[i]) * 64, t.v + j * 8);
-    const v8 right = load(t.rhs + i * 8) + row_sums(acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) acc[r] = load(t.inverse + i * 64 + 8 * r) * right;
-    store(t.v + i * 8, row_sums(acc));
+    const Eight known = minus_products(i + 1, t.high[i] + 1, [&](int64_t j, const double*& m, const double*& x) {
+      m = t.tiles + t.tile[i] + (j - t.low[i]) * 64, x = t.v + j * 8;
+    });
+    store(t.v + i * 8, product(t.inverse + i * 64, eight(t.rhs + i * 8) + known));
   }
   return true;
 }
@@ -305,19 +287,20 @@ PlanResult policy_iteration(Task& t, double discount) {
 template <class T>
 void policy_sweep(Task& t, double discount) {
   for (int64_t s0 = 0; s0 < t.ns; s0 += 8) {
-    v8 acc[8];
-    clear(acc);
+    Eight acc[8];
+#pragma GCC unroll 8
+    for (Eight& one : acc) one = eight_of(0);
     const int64_t count = t.ns - s0 < 8 ? t.ns - s0 : 8;
     alignas(64) double reward[8] = {};
     for (int64_t r = 0; r < count; ++r) {
       const int64_t s = s0 + r, k = s * t.na + t.policy[s], n = t.blocks[s] * 8;
       const T* p = static_cast<const T*>(t.packed) + t.offset[s] + t.policy[s] * n;
       const double* v = t.v + t.row_start[k] * 8;
-      v8 one = splat(0);
-      for (int64_t b = 0; b < n; b += 8) one += load(p + b) * load(v + b);
+      Eight one = eight_of(0);
+      for (int64_t b = 0; b < n; b += 8) one += eight(p + b) * eight(v + b);
       acc[r] = one, reward[r] = t.reward[k];
     }
-    store(t.next + s0, load(reward) + discount * row_sums(acc));
+    store(t.next + s0, eight(reward) + discount * row_sums(acc));
   }
   __builtin_memcpy(t.v, t.next, t.nb * 8 * sizeof(double));
 }

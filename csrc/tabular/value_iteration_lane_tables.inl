@@ -144,7 +144,8 @@ bool load_task(Lane& lane, const TaskTables& in) {
   const int64_t na = in.num_actions, rows = in.num_states * na;
   const T *transition = static_cast<const T*>(in.transition), *reward = static_cast<const T*>(in.reward);
   T* to = static_cast<T*>(lane.table);
-  v8 least = splat(0), row_sum = splat(0), largest = splat(0);
+  Eight least = eight_of(0);
+  v8 row_sum = splat(0), largest = splat(0);
   i8 fault = {};
   j8 widest = {};
   int64_t used = 0;
@@ -162,39 +163,42 @@ bool load_task(Lane& lane, const TaskTables& in) {
 #pragma GCC unroll 8
     for (int r = 0; r < 8; ++r) blocks = n[r] > blocks ? n[r] : blocks;
     blocks = (blocks + 7) / 8;
-    v8 total[8];
-    clear(total);
-    for (int32_t b = 0; b < blocks; ++b) {
-      T* here = to + used + b * 64;
+    Eight total[8], mean[8], size[8];
+    for (int r0 = 0; r0 < 8; r0 += kTogether) {
+      Eight sums[kTogether], gain[kTogether], amount[kTogether];
+      clear(sums), clear(gain), clear(amount);
+      for (int32_t b = 0; b < blocks; ++b) {
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) {
-        copy_part(here + r * 8, from[r] + b * 8, n[r] - b * 8);
-        const v8 p = load(here + r * 8);
-        total[r] += p;
-        least = p < least ? p : least;
+        for (int r = 0; r < kTogether; ++r) {
+          T* here = to + used + b * 64 + (r0 + r) * 8;
+          copy_part(here, from[r0 + r] + b * 8, n[r0 + r] - b * 8);
+          const Eight x = eight(here);
+          sums[r] += x;
+          least = least_of(x, least);
+        }
       }
+      for (int32_t b = 0; b < blocks && in.reward_by_successor; ++b) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kTogether; ++r) {
+          T won[8];
+          copy_part(won, reward + (from[r0 + r] - transition) + b * 8, n[r0 + r] - b * 8);
+          // the reward of an impossible transition counts for nothing, even if it is NaN
+          const Eight x = times_where_not_zero(eight(won), eight(to + used + b * 64 + (r0 + r) * 8));
+          gain[r] += x, amount[r] += magnitude(x);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kTogether; ++r) total[r0 + r] = sums[r], mean[r0 + r] = gain[r], size[r0 + r] = amount[r];
     }
     v8 gains, sizes;
     if (in.reward_by_successor) {
-      v8 mean[8], size[8];
-      clear(mean), clear(size);
-      for (int32_t b = 0; b < blocks; ++b) {
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
-          T won[8];
-          copy_part(won, reward + (from[r] - transition) + b * 8, n[r] - b * 8);
-          // the reward of an impossible transition counts for nothing, even if it is NaN
-          const v8 p = load(to + used + b * 64 + r * 8), x = p != 0 ? load(won) * p : splat(0);
-          mean[r] += x, size[r] += x < 0 ? -x : x;
-        }
-      }
-      gains = row_sums(mean), sizes = row_sums(size);
+      gains = whole(row_sums(mean)), sizes = whole(row_sums(size));
     } else {
       T means[8];
       copy_part(means, reward + k, static_cast<int32_t>(count));
       gains = load(means), sizes = gains < 0 ? -gains : gains;
     }
-    const v8 mass = row_sums(total);
+    const v8 mass = whole(row_sums(total));
     const i8 empty = mass == 0;
     row_sum = mass > row_sum ? mass : row_sum;
     fault |= ~empty & ~((mass - 1 <= 1e-4) & (mass - 1 >= -1e-4) & (sizes <= kLargest));
@@ -208,7 +212,7 @@ bool load_task(Lane& lane, const TaskTables& in) {
     lane.blocks[k / 8] = blocks, lane.begin[k / 8] = static_cast<int32_t>(used);
     used += blocks * 64;
   }
-  fault |= least < 0;
+  fault |= whole(least) < 0;
   bool plain = !any(fault);
   lane.widest = 0, lane.row_sum = lane.reward_magnitude = 0;
   for (int j = 0; j < 8; ++j) {
@@ -236,18 +240,19 @@ bool load_task(Lane& lane, const TaskTables& in) {
 
 // Eight numbers in type E.
 template <class E>
-struct Eight;
+struct Numbers;
 template <>
-struct Eight<double> {
-  typedef v8 type;
+struct Numbers<double> {
+  typedef Eight type;
   template <class T>
-  static inline v8 get(const T* p) {
-    return load(p);
+  static inline Eight get(const T* p) {
+    return eight(p);
   }
-  static inline void set(double* p, const v8& x) { store(p, x); }
+  static inline void set(double* p, const Eight& x) { store(p, x); }
+  static constexpr int kTogether = ICRL_ISA::kTogether;
 };
 template <>
-struct Eight<float> {
+struct Numbers<float> {
   typedef f8 type;
   static inline f8 get(const float* p) { return *reinterpret_cast<const f8u*>(p); }
 #if defined(__AVX512F__)
@@ -256,23 +261,31 @@ struct Eight<float> {
   static inline f8 get(const double* p) { return __builtin_convertvector(load(p), f8); }
 #endif
   static inline void set(float* p, const f8& x) { *reinterpret_cast<f8u*>(p) = x; }
+  static constexpr int kTogether = 8;
 };
 
 // q = reward + discount T v in E; zeros follow v.
 template <class T, class E>
 void backup_lane(const Lane& lane, int64_t na, const E* v, E* q) {
-  typedef typename Eight<E>::type V;
+  using Number = Numbers<E>;
   const E discount = static_cast<E>(lane.gamma);
   const T* p = static_cast<const T*>(lane.table);
   for (int64_t k = 0; k < lane.states * na; k += 8) {
     const int32_t *first = lane.first + k, width = lane.blocks[k / 8] * 8;
-    V acc[8];
-    clear(acc);
-    for (int32_t j = 0; j < width; j += 8, p += 64) {
+    typename Number::type acc[8];
+    for (int r0 = 0; r0 < 8; r0 += Number::kTogether) {
+      typename Number::type one[Number::kTogether];
+      clear(one);
+      for (int32_t j = 0; j < width; j += 8) {
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) acc[r] += Eight<E>::get(p + r * 8) * Eight<E>::get(v + first[r] + j);
+        for (int r = 0; r < Number::kTogether; ++r)
+          one[r] += Number::get(p + j * 8 + (r0 + r) * 8) * Number::get(v + first[r0 + r] + j);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < Number::kTogether; ++r) acc[r0 + r] = one[r];
     }
-    Eight<E>::set(q + k, Eight<E>::get(lane.reward + k) + discount * row_sums(acc));
+    p += width * 8;
+    Number::set(q + k, Number::get(lane.reward + k) + discount * row_sums(acc));
   }
 }
 

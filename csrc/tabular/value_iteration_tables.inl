@@ -28,7 +28,19 @@ namespace {
 
 constexpr double kUnit = 0x1p-53, kLargest = 0x1.fffffffffffffp1023;
 
-inline double sum(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
+// Sum and maximum of the lanes.
+inline double sum(const Eight& x) {
+  alignas(64) double a[8];
+  store(a, x);
+  return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
+inline double largest_lane(const Eight& x) {
+  alignas(64) double a[8];
+  store(a, x);
+  double most = a[0];
+  for (int j = 1; j < 8; ++j) most = a[j] > most ? a[j] : most;
+  return most;
+}
 
 // A packed task and the planner's workspace, carved from the caller's scratch by layout.
 struct Task {
@@ -78,36 +90,42 @@ int64_t layout(Task& t, char* base, int64_t ns, int64_t na) {
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-// Whether 32 floats, 16 doubles or one block of eight hold anything but zeros. NaN counts.
+// Whether the numbers at p hold anything but zeros: four blocks of eight, or one. NaN counts.
 #if defined(__AVX512F__)
-inline bool any_four(const float* p) {
-  const __m512i x = _mm512_or_si512(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16));
-  return _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x7fffffff)) != 0;
+inline __m512i bits_at(const void* p) { return _mm512_loadu_si512(p); }
+inline __m512i either(const __m512i& a, const __m512i& b) { return _mm512_or_si512(a, b); }
+inline bool any_bit(const __m512i& x, long long mask) {
+  return _mm512_test_epi64_mask(x, _mm512_set1_epi64(mask)) != 0;
+}
+#elif defined(__AVX2__)
+inline __m256i bits_at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m256i either(const __m256i& a, const __m256i& b) { return _mm256_or_si256(a, b); }
+inline bool any_bit(const __m256i& x, long long mask) { return !_mm256_testz_si256(x, _mm256_set1_epi64x(mask)); }
+#else
+inline uint64_t bits_at(const void* p) {
+  uint64_t x;
+  return __builtin_memcpy(&x, p, 8), x;
+}
+inline uint64_t either(uint64_t a, uint64_t b) { return a | b; }
+inline bool any_bit(uint64_t x, long long mask) { return (x & static_cast<uint64_t>(mask)) != 0; }
+#endif
+template <int count, class T>
+inline bool any(const T* p) {
+  constexpr int step = sizeof(bits_at(nullptr)) / sizeof(T) < count ? sizeof(bits_at(nullptr)) / sizeof(T) : count;
+  auto x = bits_at(p);
+#pragma GCC unroll 32
+  for (int j = step; j < count; j += step) x = either(x, bits_at(p + j));
+  return any_bit(x, sizeof(T) == 8 ? 0x7fffffffffffffff : 0x7fffffff7fffffff);
+}
+#if defined(__AVX512F__)
+inline bool any_block(const float* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_test_epi32_mask(x, _mm256_set1_epi32(0x7fffffff)) != 0;
 }
 #else
-inline bool any_four(const float* p) {
-  uint64_t w[16], x = 0;
-  __builtin_memcpy(w, p, 128);
-  for (int i = 0; i < 16; ++i) x |= w[i];
-  return (x & 0x7fffffff7fffffffull) != 0;
-}
+inline bool any_block(const float* p) { return any<8>(p); }
 #endif
-inline bool any_four(const double* p) {
-  uint64_t w[32], x = 0;
-  __builtin_memcpy(w, p, 256);
-  for (int i = 0; i < 32; ++i) x |= w[i];
-  return x << 1 != 0;
-}
-inline bool any_block(const float* p) {
-  uint64_t w[4];
-  __builtin_memcpy(w, p, 32);
-  return ((w[0] | w[1] | w[2] | w[3]) & 0x7fffffff7fffffffull) != 0;
-}
-inline bool any_block(const double* p) {
-  uint64_t w[8];
-  __builtin_memcpy(w, p, 64);
-  return ((w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) << 1) != 0;
-}
+inline bool any_block(const double* p) { return any<8>(p); }
 
 // The blocks [lo, hi) of a row of n entries outside of which it is zero; lo = hi = 0 where all of it is.
 template <class T>
@@ -116,12 +134,12 @@ inline void window(const T* row, int64_t n, int32_t& low, int32_t& high) {
   int64_t lo = 0, hi = whole;
   bool tail = false;
   for (int64_t j = whole * 8; j < n; ++j) tail |= row[j] != 0;
-  while (lo + 4 <= whole && !any_four(row + lo * 8)) lo += 4;
+  while (lo + 4 <= whole && !any<32>(row + lo * 8)) lo += 4;
   while (lo < whole && !any_block(row + lo * 8)) ++lo;
   if (tail) {
     hi = whole + 1;
   } else {
-    while (hi - 4 >= lo && !any_four(row + hi * 8 - 32)) hi -= 4;
+    while (hi - 4 >= lo && !any<32>(row + hi * 8 - 32)) hi -= 4;
     while (hi > lo && !any_block(row + hi * 8 - 8)) --hi;
   }
   low = static_cast<int32_t>(lo < hi ? lo : 0), high = static_cast<int32_t>(lo < hi ? hi : 0);
@@ -213,22 +231,23 @@ PlanResult first_fault(const Task& t, const TaskTables& in) {
 // Those lanes of a block at p that `bits` has, zeros in the others, of which nothing is read; put in `to`, and
 // returned.
 #if defined(__AVX512F__)
-inline v8 copy(double* to, const double* p, uint32_t bits) {
+inline Eight copy(double* to, const double* p, uint32_t bits) {
   const __m512d x = _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p);
-  return _mm512_storeu_pd(to, x), x;
+  return _mm512_storeu_pd(to, x), Eight{{x}};
 }
-inline v8 copy(float* to, const float* p, uint32_t bits) {
+inline Eight copy(float* to, const float* p, uint32_t bits) {
   const __m256 x = _mm256_maskz_loadu_ps(static_cast<__mmask8>(bits), p);
-  return _mm256_storeu_ps(to, x), _mm512_maskz_cvtps_pd(0xff, x);
+  return _mm256_storeu_ps(to, x), Eight{{_mm512_maskz_cvtps_pd(0xff, x)}};
 }
 #else
 template <class T>
-inline v8 copy(T* to, const T* p, uint32_t bits) {
-  if (bits == 0xff)
+inline Eight copy(T* to, const T* p, uint32_t bits) {
+  if (bits == 0xff) {
     __builtin_memcpy(to, p, 8 * sizeof(T));
-  else
-    for (int j = 0; j < 8; ++j) to[j] = bits >> j & 1 ? p[j] : T(0);
-  return load(to);
+    return eight(p);
+  }
+  for (int j = 0; j < 8; ++j) to[j] = bits >> j & 1 ? p[j] : T(0);
+  return eight(to);
 }
 #endif
 
@@ -243,7 +262,16 @@ struct DenseRows {
   const int64_t ns;
   Extent row(int64_t k) const { return {k * in.stride, 0, ns}; }
   void find(int64_t k, int32_t& low, int32_t& high) const {
-    window(static_cast<const T*>(in.transition) + k * in.stride, ns, low, high);
+    const T* row = static_cast<const T*>(in.transition) + k * in.stride;
+    window(row, ns, low, high);
+    // A row is read from both ends to where it begins and ends: the processor's own prefetcher does not follow that.
+    constexpr int64_t kLine = 64 / sizeof(T), kAhead = 4;
+    if (k + kAhead < ns * in.num_actions)
+      for (int64_t j = 0; j < ns; j += kLine) __builtin_prefetch(row + kAhead * in.stride + j);
+    if (in.reward_by_successor) {
+      const T* reward = static_cast<const T*>(in.reward) + k * in.stride;
+      for (int64_t j = low * 8; j < high * 8; j += kLine) __builtin_prefetch(reward + j);
+    }
   }
 };
 
@@ -263,7 +291,6 @@ struct WindowRows {  // successors from num_states on are left out
 };
 
 inline int64_t within(int64_t x) { return x < 0 ? 0 : x > 8 ? 8 : x; }
-inline v8 magnitude(const v8& x) { return reinterpret_cast<v8>(reinterpret_cast<i8>(x) & 0x7fffffffffffffffll); }
 
 template <class T, class Rows>
 PlanResult pack(Task& t, const TaskTables& in) {
@@ -278,12 +305,13 @@ PlanResult pack(Task& t, const TaskTables& in) {
     for (int64_t k = 0; k < ns * na; ++k)
       if (outside(in, k)) return first_fault<T>(t, in);
   constexpr int64_t kTogether = 5;  // rows: three sums of each fill sixteen slots but one
-  v8 slots[2][8];
-  clear(slots[0]), clear(slots[1]);
+  Eight slots[2][8];
+  for (auto& half : slots)
+    for (Eight& slot : half) slot = eight_of(0);
   T won[8];
   int64_t used = 0;
   bool fault = false;
-  v8 least = splat(0);
+  Eight least = eight_of(0);
   for (int64_t s = 0; s < ns; ++s) {
     int32_t* first = t.row_first + s * na;
     int32_t* end = t.row_end + s * na;
@@ -302,21 +330,21 @@ PlanResult pack(Task& t, const TaskTables& in) {
         // a row narrower than the state's widest takes in zeros next to it, all of it within the table
         const int64_t start = t.row_first[k] + n <= t.nb ? t.row_first[k] : t.nb - n;
         t.row_start[k] = static_cast<int32_t>(start);
-        v8 sum = splat(0), gains = splat(0), sizes = splat(0);
+        Eight sum = eight_of(0), gains = sum, sizes = sum;
         const Extent row = table.row(k);
         for (int64_t b = start * 8; b < (start + n) * 8; b += 8, used += 8) {
           const uint32_t bits = 0xffu << within(row.begin - b) & ~(0xffu << within(row.end - b)) & 0xffu;
-          const v8 p = copy(out + used, transition + (row.at + b), bits);
+          const Eight p = copy(out + used, transition + (row.at + b), bits);
           sum += p;
-          least = p < least ? p : least;
+          least = least_of(p, least);
           if (by_successor) {
             // the reward of an impossible transition counts for nothing, even if it is NaN
-            const v8 x = p != 0 ? copy(won, reward + (row.at + b), bits) * p : splat(0);
+            const Eight x = times_where_not_zero(copy(won, reward + (row.at + b), bits), p);
             gains += x;
             sizes += magnitude(x);
           }
         }
-        v8* slot = &slots[0][0] + 3 * r;
+        Eight* slot = &slots[0][0] + 3 * r;
         slot[0] = sum, slot[1] = gains, slot[2] = sizes;
       }
       alignas(64) double sums[16];
@@ -339,15 +367,15 @@ PlanResult pack(Task& t, const TaskTables& in) {
     if (ends)
       for (int64_t k = s * na; k < (s + 1) * na; ++k) t.reward[k] = t.magnitude[k] = 0;
   }
-  v8 most = splat(0), odd = splat(0);
-  store(t.magnitude + ns * na, splat(0));
+  Eight most = eight_of(0), odd = most;
+  store(t.magnitude + ns * na, most);
   for (int64_t k = 0; k < ns * na; k += 8) {
-    const v8 x = load(t.magnitude + k);
-    most = x > most ? x : most, odd += x - x;
+    const Eight x = eight(t.magnitude + k);
+    most = most_of(x, most), odd += x - x;
   }
-  for (int j = 0; j < 8; ++j) t.reward_magnitude = most[j] > t.reward_magnitude ? most[j] : t.reward_magnitude;
+  t.reward_magnitude = largest_lane(most);
   fault |= sum(odd) != 0;  // NaN where there is NaN or infinity
-  for (int j = 0; j < 8; ++j) fault |= least[j] < 0;
+  fault |= largest_lane(eight_of(0) - least) > 0;
   if (fault) return first_fault<T>(t, in);
   t.row_sum *= 1 + (t.widest * 8 + 4) * 2 * kUnit;
   return {};
