@@ -34,15 +34,49 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int = 9, warmu
     return times
 
 
+class Worker:
+    """A process that lives on and answers each line with a line, so that several can be asked in turn on one machine.
+
+    `ready` is the line that it prints first.
+    """
+
+    def __init__(self, *command: str, env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+        self.ready = self._line()
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self._line()
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker died: {self.process.args}")
+        return line.strip()
+
+
 def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(seconds) * 1e3, "best_ms": min(seconds) * 1e3, "runs": len(seconds)}
 
 
 def machine() -> dict[str, Any]:
+    from icrl_kernels import _C
+
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
     return {
         "cpu": cpu,
+        "kernels": _C.isa(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -27,7 +27,8 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def where(record: dict[str, Any]) -> str:
     m = record["machine"]
-    return f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}"
+    kernels = f" ({m['kernels']} kernels)" if "kernels" in m else ""
+    return f"{m['cpu']}{kernels}, {m['threads']} threads, torch {m['torch']}"
 
 
 def demo() -> str:

@@ -33,8 +33,8 @@ ICRL_CUDA_SOURCES(ICRL_DECLARE)
 
 PYBIND11_MODULE(_C, m) {
   m.def("isa", &icrl::isa_name);
-  m.def("has_team", &icrl::has_team);
-  m.def("set_team_size", &icrl::set_team_size);
+  m.def("use_own_helpers", &icrl::use_own_helpers);
+  m.def("set_torch_threads", &icrl::set_torch_threads);
   ICRL_CPU_SOURCES(ICRL_BIND)
 #ifdef ICRL_WITH_CUDA
   m.attr("with_cuda") = true;

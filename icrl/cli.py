@@ -576,8 +576,18 @@ COMMANDS = {
 }
 
 
+def let_waiting_threads_sleep() -> None:
+    """Bound how long torch's threads spin for work, where the user has not said it: beside a busy process that costs most.
+
+    libgomp reads this when torch is first imported, and spins 300,000 rounds by default.
+    """
+    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 2 with one line on what was wrong with the input."""
+    let_waiting_threads_sleep()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if args[:1] == ["eval"]:

@@ -16,7 +16,7 @@ from icrl_kernels.tabular.rollout import Rollout, RolloutState, rollout, rollout
 from icrl_kernels.tabular.rollout_reference import rollout_reference
 from icrl_kernels.tabular.rollout_tables import RolloutTables, rollout_tables
 from icrl_kernels.tabular.value_iteration import ValueIteration, value_iteration
-from icrl_kernels.threads import set_threads_here
+from icrl_kernels.threads import set_threads_here, threads_here
 
 __all__ = [
     "Behaviours",
@@ -47,5 +47,6 @@ __all__ = [
     "rwkv7_reference",
     "rwkv7_step",
     "set_threads_here",
+    "threads_here",
     "value_iteration",
 ]

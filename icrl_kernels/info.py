@@ -32,7 +32,7 @@ def info() -> dict[str, str]:
         "torch": torch.__version__ + _newer(),
         "triton": version("triton"),
         "CPU kernels": _C.isa(),
-        "threads": f"{torch.get_num_threads()} (OpenMP runtime {'found' if _C.has_team() else 'not found: one thread'})",
+        "threads": str(torch.get_num_threads()),
         "CUDA C++": "compiled" if _C.with_cuda else "not compiled (no nvcc when this was built)",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

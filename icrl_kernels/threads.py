@@ -1,5 +1,10 @@
 """How many threads work for one Python thread."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from icrl_kernels import _C
@@ -8,9 +13,26 @@ from icrl_kernels import _C
 def set_threads_here(threads: int) -> None:
     """Set how many threads torch's operators and these kernels use when called from this Python thread.
 
-    Other threads keep theirs, unlike with torch.set_num_threads, which also sets MKL's for the whole process.
+    Other threads keep theirs, unlike with torch.set_num_threads, which also sets MKL's for the whole process. MKL's number
+    for this thread then stays as set here, whatever torch.set_num_threads says later.
     """
+    _set(threads, threads)
+
+
+@contextmanager
+def threads_here(threads: int) -> Iterator[None]:
+    """As `set_threads_here`, for the length of a `with` block."""
+    before = torch.get_num_threads()
+    mkl = _set(threads, threads)
+    try:
+        yield
+    finally:
+        _set(before, mkl)
+
+
+def _set(threads: int, mkl: int) -> int:
+    """Returns MKL's number for this thread before; 0 is the process's."""
     if threads < 1:
         raise ValueError(f"threads: wanted at least 1, got {threads}")
     torch.get_num_threads()  # torch sets a new thread's number at its first use: let it, then overrule
-    _C.set_team_size(threads)
+    return _C.set_torch_threads(threads, mkl)

@@ -1,4 +1,10 @@
-// Threads: those of the OpenMP runtime that torch has already loaded, so that one pool serves both.
+// Threads. A region's items are claimed one by one, by the caller and by the other threads of its team, which are:
+//
+//   OpenMP's   of the runtime that torch has loaded, as long as they come at once. Such a region ends when every thread
+//              has come, so beside busy processes it takes as long as a thread waits for a core: milliseconds.
+//   our own    for a while after an OpenMP region whose end was waited for. The caller waits for claimed items only: a
+//              helper that gets no core costs nothing. They are not the rule, because they sleep between regions, and
+//              because where torch's threads still spin for work there is no free core for them.
 #pragma once
 
 #include <atomic>
@@ -7,19 +13,30 @@
 
 namespace icrl {
 
-// Runs body(context) on `threads` threads of the loaded OpenMP runtime; where none is loaded, on one.
-void run_team(void (*body)(void* context), void* context, int threads);
-bool has_team();
+// A region's work in nanoseconds, as one thread takes them, for which another thread is worth waking: waking one takes
+// 5 to 50 microseconds (benches/NOTES.md, "Threads").
+constexpr double kGrain = 50e3;
 
-// Of the thread that asks, in its team: its number and how many there are.
-void place_in_team(int& number, int& threads);
+// How many of `threads` threads a region is worth which one thread works off in about `nanoseconds`.
+inline int team_for(double nanoseconds, int threads) {
+  const double worth = nanoseconds / kGrain;
+  return worth >= threads ? threads : worth < 2 ? 1 : static_cast<int>(worth);
+}
 
-// Sets the calling thread's own team size, for torch's operators and for torch.get_num_threads() in that thread too.
-void set_team_size(int threads);
+// body(context, i) for each i in [0, n), by at most `threads` threads. body must not throw. Serial in a forked child:
+// neither team's threads are there.
+void run_items(void (*body)(void* context, int64_t item), void* context, int64_t n, int threads);
 
-// Calls f(i) for each i in [0, n), items handed out one by one. Which thread runs an item must not change its result:
-// same bits for any number of threads. What f throws (memory that is not to be had) comes out here, once all threads
-// are back.
+// Our own helpers serve for so many nanoseconds from now on, whatever OpenMP's threads do: for tests of both teams.
+void use_own_helpers(int64_t nanoseconds);
+
+// The calling thread's own number of threads for torch's operators: OpenMP's, and MKL's (0: the process's). Returns
+// MKL's before. What torch did not bring is left alone.
+int set_torch_threads(int openmp, int mkl);
+
+// Calls f(i) for each i in [0, n). Each thread begins with a share of its own, the same in each call, so that what its
+// items hold stays in its core's cache, and then helps with the others'. Which thread runs an item must not change its
+// result: same bits for any number of threads. What f throws (no memory) comes out here, once all items have ended.
 template <class F>
 void parallel_for(int64_t n, int threads, F&& f) {
   if (n <= 1 || threads <= 1) {
@@ -27,48 +44,23 @@ void parallel_for(int64_t n, int threads, F&& f) {
     return;
   }
   struct Context {
-    std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error;
-    int64_t n;
     F* f;
   } context;
-  context.n = n;
   context.f = &f;
-  run_team(
-      [](void* p) {
+  run_items(
+      [](void* p, int64_t i) {
         auto& c = *static_cast<Context*>(p);
+        if (c.failed.load(std::memory_order_relaxed)) return;
         try {
-          for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.n;) (*c.f)(i);
+          (*c.f)(i);
         } catch (...) {
           if (!c.failed.exchange(true)) c.error = std::current_exception();
-          c.next = c.n;
         }
       },
-      &context, threads < n ? threads : static_cast<int>(n));
+      &context, n, threads);
   if (context.error) std::rethrow_exception(context.error);
-}
-
-// The same for short calls that come again and again on the same memory: each thread has its own share of the items,
-// the same in each call, so that what they hold stays in its core's cache. f must not throw.
-template <class F>
-void parallel_shares(int64_t n, int threads, F&& f) {
-  if (n <= 1 || threads <= 1) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
-  struct Context {
-    int64_t n;
-    F* f;
-  } context{n, &f};
-  run_team(
-      [](void* p) {
-        auto& c = *static_cast<Context*>(p);
-        int number, team;
-        place_in_team(number, team);
-        for (int64_t i = c.n * number / team; i < c.n * (number + 1) / team; ++i) (*c.f)(i);
-      },
-      &context, threads < n ? threads : static_cast<int>(n));
 }
 
 }  // namespace icrl

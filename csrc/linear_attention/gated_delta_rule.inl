@@ -34,6 +34,14 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
+// About how many nanoseconds one thread takes for a token and an entry of its state.
+constexpr double kForward = 0.05, kBackward = 0.18, kStep = 0.08;
+
+// How many threads `tokens` tokens of all heads are worth.
+int team_of(const DeltaShape& s, int64_t tokens, double nanoseconds) {
+  return team_for(nanoseconds * static_cast<double>(tokens * s.heads * s.k * s.v), s.threads);
+}
+
 constexpr float kNormEpsilon = 1e-6f;  // as L2_EPSILON in gated_delta_rule.py
 constexpr int64_t kPanel = 64;         // columns of the state that stay in L1 for all of a chunk's products
 
@@ -119,10 +127,11 @@ bool forward(const DeltaShape& s, const DeltaForward& x) {
   const int64_t pairs = s.sequences * s.heads;
   // With fewer (sequence, head) pairs than threads, columns of v are shared out; they do not depend on each other.
   int64_t width = s.v;
-  if (pairs && pairs < s.threads) width = pad16((s.v * pairs + s.threads - 1) / s.threads);
+  const int threads = team_of(s, s.bounds[s.sequences], kForward);
+  if (pairs && pairs < threads) width = pad16((s.v * pairs + threads - 1) / threads);
   const int64_t splits = (s.v + width - 1) / width;
   int failed = 0;
-  parallel_for(pairs * splits, s.threads, [&](int64_t item) {
+  parallel_for(pairs * splits, threads, [&](int64_t item) {
     const int64_t pair = item / splits, v0 = item % splits * width, V = v0 + width < s.v ? width : s.v - v0;
     const int64_t sequence = pair / s.heads, head = pair % s.heads, K = s.k;
     Chunk<gate, false> c;
@@ -260,7 +269,7 @@ struct Backward {
 template <Gate gate>
 bool backward(const DeltaShape& s, const DeltaBackward& x) {
   int failed = 0;
-  parallel_for(s.sequences * s.heads, s.threads, [&](int64_t pair) {
+  parallel_for(s.sequences * s.heads, team_of(s, s.bounds[s.sequences], kBackward), [&](int64_t pair) {
     const int64_t sequence = pair / s.heads;
     Backward<gate> b{s, x, pair, pair % s.heads};
     if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
@@ -309,9 +318,8 @@ bool delta_backward(const DeltaShape& s, const DeltaBackward& p) { return ICRL_B
 bool delta_step(const DeltaShape& s, const DeltaStep& p) {
   constexpr int64_t kMost = 256;  // the Python side refuses larger heads
   const int64_t pairs = s.sequences * s.heads, group = s.heads / s.key_heads, K = s.k, V = s.v, Kp = pad16(K);
-  const int threads = pairs * K * V >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_shares(pairs, threads, [&](int64_t pair) {
+  parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
     alignas(64) float q[kMost], k[kMost], kd[kMost], v[kMost], e[kMost], out[kMost], tail[kMost * kWidth], norm;
     const int64_t keys = pair / group * K, n = s.gate == Gate::channel ? K : s.gate == Gate::scalar ? 1 : 0;
     load_row(q, p.q, s.dtype, keys, K, Kp);

@@ -27,6 +27,14 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
+// About how many nanoseconds one thread takes for a token and an entry of its state.
+constexpr double kForward = 0.03, kBackward = 0.11, kStep = 0.06;
+
+// How many threads `tokens` tokens of all heads are worth.
+int team_of(const GlaShape& s, int64_t tokens, double nanoseconds) {
+  return team_for(nanoseconds * static_cast<double>(tokens * s.kv_heads * s.k * s.v), s.threads);
+}
+
 // Reads n tokens from t on, columns of v from v0; returns the largest gate.
 template <Gate gate, bool Keep>
 float read(Chunk<gate, Keep>& c, const GlaShape& s, const void* k, const void* v, const void* g, int64_t t, int n,
@@ -43,10 +51,11 @@ bool forward(const GlaShape& s, const GlaForward& x) {
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads;
   // With fewer (sequence, head) pairs than threads, columns of v are shared out; they do not depend on each other.
   int64_t width = s.v;
-  if (pairs && pairs < s.threads) width = pad16((s.v * pairs + s.threads - 1) / s.threads);
+  const int threads = team_of(s, s.bounds[s.sequences], kForward);
+  if (pairs && pairs < threads) width = pad16((s.v * pairs + threads - 1) / threads);
   const int64_t splits = (s.v + width - 1) / width;
   int failed = 0;
-  parallel_for(pairs * splits, s.threads, [&](int64_t item) {
+  parallel_for(pairs * splits, threads, [&](int64_t item) {
     const int64_t pair = item / splits, v0 = item % splits * width, V = v0 + width < s.v ? width : s.v - v0;
     const int64_t sequence = pair / s.kv_heads, head = pair % s.kv_heads, K = s.k;
     Chunk<gate, false> c;
@@ -158,7 +167,7 @@ struct Backward {
 template <Gate gate>
 bool backward(const GlaShape& s, const GlaBackward& x) {
   int failed = 0;
-  parallel_for(s.sequences * s.kv_heads, s.threads, [&](int64_t pair) {
+  parallel_for(s.sequences * s.kv_heads, team_of(s, s.bounds[s.sequences], kBackward), [&](int64_t pair) {
     const int64_t sequence = pair / s.kv_heads;
     Backward<gate> b{s, x, pair, pair % s.kv_heads};
     if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
@@ -200,9 +209,8 @@ bool gla_backward(const GlaShape& s, const GlaBackward& p) { return ICRL_BY_GATE
 bool gla_step(const GlaShape& s, const GlaStep& p) {
   constexpr int64_t kMost = 256;  // the Python side refuses larger heads
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads, K = s.k, V = s.v;
-  const int threads = pairs * K * V >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_shares(pairs, threads, [&](int64_t pair) {
+  parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
     alignas(64) float q[kMost], k[kMost], v[kMost], e[kMost], out[kMost], tail[kMost * kWidth];
     load_row(k, p.k, s.dtype, pair * K, K, pad16(K));
     load_row(v, p.v, s.dtype, pair * V, V, pad16(V));

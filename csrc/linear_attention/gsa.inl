@@ -32,6 +32,14 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
+// About how many nanoseconds one thread takes for a token and an entry of both states together.
+constexpr double kForward = 0.035, kBackward = 0.12, kStep = 0.06;
+
+// How many threads `tokens` tokens of all heads are worth.
+int team_of(const GsaShape& s, int64_t tokens, double nanoseconds) {
+  return team_for(nanoseconds * static_cast<double>(tokens * s.kv_heads * s.slots * (s.k + s.v)), s.threads);
+}
+
 // to = softmax(l + w s) over the first M of Mp numbers, zeros after them
 ICRL_INLINE void softmax(float* to, const float* l, float w, const float* s, int64_t M, int64_t Mp) {
   for (int64_t c = 0; c < Mp; c += kWidth) store(to + c, load(l + c) + splat(w) * load(s + c));
@@ -81,10 +89,11 @@ bool forward(const GsaShape& s, const GsaForward& x) {
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads;
   // With fewer (sequence, head) pairs than threads, columns of v are shared out; each share repeats the first pass.
   int64_t width = s.v;
-  if (pairs && pairs < s.threads) width = pad16((s.v * pairs + s.threads - 1) / s.threads);
+  const int threads = team_of(s, s.bounds[s.sequences], kForward);
+  if (pairs && pairs < threads) width = pad16((s.v * pairs + threads - 1) / threads);
   const int64_t splits = (s.v + width - 1) / width;
   int failed = 0;
-  parallel_for(pairs * splits, s.threads, [&](int64_t item) {
+  parallel_for(pairs * splits, threads, [&](int64_t item) {
     const int64_t pair = item / splits, v0 = item % splits * width, V = v0 + width < s.v ? width : s.v - v0;
     const int64_t sequence = pair / s.kv_heads, head = pair % s.kv_heads, K = s.k, M = s.slots, Kp = pad16(K);
     Chunk<gate, false> c;
@@ -270,7 +279,7 @@ struct Backward {
 template <Gate gate>
 bool backward(const GsaShape& s, const GsaBackward& x) {
   int failed = 0;
-  parallel_for(s.sequences * s.kv_heads, s.threads, [&](int64_t pair) {
+  parallel_for(s.sequences * s.kv_heads, team_of(s, s.bounds[s.sequences], kBackward), [&](int64_t pair) {
     const int64_t sequence = pair / s.kv_heads;
     Backward<gate> b(s, x, pair);
     if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
@@ -326,9 +335,8 @@ bool gsa_backward(const GsaShape& s, const GsaBackward& p) { return ICRL_GATED(b
 bool gsa_step(const GsaShape& s, const GsaStep& p) {
   constexpr int64_t kMost = 256;  // the Python side refuses more channels or slots
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads, K = s.k, V = s.v, M = s.slots;
-  const int threads = pairs * M * (K + V) >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_shares(pairs, threads, [&](int64_t pair) {
+  parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
     alignas(64) float q[kMost], k[kMost], v[kMost], w[kMost], e[kMost], l[kMost], weights[kMost];
     alignas(64) float out[kMost], tail[kMost * kWidth];
     load_row(k, p.k, s.dtype, pair * K, K, pad16(K));

@@ -34,6 +34,14 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
+// About how many nanoseconds one thread takes for a token and an entry of its state.
+constexpr double kForward = 0.07, kBackward = 0.25, kStep = 0.1;
+
+// How many threads `tokens` tokens of all heads are worth.
+int team_of(const RwkvShape& s, int64_t tokens, double nanoseconds) {
+  return team_for(nanoseconds * static_cast<double>(tokens * s.heads * s.k * s.v), s.threads);
+}
+
 constexpr int kPair = 2 * kChunk;
 constexpr int64_t kPanel = 64;  // columns of the state that stay in L1 for all of a chunk's products
 
@@ -105,10 +113,11 @@ bool forward(const RwkvShape& s, const RwkvForward& x) {
   const int64_t pairs = s.sequences * s.heads;
   // With fewer (sequence, head) pairs than threads, columns of v are shared out; they do not depend on each other.
   int64_t width = s.v;
-  if (pairs && pairs < s.threads) width = pad16((s.v * pairs + s.threads - 1) / s.threads);
+  const int threads = team_of(s, s.bounds[s.sequences], kForward);
+  if (pairs && pairs < threads) width = pad16((s.v * pairs + threads - 1) / threads);
   const int64_t splits = (s.v + width - 1) / width;
   int failed = 0;
-  parallel_for(pairs * splits, s.threads, [&](int64_t item) {
+  parallel_for(pairs * splits, threads, [&](int64_t item) {
     const int64_t pair = item / splits, v0 = item % splits * width, V = v0 + width < s.v ? width : s.v - v0;
     const int64_t sequence = pair / s.heads, head = pair % s.heads, K = s.k;
     Keys c;
@@ -367,7 +376,7 @@ struct Backward {
 
 bool backward(const RwkvShape& s, const RwkvBackward& x) {
   int failed = 0;
-  parallel_for(s.sequences * s.heads, s.threads, [&](int64_t pair) {
+  parallel_for(s.sequences * s.heads, team_of(s, s.bounds[s.sequences], kBackward), [&](int64_t pair) {
     const int64_t sequence = pair / s.heads;
     Backward b{s, x, pair, pair % s.heads};
     if (!backward_sequence(b, s.bounds[sequence], s.bounds[sequence + 1]))
@@ -413,9 +422,8 @@ bool rwkv7_backward(const RwkvShape& s, const RwkvBackward& p) { return backward
 bool rwkv7_step(const RwkvShape& s, const RwkvStep& p) {
   constexpr int64_t kMost = 256;  // the Python side refuses larger heads
   const int64_t pairs = s.sequences * s.heads, K = s.k, V = s.v, Kp = pad16(K);
-  const int threads = pairs * K * V >= 1 << 17 ? s.threads : 1;
   int refused = 0;
-  parallel_shares(pairs, threads, [&](int64_t pair) {
+  parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
     alignas(64) float r[kMost], e[kMost], k[kMost], v[kMost], a[kMost], b[kMost], out[kMost], tail[kMost * kWidth];
     load_row(r, p.r, s.dtype, pair * K, K, Kp);
     load_row(e, p.w, s.gate_dtype, pair * K, K, Kp);

@@ -13,6 +13,8 @@ namespace icrl {
 
 namespace {
 
+constexpr double kTaskNanoseconds = 100e3, kCopyNanoseconds = 0.5;  // about what a task and a copied entry take
+
 // A task's windows between the two phases: `entries` probabilities, then as many rewards.
 struct Chunk {
   std::unique_ptr<float[]> values;
@@ -26,6 +28,9 @@ struct Windows {
   // Task i's probabilities and rewards to where its first row begins. Each chunk is freed once it is copied, so that
   // the batch is held about once.
   void move_to(uintptr_t probability, uintptr_t reward, uintptr_t offset, int64_t rows, int threads) {
+    int64_t entries = 0;
+    for (const Chunk& c : chunks) entries += c.entries;
+    threads = team_for(kCopyNanoseconds * static_cast<double>(entries), threads);
     parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t i) {
       Chunk& c = chunks[i];
       const int64_t begin = reinterpret_cast<const int64_t*>(offset)[i * rows];
@@ -51,7 +56,7 @@ std::unique_ptr<Windows> anymdp_sample(uintptr_t keys, uintptr_t num_states, uin
                                        int64_t num_observations, int64_t max_attempts, int threads) {
   auto windows = std::make_unique<Windows>();
   if (!transition) windows->chunks.resize(n);
-  parallel_for(n, threads, [&](int64_t i) {
+  parallel_for(n, team_for(kTaskNanoseconds * static_cast<double>(n), threads), [&](int64_t i) {
     thread_local std::vector<double> scratch;
     AnymdpTask task;
     task.ns = reinterpret_cast<const int64_t*>(num_states)[i];

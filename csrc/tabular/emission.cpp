@@ -31,6 +31,7 @@ void draw_tokens(uintptr_t emission_, uintptr_t task_, uintptr_t state_, uintptr
   const auto* key = reinterpret_cast<const uint64_t*>(key_);
   auto* out = reinterpret_cast<int64_t*>(out_);
   constexpr int64_t kBlock = 256;
+  threads = team_for(static_cast<double>(M * K * O), threads);  // about a nanosecond for each probability
   parallel_for((M + kBlock - 1) / kBlock, threads, [=](int64_t b) {
     const int64_t end = M < (b + 1) * kBlock ? M : (b + 1) * kBlock;
     for (int64_t i = b * kBlock; i < end; ++i) {

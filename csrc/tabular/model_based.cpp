@@ -12,6 +12,8 @@ namespace icrl {
 
 namespace {
 
+constexpr double kBackupNanoseconds = 5;  // about what a sweep takes for a state and an action
+
 // `plain`: the GPU's code on the CPU.
 void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state,
                    uintptr_t q, int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps,
@@ -30,6 +32,7 @@ void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_
                        sweeps,
                        bonus,
                        discount};
+  threads = team_for(kBackupNanoseconds * static_cast<double>(R * T * sweeps * S * A), threads);
   parallel_for(R, threads, [&](int64_t r) {
     std::vector<float> scratch(static_cast<size_t>(history_scratch(S, A)), 0.f);
     if (plain)

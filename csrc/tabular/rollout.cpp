@@ -18,6 +18,8 @@ namespace icrl {
 
 namespace {
 
+constexpr double kStepNanoseconds = 50;  // about what a step takes one thread
+
 // Which argument is wrong, where, and what is wanted.
 std::string describe(const RolloutCall& c, const RolloutFault& f) {
   const RolloutTables& tb = c.tables;
@@ -122,8 +124,9 @@ void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices,
     note(fault);
   };
   const int64_t plain_floats = Record<PlainOps>::scratch_floats(c);
-  // waking a thread costs ~100 steps; records in step with one another hide each other's waits
-  const int64_t together = std::max<int64_t>(1, std::min<int64_t>(8, R / (2 * std::max(1, threads))));
+  threads = team_for(kStepNanoseconds * static_cast<double>(R * T), threads);
+  // records in step with one another hide each other's waits
+  const int64_t together = std::max<int64_t>(1, std::min<int64_t>(8, R / (2 * threads)));
   const int64_t block = std::max<int64_t>(together, 1024 / std::max<int64_t>(T, 1));
   if (way == kPlain) {
     one_by_one(0, R, thread_scratch(plain_floats));

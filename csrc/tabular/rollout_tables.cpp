@@ -11,6 +11,8 @@
 namespace icrl {
 namespace {
 
+constexpr double kEntryNanoseconds = 0.5;  // about what an entry of a dense table takes
+
 struct Tasks {
   const float *transition, *reward;         // dense [N,S,A,S], or the packed values
   const int64_t* offset;                    // [N,S,A], or null where dense
@@ -65,7 +67,7 @@ int64_t rollout_windows(uintptr_t transition, uintptr_t offset, uintptr_t first,
   const Tasks t = tasks(transition, 0, offset, first, length, terminal, num_states, num_actions, N, S, A);
   auto* window = reinterpret_cast<int16_t*>(window_);
   std::vector<int64_t> bad(static_cast<size_t>(N), -1);
-  parallel_for(N, threads, [&](int64_t n) {
+  parallel_for(N, team_for(kEntryNanoseconds * static_cast<double>(N * S * A * S), threads), [&](int64_t n) {
     for (int64_t s = 0; s < S; ++s)
       for (int64_t a = 0; a < A; ++a) {
         const int64_t row = (n * S + s) * A + a;
@@ -113,7 +115,7 @@ std::pair<int, int64_t> rollout_tables(uintptr_t transition, uintptr_t reward, u
   auto *cumulative = reinterpret_cast<float*>(cumulative_), *reward_out = reinterpret_cast<float*>(reward_out_);
   auto* start_cumulative = reinterpret_cast<float*>(start_cumulative_);
   std::vector<std::pair<int, int64_t>> bad(static_cast<size_t>(N));
-  parallel_for(N, threads, [&](int64_t n) {
+  parallel_for(N, team_for(kEntryNanoseconds * static_cast<double>(N * S * A * S), threads), [&](int64_t n) {
     auto& fault = bad[static_cast<size_t>(n)];
     const int64_t ns = t.num_states[n];
     float* c = start_cumulative + n * S;

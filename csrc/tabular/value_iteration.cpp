@@ -202,20 +202,26 @@ void solve(uintptr_t transition, uintptr_t reward, bool is_double, bool by_succe
                       [](const void* c, int64_t i) {
                         solve_task(static_cast<Context*>(c)->first, i, static_cast<Context*>(c)->second);
                       }};
-  parallel_for(std::min<int64_t>(threads, jobs.count), threads, [&](int64_t) {
+  // about 5 nanoseconds for each entry of a table and each discount
+  const double task = 5.0 * static_cast<double>(ns * ns * na * ng);
+  int team = team_for(task * static_cast<double>(small.size()), threads);
+  parallel_for(team, team, [&](int64_t) {
     const GradualUnderflow guard;
     thread_local Scratch scratch;
     const int64_t need = ICRL_DISPATCH(vi_lanes_bytes, most_states, na, ng, is_double);
     ICRL_DISPATCH(vi_lanes, jobs, scratch.get(need));
   });
-  parallel_for(static_cast<int64_t>(large.size()), threads, [&](int64_t i) { solve_task(b, large[i], bytes); });
+  team = team_for(task * static_cast<double>(large.size()), threads);
+  parallel_for(static_cast<int64_t>(large.size()), team, [&](int64_t i) { solve_task(b, large[i], bytes); });
 }
 
 // For pack_transition: the windows of `rows` rows of ns entries, and what lies in them, one row behind the other.
 constexpr int64_t kRowsAtOnce = 512;
+constexpr double kEntryNanoseconds = 0.2;
 
 void find_windows(uintptr_t table, bool is_double, int64_t rows, int64_t ns, uintptr_t first, uintptr_t length,
                   int threads) {
+  threads = team_for(kEntryNanoseconds * static_cast<double>(rows * ns), threads);
   parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t i) {
     const int64_t k = i * kRowsAtOnce, count = std::min(kRowsAtOnce, rows - k);
     const char* from = pointer<char>(table) + k * ns * (is_double ? 8 : 4);
@@ -226,6 +232,7 @@ void find_windows(uintptr_t table, bool is_double, int64_t rows, int64_t ns, uin
 void copy_windows(uintptr_t table, bool is_double, int64_t rows, int64_t ns, uintptr_t offset, uintptr_t first,
                   uintptr_t length, uintptr_t out, int threads) {
   const int64_t element = is_double ? 8 : 4;
+  threads = team_for(kEntryNanoseconds * static_cast<double>(rows * ns), threads);
   parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t i) {
     for (int64_t k = i * kRowsAtOnce; k < std::min(rows, (i + 1) * kRowsAtOnce); ++k)
       std::memcpy(pointer<char>(out) + pointer<int64_t>(offset)[k] * element,

@@ -45,8 +45,6 @@ def context(
     if compile:
         agent.run = torch.compile(model.step, dynamic=False)
         print("compiling the model's step takes half a minute ...")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one task a step: threads only cost
     reward = torch.zeros(1, steps, dtype=torch.float32, device="cpu")
     done = torch.zeros(1, steps, dtype=torch.uint8, device="cpu")
     seconds = torch.zeros(steps, dtype=torch.float64, device="cpu")
@@ -70,7 +68,6 @@ def context(
         bar.update(steps - bar.n)
     finally:
         bar.close()
-        torch.set_num_threads(threads)
     memory.append(process.memory_info().rss)
     total = time.perf_counter() - began
 

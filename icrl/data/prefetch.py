@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
@@ -16,7 +17,7 @@ T = TypeVar("T")
 class Stream(Iterator[T], Generic[T]):
     """An endless iterator whose items depend on (seed, number) alone, so that it resumes exactly.
 
-    A subclass says how a batch is made (`_maker`).
+    A subclass says how a batch is made (`_maker`). In a forked child it goes on at the same batch, with a thread of its own.
 
     Args:
         prefetch: how many batches may wait; 0 makes each when it is asked for, in the caller's thread.
@@ -30,7 +31,7 @@ class Stream(Iterator[T], Generic[T]):
         if prefetch < 0 or threads < 1:
             raise ValueError(f"prefetch, threads: wanted at least 0 and 1, got {prefetch}, {threads}")
         self.seed, self.prefetch, self.threads, self.name = seed, prefetch, threads, name
-        self._next = 0
+        self._next, self._process = 0, os.getpid()
         self._ready: queue.Queue[T | BaseException] | None = None
         self._close: weakref.finalize[..., Any] | None = None
 
@@ -46,7 +47,7 @@ class Stream(Iterator[T], Generic[T]):
         if self.prefetch == 0:
             batch = self.batch(self._next)
         else:
-            if self._ready is None:
+            if self._ready is None or self._process != os.getpid():
                 self._start()
             assert self._ready is not None
             got = self._ready.get()
@@ -68,24 +69,27 @@ class Stream(Iterator[T], Generic[T]):
     def close(self) -> None:
         """Stop the thread; the next call of next starts another."""
         if self._close is not None:
-            self._close()
+            self._close()  # does nothing in a forked child, which has no such thread
         self._ready = self._close = None
 
     def _start(self) -> None:
+        if self._close is not None:
+            self._close.detach()
         ready: queue.Queue[T | BaseException] = queue.Queue(self.prefetch)
         stop = threading.Event()
         args = (self._maker(), self._next, ready, stop, self.threads)
         thread = threading.Thread(target=_produce, args=args, name=self.name, daemon=True)
         thread.start()
-        self._ready, self._close = ready, weakref.finalize(self, _stop, stop, thread)
+        self._process = os.getpid()
+        self._ready, self._close = ready, weakref.finalize(self, _stop, stop, thread, self._process)
 
 
 def _produce(
     make: Callable[[int], T], index: int, ready: queue.Queue[T | BaseException], stop: threading.Event, threads: int
 ) -> None:
-    set_threads_here(threads)
     while not stop.is_set():
         try:
+            set_threads_here(threads)
             item: T | BaseException = make(index)
         except BaseException as error:  # goes to the consumer, which raises it
             item = error
@@ -100,6 +104,7 @@ def _produce(
         index += 1
 
 
-def _stop(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    thread.join()
+def _stop(stop: threading.Event, thread: threading.Thread, process: int) -> None:
+    if process == os.getpid():  # a fork takes locks along as they were: the event's may be held for ever
+        stop.set()
+        thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from icrl.omnirl.model import OmniRL, Output, State, Tokens
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
+from icrl_kernels import threads_here
+
+# Up to so many contexts a step's operators are too short for a second thread: it brings nothing on a quiet machine, and
+# beside busy processes each of them waits for it (benches/NOTES.md, "Threads").
+ONE_THREAD = 64
 
 
 class Temperature(NamedTuple):
@@ -64,6 +70,7 @@ class Agent:
             raise ValueError(f"num_actions: wanted 1 to {c.actions}, the model's, got {least} to {largest}")
         self.generator = torch.Generator().manual_seed(seed)
         self.state = model.initial_state(batch, states)
+        self._alone = self.device.type == "cpu" and batch <= ONE_THREAD
         zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.step = 0
         self._observation = zeros
@@ -74,7 +81,8 @@ class Agent:
         """Observations `[batch]` int64, on any device -> actions of the tasks `[batch]` int64, on the model's."""
         observation = observation.to(self.device)
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
-        output, self.state = self.run(tokens, self.state)
+        with threads_here(1) if self._alone else nullcontext():
+            output, self.state = self.run(tokens, self.state)
         logits = output.readouts[-1].logits[:, 0, :, self.prompt]
         uniform = torch.rand(logits.shape, generator=self.generator, device="cpu").clamp_(1e-9, 1 - 1e-7)
         noise = -torch.log(-torch.log(uniform)).to(self.device)
