@@ -119,6 +119,7 @@ inline v8 whole(const Eight& x) {
   }
 ICRL_EACH_PART(operator+, u + v)
 ICRL_EACH_PART(operator-, u - v)
+ICRL_EACH_PART(operator/, u / v)
 ICRL_EACH_PART(operator*, u* v)
 ICRL_EACH_PART(least_of, u < v ? u : v)                        // v where u is NaN
 ICRL_EACH_PART(most_of, u > v ? u : v)                         // v where u is NaN

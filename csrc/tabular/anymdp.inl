@@ -71,13 +71,15 @@ struct Sampler : TaskValues {
       const u8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
       for (int64_t j = first; j < stop; j += kBlock) {
         const u8 bits = mix(weights.key + (static_cast<uint64_t>(s * ns + j + 1) + lanes) * kGolden);
-        store(weight + j, clipped_normal(__builtin_convertvector(bits >> 11, v8) * 0x1p-53));
+        alignas(64) double uniform[8];
+        store(uniform, __builtin_convertvector(bits >> 11, v8) * 0x1p-53);
+        for (int p = 0; p < 8; p += kDoubles) store_part(weight + j + p, clipped_normal(part(uniform + p)));
       }
       for (int64_t j = first; j < f; ++j) weight[j] = 0;
       for (int64_t j = e; j < stop; ++j) weight[j] = 0;
       weight[s] = s == ns - 1 ? 0.0 : weight[s] / 2.0;  // f <= s < e
-      v8 sums = splat(0);
-      for (int64_t j = first; j < stop; j += kBlock) sums += load(weight + j), store(total + j, splat(0));
+      Eight sums = eight_of(0);
+      for (int64_t j = first; j < stop; j += kBlock) sums += eight(weight + j), store(total + j, eight_of(0));
       const double sum = add(sums);
 
       const double sigma = clip(windows.exponential(3 * s + 2), 0.2, 1.6), sharp = -1.0 / (sigma * sigma);
@@ -93,10 +95,13 @@ struct Sampler : TaskValues {
         const int64_t h = smaller(stop, (static_cast<int64_t>(c + reach) + kBlock) / kBlock * kBlock);
         begin[i] = l, end[i] = h;
         double* p = bell + a * width;
-        for (int64_t j = first; j < stop; j += kBlock) store(p + j, splat(0));
+        for (int64_t j = first; j < stop; j += kBlock) store(p + j, eight_of(0));
         for (int64_t j = l; j < h; j += kBlock) {
-          const v8 d = (c - static_cast<double>(j)) - kLanes, x = exp_negative(sharp * (d * d));
-          store(p + j, x), store(total + j, load(total + j) + x);
+          const double there = c - static_cast<double>(j);
+          for (int k = 0; k < 8; k += kDoubles) {
+            const Part d = there - part(kNumbers + k), x = exp_negative(sharp * (d * d));
+            store_part(p + j + k, x), store_part(total + j + k, part(total + j + k) + x);
+          }
         }
       }
       policy[s] = nearest;
@@ -116,26 +121,28 @@ struct Sampler : TaskValues {
           begin[i] = smaller(begin[i], j), end[i] = larger(end[i], j + kBlock), far &= ~taken;
         }
       }
-      for (int64_t j = first; j < stop; j += kBlock) {
-        const v8 w = load(weight + j);
-        store(total + j, w == 0 ? splat(0) : w / (sum * load(total + j)));
+      for (int64_t j = first; j < stop; j += kDoubles) {
+        const Part w = part(weight + j);
+        store_part(total + j, w == 0 ? Part{} : w / (sum * part(total + j)));
       }
       for (int64_t a = 0; a < na; ++a) {
         const int64_t i = s * na + a;
         const double* p = bell + a * width;
         int64_t l = begin[i], h = end[i];
-        v8 mass = splat(0), kept = splat(0);
-        for (int64_t j = l; j < h; j += kBlock) mass += load(p + j) * load(total + j);
+        Eight mass = eight_of(0), kept = mass;
+        for (int64_t j = l; j < h; j += kBlock) mass += eight(p + j) * eight(total + j);
         const double scale = 1.0 / add(mass);
         float* w = rows + used;
         // rounded as the table will hold it; what would be a denormal is dropped
         for (int64_t j = l; j < h; j += kBlock) {
-          const v8 x = load(p + j) * load(total + j) * scale;
-          round_to(w + j - l, x < 0x1p-126 ? splat(0) : x);
-          kept += load(w + j - l);
+          for (int64_t k = j; k < j + kBlock; k += kDoubles) {
+            const Part x = part(p + k) * part(total + k) * scale;
+            round_to(w + k - l, x < 0x1p-126 ? Part{} : x);
+          }
+          kept += eight(w + j - l);
         }
-        for (; l < h && !any(load(w) != 0); l += kBlock) w += kBlock;
-        while (h > l && !any(load(w + h - l - kBlock) != 0)) h -= kBlock;
+        for (; l < h && !any(w); l += kBlock) w += kBlock;
+        while (h > l && !any(w + h - l - kBlock)) h -= kBlock;
         begin[i] = l / kBlock, end[i] = h / kBlock, offset[i] = w - rows, row_sum[i] = add(kept);
         used = offset[i] + h - l;
       }
@@ -227,12 +234,13 @@ struct Sampler : TaskValues {
     if (!spreads(max_steps)) return false;
     for (int64_t s = 0; s < ns; ++s) {
       double *m = mean + s * width, r = 0;
-      for (int64_t j = from[s] * kBlock; j < to[s] * kBlock; j += kBlock) store(m + j, splat(0));
+      for (int64_t j = from[s] * kBlock; j < to[s] * kBlock; j += kBlock) store(m + j, eight_of(0));
       for (int64_t i = s * na; i < (s + 1) * na; ++i) {
         const Blocks<float> p = row(i);
         r += rbar[i];
         for (int64_t j = p.begin; j < p.end; ++j)
-          store(m + j * kBlock, load(m + j * kBlock) + load(p.p + (j - p.begin) * kBlock) / static_cast<double>(na));
+          store(m + j * kBlock,
+                eight(m + j * kBlock) + eight(p.p + (j - p.begin) * kBlock) / eight_of(static_cast<double>(na)));
       }
       rhs[s] = r / static_cast<double>(na);
     }
@@ -279,19 +287,19 @@ struct Sampler : TaskValues {
     factor(1.0 - 1e-7, 0, [&](int64_t s) { return chosen(s); });
     for (int64_t j = 0; j < width; ++j) stable[j] = j < 3 ? start[j] : 0.0;
     const auto times = [](const double* x, const double* m) {
-      v8 sum = splat(0);
-      for (int r = 0; r < 8; ++r) sum += x[r] * load(m + 8 * r);
+      Eight sum = eight_of(0);
+      for (int r = 0; r < 8; ++r) sum += x[r] * eight(m + 8 * r);
       return sum;
     };
     for (int64_t i = 0; i < nb; ++i) {
       double* x = stable + i * kBlock;
       store(x, times(x, inverse + i * 64));
       for (int64_t j = i + 1; j <= high[i]; ++j)
-        store(stable + j * kBlock, load(stable + j * kBlock) - times(x, tile_at(i, j)));
+        store(stable + j * kBlock, eight(stable + j * kBlock) - times(x, tile_at(i, j)));
     }
     for (int64_t i = nb - 1; i >= 0; --i)
       for (int64_t j = low[i]; j < i; ++j)
-        store(stable + j * kBlock, load(stable + j * kBlock) - times(stable + i * kBlock, tile_at(i, j)));
+        store(stable + j * kBlock, eight(stable + j * kBlock) - times(stable + i * kBlock, tile_at(i, j)));
     double sum = 0;
     for (int64_t s = 0; s < ns; ++s) sum += stable[s] = larger(stable[s], 0.0);
     for (int64_t s = 0; s < ns; ++s) stable[s] /= sum;
@@ -311,7 +319,7 @@ struct Sampler : TaskValues {
     for (int64_t s = 0; s < ns; ++s) {
       const Blocks<float> p = chosen(s);
       for (int64_t j = p.begin; j < p.end; ++j) {
-        store(chain + kBlock * filled[j], load(p.p + (j - p.begin) * kBlock));
+        store(chain + kBlock * filled[j], eight(p.p + (j - p.begin) * kBlock));
         source[filled[j]++] = s;
       }
       if (is_end[s]) store(chain + kBlock * filled[0], v8{start[0], start[1], start[2]}), source[filled[0]++] = s;
@@ -344,22 +352,24 @@ struct Sampler : TaskValues {
   template <int C>
   void step() {
     for (int64_t j = 0, e = 0; j < nb; ++j) {
-      v8 sum[2][C];
-      for (int c = 0; c < C; ++c) sum[0][c] = sum[1][c] = splat(0);
-      const int64_t last = column[j + 1];
-      for (; e + 1 < last; e += 2)
-        for (int half = 0; half < 2; ++half) {
-          const v8 p = load(chain + kBlock * (e + half));
-          for (int c = 0; c < C; ++c) sum[half][c] += visits[c * width + source[e + half]] * p;
+      const int64_t begin_at = e, last = column[j + 1];
+      for (int k = 0; k < 8; k += kDoubles) {
+        Part sum[2][C];
+        for (int c = 0; c < C; ++c) sum[0][c] = sum[1][c] = Part{};
+        for (e = begin_at; e + 1 < last; e += 2)
+          for (int half = 0; half < 2; ++half) {
+            const Part p = part(chain + kBlock * (e + half) + k);
+            for (int c = 0; c < C; ++c) sum[half][c] += visits[c * width + source[e + half]] * p;
+          }
+        if (e < last) {
+          const Part p = part(chain + kBlock * e + k);
+          for (int c = 0; c < C; ++c) sum[0][c] += visits[c * width + source[e]] * p;
+          ++e;
         }
-      if (e < last) {
-        const v8 p = load(chain + kBlock * e);
-        for (int c = 0; c < C; ++c) sum[0][c] += visits[c * width + source[e]] * p;
-        ++e;
-      }
-      for (int c = 0; c < C; ++c) {
-        const v8 y = sum[0][c] + sum[1][c];
-        store(moved + c * width + j * kBlock, y < 1e-18 ? splat(0) : y);  // no denormals
+        for (int c = 0; c < C; ++c) {
+          const Part y = sum[0][c] + sum[1][c];
+          store_part(moved + c * width + j * kBlock + k, y < 1e-18 ? Part{} : y);  // no denormals
+        }
       }
     }
   }
@@ -395,11 +405,14 @@ struct Sampler : TaskValues {
 
   void write_row(int64_t i, int64_t l, int64_t h, float* p, float* r) const {
     const float* w = rows + offset[i] - begin[i] * kBlock;
-    const auto reward = [&](int64_t j) { return load(w + j) == 0 ? splat(0) : fixed[i] + load(gain + j); };
+    const auto rewards = [&](float* to, int64_t j) {
+      for (int k = 0; k < 8; k += kDoubles)
+        round_to(to + k, part(w + j + k) == 0 ? Part{} : fixed[i] + part(gain + j + k));
+    };
     int64_t j = l;
-    for (; j + kBlock <= h; j += kBlock, p += kBlock, r += kBlock) memcpy(p, w + j, 32), round_to(r, reward(j));
+    for (; j + kBlock <= h; j += kBlock, p += kBlock, r += kBlock) memcpy(p, w + j, 32), rewards(r, j);
     float last[kBlock];
-    round_to(last, reward(j));
+    rewards(last, j);
     memcpy(p, w + j, static_cast<size_t>(h - j) * 4), memcpy(r, last, static_cast<size_t>(h - j) * 4);
   }
 

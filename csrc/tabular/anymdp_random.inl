@@ -2,7 +2,7 @@
 //
 //   key       uint64 of a stream: a hash of the task's key, the attempt and the Quantity
 //   n         int64: the number's place in its stream
-//   v8, u8    8 doubles, 8 uint64;  x, u, a: arguments for eight at a time
+//   v8, u8    8 doubles, 8 uint64;  Part, Eight: see common/tiles.inl;  x, u, a: arguments for a Part at a time
 //
 // Value n of a stream is mix(stream's key + (n + 1)·golden) (splitmix64), and each quantity of each attempt has a
 // stream of its own in which each number has its place. So a task depends on its key alone, and
@@ -29,10 +29,14 @@ inline T mix(const T& x) {
   return z ^ (z >> 31);
 }
 inline double to_unit(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
-inline double larger(double a, double b) { return a > b ? a : b; }
-inline double smaller(double a, double b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class V>
+inline V larger(const V& a, const V& b) {
+  return a > b ? a : b;
+}
+template <class V>
+inline V smaller(const V& a, const V& b) {
+  return a < b ? a : b;
+}
 inline double clip(double x, double lo, double hi) { return smaller(larger(x, lo), hi); }
 
 enum Quantity : uint64_t { kScalars, kStart, kEnds, kWindows, kWeights, kCenters, kPosition, kCosts, kItems, kSettle };
@@ -55,41 +59,41 @@ struct Random {
 
 typedef unsigned long long u8 __attribute__((vector_size(64)));
 constexpr v8 kLanes = {0, 1, 2, 3, 4, 5, 6, 7};
-
-inline v8 larger(const v8& a, const v8& b) { return a > b ? a : b; }
-inline v8 smaller(const v8& a, const v8& b) { return a < b ? a : b; }
+alignas(64) constexpr double kNumbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 template <int N>
-inline v8 polynomial(const v8& x, const double (&c)[N]) {  // highest power first
-  v8 p = splat(c[0]);
+inline Part polynomial(const Part& x, const double (&c)[N]) {  // highest power first
+  Part p = splat_part(c[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < N; ++i) p = p * x + c[i];
   return p;
 }
 
 // exp for x <= 0 to a few ulp; 0 below -700.
-inline v8 exp_negative(const v8& x) {
-  const v8 y = larger(x, splat(-700.0));
-  const v8 shifted = y * 1.4426950408889634 + 0x1.8p52;
-  const v8 n = shifted - 0x1.8p52;
-  const v8 r = (y - n * 0x1.62e42fefa39efp-1) - n * 0x1.abc9e3b39803fp-56;
-  const v8 series = polynomial(r, {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-                                   1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0});
-  const i8 power = (reinterpret_cast<i8>(shifted) + 1023) << 52;  // its low bits hold n in two's complement
-  return x < -700.0 ? splat(0) : series * reinterpret_cast<v8>(power);
+inline Part exp_negative(const Part& x) {
+  const Part y = larger(x, splat_part(-700.0));
+  const Part shifted = y * 1.4426950408889634 + 0x1.8p52;
+  const Part n = shifted - 0x1.8p52;
+  const Part r = (y - n * 0x1.62e42fefa39efp-1) - n * 0x1.abc9e3b39803fp-56;
+  const Part series =
+      polynomial(r, {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
+                     1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0});
+  const PartMask power = (reinterpret_cast<PartMask>(shifted) + 1023) << 52;  // its low bits hold n in two's complement
+  return x < -700.0 ? splat_part(0) : series * reinterpret_cast<Part>(power);
 }
 
 // clip(N(0,1), .1, 1) from uniforms: the inverse distribution function by the central form of Wichura's PPND16 (Applied
 // Statistics AS 241, 1988), good to 1e-16; the clipped range never needs the tails.
-inline v8 clipped_normal(const v8& u) {
-  const v8 q = smaller(larger(u, splat(0.5398278372770290)), splat(0.8413447460685429)) - 0.5, r = 0.180625 - q * q;
-  const v8 a = polynomial(
+inline Part clipped_normal(const Part& u) {
+  const Part q = smaller(larger(u, splat_part(0.5398278372770290)), splat_part(0.8413447460685429)) - 0.5,
+             r = 0.180625 - q * q;
+  const Part a = polynomial(
       r, {2.5090809287301226727e+3, 3.3430575583588128105e+4, 6.7265770927008700853e+4, 4.5921953931549871457e+4,
           1.3731693765509461125e+4, 1.9715909503065514427e+3, 1.3314166789178437745e+2, 3.3871328727963666080});
-  const v8 b = polynomial(
+  const Part b = polynomial(
       r, {5.2264952788528545610e+3, 2.8729085735721942674e+4, 3.9307895800092710610e+4, 2.1213794301586595867e+4,
           5.3941960214247511077e+3, 6.8718700749205790830e+2, 4.2313330701600911252e+1, 1.0});
-  return smaller(larger(q * a / b, splat(0.1)), splat(1.0));
+  return smaller(larger(q * a / b, splat_part(0.1)), splat_part(1.0));
 }
 
 inline v8 magnitude(const v8& a) { return a < 0 ? -a : a; }
@@ -100,8 +104,19 @@ inline bool any(const i8& a) {
 #else
 inline bool any(const i8& a) { return ((a[0] | a[4]) | (a[2] | a[6]) | (a[1] | a[5]) | (a[3] | a[7])) != 0; }
 #endif
-inline void round_to(float* to, const v8& x) { *reinterpret_cast<f8u*>(to) = __builtin_convertvector(x, f8u); }
-inline double add(const v8& a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
+inline bool any(const float* p) {  // of eight: whether one is not zero
+  uint64_t w[4];
+  __builtin_memcpy(w, p, 32);
+  return ((w[0] | w[1] | w[2] | w[3]) & 0x7fffffff7fffffffull) != 0;
+}
+inline void round_to(float* to, const Part& x) {
+  *reinterpret_cast<HalfPartAt*>(to) = __builtin_convertvector(x, HalfPartAt);
+}
+inline double add(const Eight& x) {
+  alignas(64) double a[8];
+  store(a, x);
+  return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
 
 }  // namespace
 

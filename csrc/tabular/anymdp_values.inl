@@ -88,18 +88,18 @@ struct TaskValues {
   // y = scale·(row · x) + base·factor for every row, with factor 1 where it is null
   void apply_rows(double scale, const double* x, const double* base, const double* factor, double* y) const {
     for (int64_t i = 0; i < ns * na; i += kBlock) {
-      v8 acc[8];
+      Eight acc[8];
       clear(acc);
       const int64_t count = smaller(kBlock, ns * na - i);
       for (int64_t r = 0; r < count; ++r) {
         const Blocks<float> row_r = row(i + r);
         const double* at_x = x + row_r.begin * kBlock;
-        v8 sum = splat(0);
+        Eight sum = eight_of(0);
         for (int64_t j = 0; j < (row_r.end - row_r.begin) * kBlock; j += kBlock)
-          sum += load(row_r.p + j) * load(at_x + j);
+          sum += eight(row_r.p + j) * eight(at_x + j);
         acc[r] = sum;
       }
-      const v8 from_base = factor ? load(base + i) * load(factor + i) : load(base + i);
+      const Eight from_base = factor ? eight(base + i) * eight(factor + i) : eight(base + i);
       store(y + i, scale * row_sums(acc) + from_base);
     }
   }
@@ -126,11 +126,11 @@ struct TaskValues {
       for (int64_t k = l; k < i; ++k) h = larger(h, high[k]);
       low[i] = l, high[i] = h, tile[i + 1] = tile[i] + (h - l + 1) * 64;
       double* own = tiles + tile[i];
-      for (int64_t x = 0; x < (h - l + 1) * 64; x += kBlock) store(own + x, splat(0));
+      for (int64_t x = 0; x < (h - l + 1) * 64; x += kBlock) store(own + x, eight_of(0));
       for (int64_t r = 0; r < count; ++r) {
         const auto p = row_of(i * kBlock + r);
         for (int64_t j = p.begin; j < p.end; ++j)
-          store(own + (j - l) * 64 + r * 8, -gamma * load(p.p + (j - p.begin) * kBlock));
+          store(own + (j - l) * 64 + r * 8, -gamma * eight(p.p + (j - p.begin) * kBlock));
       }
       for (int64_t r = 0; r < kBlock; ++r) own[(i - l) * 64 + r * 9] += 1.0;
       for (int64_t j = l; j <= h; ++j) {
