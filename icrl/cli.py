@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
+
+from icrl.commands import terminal
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
@@ -577,8 +580,34 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 with one line on what was wrong with the input."""
+    """Run one command; 0, or 2 with one line on what was wrong with the input.
+
+    130 where it was interrupted. 141 where the reader of its output left before its end: its work is done all the same.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
+    with terminal.environment(), terminal.streams() as streams:
+        exits: SystemExit | None = None
+        try:
+            code: Any = _run(args)
+        except SystemExit as e:  # help, or options that cannot be read
+            exits, code = e, e.code
+        except KeyboardInterrupt:
+            print(terminal.INTERRUPTED_LINE, file=sys.stderr)
+            code = terminal.INTERRUPTED
+        for stream in streams:
+            stream.flush()
+        errors = [stream.error for stream in streams if stream.error is not None]
+        for error in errors:
+            if not isinstance(error, BrokenPipeError):
+                print(f"icrl: not all could be printed: {error.strerror}", file=sys.stderr)
+                code = code or 2
+        code = code or (terminal.READER_LEFT if errors else 0)
+    if exits is not None:
+        raise SystemExit(code) from exits
+    return code
+
+
+def _run(args: list[str]) -> int:
     try:
         if args[:1] == ["eval"]:
             args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--suite=") else [arg])]
@@ -597,11 +626,18 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"icrl: {e}".replace("\n", " "), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nicrl: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
+def script() -> NoReturn:
+    """The process of `icrl`."""
+    signal.signal(signal.SIGINT, terminal.interrupt)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done
+    if code == terminal.INTERRUPTED:
+        os._exit(code)  # without waiting for threads that are at work: what they leave is what a kill leaves
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()
