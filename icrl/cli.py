@@ -37,6 +37,17 @@ def _new_file(name: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> N
         raise ValueError(f"{name}: wanted a file ending in {' or '.join(suffixes)}, got {path}")
 
 
+OF_KINDS = {"num_states": ("anymdp", "garnet", "pomdp"), "branching": ("garnet",)}
+OF_KINDS |= dict.fromkeys(("num_observations", "observation_tokens", "action_tokens"), ("pomdp",))
+
+
+def _of_kind(kind: str, name: str, given: int | None, default: int) -> int:
+    """An option of tasks, or its default; one that this kind of tasks does not have is refused."""
+    if given is not None and kind not in OF_KINDS[name]:
+        raise ValueError(f"{name}: an option of {' and '.join(OF_KINDS[name])} tasks, got {given} for {kind}")
+    return default if given is None else given
+
+
 def _workers(given: int | None) -> int:
     return given if given is not None else os.cpu_count() or 1
 
@@ -372,9 +383,9 @@ def read_json(name: str, path: Path) -> dict[str, Any]:
 def evaluate(
     tasks: Path | None = None,
     checkpoint: Path | None = None,
-    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
-    num_tasks: int = 64,
-    num_states: int = 16,
+    kind: Literal["anymdp", "garnet", "bandit"] | None = None,
+    num_tasks: int | None = None,
+    num_states: int | None = None,
     steps: int = 2000,
     seed: int = 1,
     prompt: int = 4,
@@ -386,15 +397,20 @@ def evaluate(
     Args:
         tasks: written by `icrl worlds sample` or `shards`; fresh tasks otherwise.
         checkpoint: a model of your own instead of the shipped one.
-        kind: of fresh tasks.
-        num_tasks: of fresh tasks.
-        num_states: of fresh tasks.
+        kind: of fresh tasks; anymdp unless given.
+        num_tasks: how many fresh tasks; 64 unless given.
+        num_states: of fresh tasks, not of bandits; 16 unless given.
         steps: of each context.
         seed: of tasks and actions.
         device: of the model, as torch names it; auto is CUDA where there is one, else the CPU.
         json: also write the numbers here.
         prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
     """
+    for name, value in {"kind": kind, "num_tasks": num_tasks, "num_states": num_states}.items():
+        if tasks is not None and value is not None:
+            raise ValueError(f"{name}: an option of fresh tasks, got {value} beside tasks={tasks}")
+    kind, num_tasks = kind or "anymdp", 64 if num_tasks is None else num_tasks
+    num_states = _of_kind(kind, "num_states", num_states, 16)
     from icrl.commands.evaluate import evaluation_table
 
     _new_file("json", json)
@@ -405,12 +421,12 @@ def worlds_sample(
     out: Positional[Path],
     kind: Literal["anymdp", "garnet", "bandit", "pomdp"] = "anymdp",
     num_tasks: int = 1000,
-    num_states: int = 16,
+    num_states: int | None = None,
     num_actions: int = 5,
-    branching: int = 2,
-    num_observations: int = 64,
-    observation_tokens: int = 1,
-    action_tokens: int = 1,
+    branching: int | None = None,
+    num_observations: int | None = None,
+    observation_tokens: int | None = None,
+    action_tokens: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     json: Path | None = None,
@@ -419,13 +435,19 @@ def worlds_sample(
 
     Args:
         out: the file to write.
-        branching: successors of each state and action (Garnet).
-        num_observations: ids that a token may have (POMDP).
-        observation_tokens: tokens seen in a state (POMDP).
-        action_tokens: actions in a step of the environment (POMDP).
+        num_states: of a task, not of bandits; 16 unless given.
+        branching: successors of each state and action (Garnet); 2 unless given.
+        num_observations: ids that a token may have (POMDP); 64 unless given.
+        observation_tokens: tokens seen in a state (POMDP); 1 unless given.
+        action_tokens: actions in a step of the environment (POMDP); 1 unless given.
         overwrite: replace an existing file.
         json: also write what was printed here.
     """
+    num_states = _of_kind(kind, "num_states", num_states, 16)
+    branching = _of_kind(kind, "branching", branching, 2)
+    num_observations = _of_kind(kind, "num_observations", num_observations, 64)
+    observation_tokens = _of_kind(kind, "observation_tokens", observation_tokens, 1)
+    action_tokens = _of_kind(kind, "action_tokens", action_tokens, 1)
     from icrl.commands import worlds
 
     _new_file("json", json)
@@ -496,11 +518,11 @@ def worlds_shards(
     num_tasks: int = 10_000,
     num_states: tuple[int, int] = (16, 16),
     num_actions: int = 5,
-    branching: int = 2,
+    branching: int | None = None,
     discounts: tuple[float, ...] = (),
-    num_observations: int = 64,
-    observation_tokens: int = 1,
-    action_tokens: int = 1,
+    num_observations: int | None = None,
+    observation_tokens: int | None = None,
+    action_tokens: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     shard_range: tuple[int, int] | None = None,
@@ -512,17 +534,21 @@ def worlds_shards(
     Args:
         out: the data set's folder.
         num_tasks: more than the folder has makes it grow.
-        num_states: the fewest and the most of a task.
-        branching: successors of each state and action (Garnet).
+        num_states: the fewest and the most of a task; the most is how many ids there are to observe, for bandits too.
+        branching: successors of each state and action (Garnet); 2 unless given.
         discounts: also store optimal policies and values at each of these.
-        num_observations: how many ids each token has (pomdp).
-        observation_tokens: an agent sees at a step (pomdp).
-        action_tokens: an agent gives at a step (pomdp).
+        num_observations: how many ids each token has (POMDP); 64 unless given.
+        observation_tokens: an agent sees at a step (POMDP); 1 unless given.
+        action_tokens: an agent gives at a step (POMDP); 1 unless given.
         workers: shards made at once, one thread each; one a core unless given.
         shard_range: only shards LOW to HIGH - 1, for machines that share a file system without locks.
         full: read finished shards against their checksums, instead of their headers and lengths alone.
         json: also write what was printed here.
     """
+    branching = _of_kind(kind, "branching", branching, 2)
+    num_observations = _of_kind(kind, "num_observations", num_observations, 64)
+    observation_tokens = _of_kind(kind, "observation_tokens", observation_tokens, 1)
+    action_tokens = _of_kind(kind, "action_tokens", action_tokens, 1)
     from icrl.commands import worlds
     from icrl.worlds.task_shards import TaskSet
 
@@ -609,6 +635,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     try:
+        terminal.check_folder()
         if args[:1] == ["eval"]:
             args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--suite=") else [arg])]
         if args[:1] == ["eval"] and "--suite" in args:  # `eval --suite sicql` is `eval sicql`

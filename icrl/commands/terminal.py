@@ -101,3 +101,11 @@ def environment() -> Iterator[None]:
                 os.environ[name] = before[name]
             else:
                 os.environ.pop(name, None)
+
+
+def check_folder() -> None:
+    """ValueError where the working directory was deleted: torch would end the process at its import."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as e:
+        raise ValueError("the working directory was deleted; change to one that exists") from e

@@ -21,6 +21,7 @@ from icrl import worlds
 from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
 from icrl.worlds import TabularTasks
+from icrl.worlds.samplers import ANYMDP_LEAST
 from icrl_kernels import Behaviours, Rollout, rollout
 from icrl_kernels.tabular.behaviours import BUILTIN
 
@@ -112,8 +113,22 @@ class DPDConfig:
                     raise ValueError(f"{each}: wanted a probability, got {getattr(self, each)}")
         if unknown := set(self.tasks) - {"anymdp", "garnet", "bandit"}:
             raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(unknown))}")
+        self._check_sizes()
         for name in self.behaviours:
             _parse(name, len(self.discounts))
+
+    def _check_sizes(self) -> None:
+        """ValueError for sizes that a kind of tasks in the mixture does not have."""
+        least = {
+            "anymdp": ANYMDP_LEAST,
+            "garnet": {"states": max(2, self.garnet_branching), "actions": 1},
+            "bandit": {"states": 1, "actions": 2},
+        }
+        for kind in (kind for kind, weight in self.tasks.items() if weight > 0):
+            for name, given in (("states", self.least_states), ("actions", self.actions)):
+                if given < least[kind][name]:
+                    field = "least_states" if name == "states" else name
+                    raise ValueError(f"{field}: {kind} tasks have {least[kind][name]} {name} or more, got {given}")
 
 
 class Records(NamedTuple):

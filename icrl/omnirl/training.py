@@ -25,6 +25,7 @@ from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
 from icrl.training.config import LoopConfig, changes, configured
 from icrl.training.process import autocast, parallel, rank, resolve, world_size
+from icrl.worlds.samplers import ANYMDP_LEAST
 from icrl_kernels import model_based_q
 
 
@@ -48,8 +49,9 @@ class OmniRLTraining:
     dagger_every: int = 50
     """Updates between two collections."""
     dagger_records: int = 64
-    """Records of one collection; the newest eight collections are kept."""
+    """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
     evaluation_tasks: int = 64
+    """Of AnyMDP, of as many states as the data have at most; where these have too few, tasks as the data's."""
     evaluation_steps: int = 1000
     records: str = ""
     """Folder of records (`icrl distill`) to train from; empty: made on the fly."""
@@ -61,11 +63,24 @@ class OmniRLTraining:
             raise ValueError(f"discounts: the model has {self.model.discounts}, the data {self.data.discounts}")
         if self.model.actions != self.data.actions:
             raise ValueError(f"actions: the model has {self.model.actions}, the data {self.data.actions}")
+        if self.data.actions < 2:
+            raise ValueError(f"actions: wanted at least 2 to choose from, got {self.data.actions}")
         for name in ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+            least = 2 if name == "evaluation_steps" else 1  # two halves are scored
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: wanted at least {least}, got {getattr(self, name)}")
         if not 0 <= self.dagger < 1:
             raise ValueError(f"dagger: wanted a share in [0, 1), got {self.dagger}")
+        if self.own_records > self.dagger_records:
+            raise ValueError(
+                f"dagger_records: wanted at least {self.own_records}, the share of a batch of {self.data.batch} in which "
+                f"the model acts, got {self.dagger_records}"
+            )
+
+    @property
+    def own_records(self) -> int:
+        """Records of a batch in which the model itself acted."""
+        return int(self.dagger * self.data.batch)
 
 
 def tokens_of(records: Records) -> Tokens:
@@ -230,7 +245,7 @@ class OmniRLLearner:
             if self.own is None or (update - c.dagger_from) % c.dagger_every == 0:
                 self._collect()
             assert self.own is not None
-            n = int(c.dagger * len(records.observation))
+            n = c.own_records
             chosen = torch.randperm(len(self.own.observation), device="cpu")[:n]
             records = Records(*(torch.cat([a[n:], b[chosen]]) for a, b in zip(records, self.own, strict=True)))
         tokens = Tokens(*(x.to(self.device) for x in tokens_of(records)))
@@ -285,7 +300,9 @@ class OmniRLLearner:
     def evaluate(self) -> dict[str, float]:
         c = self.training
         if self._judge is None:
-            tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, kind="anymdp", num_states=c.data.states)
+            large = c.data.states >= ANYMDP_LEAST["states"]
+            chosen: dict[str, Any] = {"kind": "anymdp", "num_states": c.data.states} if large else {}
+            tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, **chosen)
             self._judge = tasks, references(tasks)
         tasks, reference = self._judge
         context = run_agent(self.model, tasks, c.evaluation_steps, seed=7)
