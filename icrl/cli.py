@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -652,6 +653,12 @@ def _run(args: list[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="icrl", args=args)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"icrl: {e}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as e:  # torch's and numpy's
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(e))
+        if wanted is None and not isinstance(e, MemoryError):
+            raise
+        print(f"icrl: not enough memory{f' for {wanted[1]}' if wanted else ''}", file=sys.stderr)
         return 2
     return 0
 

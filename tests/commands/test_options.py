@@ -130,3 +130,13 @@ def test_a_deleted_folder(tmp_path):
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=given, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "icrl: the working directory was deleted; change to one that exists"
+
+
+@pytest.mark.parametrize(
+    "command", [["worlds", "sample", "OUT", "--num-tasks"], ["eval", "--num-tasks"], ["context", "--steps"]]
+)
+def test_more_than_the_memory_holds(command, tmp_path, capsys):
+    said = refused(capsys, *(tmp_path / "t" if part == "OUT" else part for part in command), 10**14)
+    assert said.startswith("icrl: not enough memory for ")
+    assert said.endswith(" bytes")
+    assert not list(tmp_path.iterdir())
