@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from icrl.figures import Figure
+
+# isort: split
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 
 class Curve(Protocol):

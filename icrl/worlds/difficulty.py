@@ -6,10 +6,9 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from icrl.figures import Figure, FigureCanvasAgg
 from icrl.worlds.samplers import sample_anymdp, sample_garnet
 from icrl.worlds.tasks import TabularTasks
 

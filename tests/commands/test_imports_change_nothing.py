@@ -1,7 +1,10 @@
 """Importing any module of ours leaves the program's own settings as they were."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 CHECK = r"""
 import importlib, locale, os, pkgutil, random, signal, sys, threading, warnings
@@ -59,3 +62,27 @@ def test_importing_changes_nothing():
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 100
+
+
+DRAW = """
+import os, sys
+import gymnasium, icrl.worlds
+
+env = gymnasium.make("icrl/AnyMDP-v0", render_mode="rgb_array")
+env.reset(seed=0)
+assert env.render().ndim == 3
+assert "matplotlib.pyplot" not in sys.modules
+import matplotlib
+
+print(os.environ["MPLBACKEND"], dict.__getitem__(matplotlib.rcParams, "backend"))
+"""
+
+
+@pytest.mark.parametrize("backend", ["svg", "module://no_such_module.backend_inline", "no such backend", ""])
+def test_a_backend_that_is_not_installed_is_not_needed(backend):
+    """One that matplotlib knows is what the program has afterwards."""
+    line = [sys.executable, "-c", DRAW]
+    done = subprocess.run(line, env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(backend + " ")
+    assert done.stdout.endswith(" svg\n") == (backend == "svg")
