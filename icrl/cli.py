@@ -38,15 +38,20 @@ def _new_file(name: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> N
         raise ValueError(f"{name}: wanted a file ending in {' or '.join(suffixes)}, got {path}")
 
 
-OF_KINDS = {"num_states": ("anymdp", "garnet", "pomdp"), "branching": ("garnet",)}
-OF_KINDS |= dict.fromkeys(("num_observations", "observation_tokens", "action_tokens"), ("pomdp",))
+OF_KIND = {"branching": "garnet"} | dict.fromkeys(("num_observations", "observation_tokens", "action_tokens"), "pomdp")
 
 
 def _of_kind(kind: str, name: str, given: int | None, default: int) -> int:
     """An option of tasks, or its default; one that this kind of tasks does not have is refused."""
-    if given is not None and kind not in OF_KINDS[name]:
-        raise ValueError(f"{name}: an option of {' and '.join(OF_KINDS[name])} tasks, got {given} for {kind}")
+    if given is not None and kind != OF_KIND[name]:
+        raise ValueError(f"{name}: an option of {OF_KIND[name]} tasks, got {given} for {kind}")
     return default if given is None else given
+
+
+def _states(kind: str, given: int | None) -> int:
+    if given is None:
+        return 1 if kind == "bandit" else 16
+    return given
 
 
 def _workers(given: int | None) -> int:
@@ -400,7 +405,7 @@ def evaluate(
         checkpoint: a model of your own instead of the shipped one.
         kind: of fresh tasks; anymdp unless given.
         num_tasks: how many fresh tasks; 64 unless given.
-        num_states: of fresh tasks, not of bandits; 16 unless given.
+        num_states: of fresh tasks, 16 unless given; of bandits, ids that their one state may have, 1 unless given.
         steps: of each context.
         seed: of tasks and actions.
         device: of the model, as torch names it; auto is CUDA where there is one, else the CPU.
@@ -411,7 +416,7 @@ def evaluate(
         if tasks is not None and value is not None:
             raise ValueError(f"{name}: an option of fresh tasks, got {value} beside tasks={tasks}")
     kind, num_tasks = kind or "anymdp", 64 if num_tasks is None else num_tasks
-    num_states = _of_kind(kind, "num_states", num_states, 16)
+    num_states = _states(kind, num_states)
     from icrl.commands.evaluate import evaluation_table
 
     _new_file("json", json)
@@ -436,7 +441,7 @@ def worlds_sample(
 
     Args:
         out: the file to write.
-        num_states: of a task, not of bandits; 16 unless given.
+        num_states: of a task, 16 unless given; of a bandit, ids that its one state may have, 1 unless given.
         branching: successors of each state and action (Garnet); 2 unless given.
         num_observations: ids that a token may have (POMDP); 64 unless given.
         observation_tokens: tokens seen in a state (POMDP); 1 unless given.
@@ -444,7 +449,7 @@ def worlds_sample(
         overwrite: replace an existing file.
         json: also write what was printed here.
     """
-    num_states = _of_kind(kind, "num_states", num_states, 16)
+    num_states = _states(kind, num_states)
     branching = _of_kind(kind, "branching", branching, 2)
     num_observations = _of_kind(kind, "num_observations", num_observations, 64)
     observation_tokens = _of_kind(kind, "observation_tokens", observation_tokens, 1)

@@ -12,6 +12,7 @@ from icrl.cli import main
 from icrl.omnirl.distill import DPDConfig
 from icrl.omnirl.training import OmniRLTraining
 from icrl.training.config import configured
+from icrl.worlds import TabularTasks
 from icrl.worlds.difficulty import compare, draw_difficulty
 
 ROOT = Path(__file__).parents[2]
@@ -49,10 +50,12 @@ def test_options_of_other_kinds_of_tasks(command, kind, option, of, tmp_path, ca
     assert not (tmp_path / "t").exists()
 
 
-def test_a_bandit_has_no_number_of_states(tmp_path, capsys):
-    for command in (["eval"], ["worlds", "sample", tmp_path / "t"]):
-        said = refused(capsys, *command, "--kind", "bandit", "--num-states", 4)
-        assert "num_states: an option of anymdp and garnet and pomdp tasks, got 4 for bandit" in said
+def test_a_bandits_number_of_states_is_that_of_its_ids(tmp_path):
+    for given, ids in (([], 1), (["--num-states", "4"], 4)):
+        file = tmp_path / f"{ids}"
+        assert main(["worlds", "sample", str(file), "--kind", "bandit", "--num-tasks", "40", *given]) == 0
+        tasks = TabularTasks.load(file)
+        assert (tasks.num_observations, int(tasks.state_mapping.max())) == (ids, ids - 1)
 
 
 TINY = {
