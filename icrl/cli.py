@@ -670,9 +670,16 @@ def _run(args: list[str]) -> int:
 
 def script() -> NoReturn:
     """The process of `icrl`."""
-    signal.signal(signal.SIGINT, terminal.interrupt)
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a shell ignores it for what runs in the background
+        signal.signal(signal.SIGINT, terminal.interrupt)
+    try:
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done
+    except KeyboardInterrupt:  # in the moment before it began, or after
+        print(terminal.INTERRUPTED_LINE, file=sys.stderr)
+        code = terminal.INTERRUPTED
     if code == terminal.INTERRUPTED:
         os._exit(code)  # without waiting for threads that are at work: what they leave is what a kill leaves
     sys.exit(code)

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
@@ -21,7 +21,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     may abort the process or forget the interrupt."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"{INTERRUPTED_LINE}\n".encode())
+            with suppress(OSError):  # of a stderr that is closed
+                os.write(2, f"{INTERRUPTED_LINE}\n".encode())
             os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt

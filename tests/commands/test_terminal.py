@@ -122,3 +122,10 @@ def test_a_signal_is_no_error(number, at_work, tmp_path):
     else:
         assert process.returncode == -signal.SIGTERM
         assert "icrl:" not in err
+
+
+def test_a_command_in_the_background_is_not_interrupted(tmp_path):
+    """A shell has such a process ignore SIGINT."""
+    done = shell("trap '' INT; SAMPLE & p=$!; sleep 0.8; kill -INT $p; sleep 0.4; kill -INT $p; wait $p", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "t.json").exists()
