@@ -21,12 +21,12 @@ from icrl import worlds
 from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
 from icrl.worlds import TabularTasks
-from icrl.worlds.samplers import ANYMDP_LEAST
 from icrl_kernels import Behaviours, Rollout, rollout
 from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
 
+ANYMDP_LEAST = 8  # states of an AnyMDP task
 TAG_MODEL_BASED, TAG_Q_LEARNING, TAG_RANDOM, TAG_UNKNOWN = 4, 5, 6, 7
 BUILTIN_TAGS = {
     "uniform": TAG_RANDOM,
@@ -113,14 +113,14 @@ class DPDConfig:
                     raise ValueError(f"{each}: wanted a probability, got {getattr(self, each)}")
         if unknown := set(self.tasks) - {"anymdp", "garnet", "bandit"}:
             raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(unknown))}")
-        self._check_sizes()
         for name in self.behaviours:
             _parse(name, len(self.discounts))
+        self._check_sizes()
 
     def _check_sizes(self) -> None:
         """ValueError for sizes that a kind of tasks in the mixture does not have."""
         least = {
-            "anymdp": ANYMDP_LEAST,
+            "anymdp": {"states": ANYMDP_LEAST, "actions": 2},
             "garnet": {"states": max(2, self.garnet_branching), "actions": 1},
             "bandit": {"states": 1, "actions": 2},
         }

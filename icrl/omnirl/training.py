@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from icrl.data.prefetch import Stream
 from icrl.omnirl.agent import Temperature
-from icrl.omnirl.distill import DPDConfig, DPDStream, Records, sample_tasks
+from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sample_tasks
 from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, Tokens
 from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
 from icrl.training.config import LoopConfig, changes, configured
 from icrl.training.process import autocast, parallel, rank, resolve, world_size
-from icrl.worlds.samplers import ANYMDP_LEAST
 from icrl_kernels import model_based_q
 
 
@@ -63,14 +62,15 @@ class OmniRLTraining:
             raise ValueError(f"discounts: the model has {self.model.discounts}, the data {self.data.discounts}")
         if self.model.actions != self.data.actions:
             raise ValueError(f"actions: the model has {self.model.actions}, the data {self.data.actions}")
-        if self.data.actions < 2:
-            raise ValueError(f"actions: wanted at least 2 to choose from, got {self.data.actions}")
         for name in ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_steps"):
-            least = 2 if name == "evaluation_steps" else 1  # two halves are scored
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: wanted at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if not 0 <= self.dagger < 1:
             raise ValueError(f"dagger: wanted a share in [0, 1), got {self.dagger}")
+        if self.evaluation_steps < 2:
+            raise ValueError(f"evaluation_steps: wanted at least 2, as halves are scored, got {self.evaluation_steps}")
+        if self.data.actions < 2:
+            raise ValueError(f"actions: wanted at least 2 to choose from, got {self.data.actions}")
         if self.own_records > self.dagger_records:
             raise ValueError(
                 f"dagger_records: wanted at least {self.own_records}, the share of a batch of {self.data.batch} in which "
@@ -300,7 +300,7 @@ class OmniRLLearner:
     def evaluate(self) -> dict[str, float]:
         c = self.training
         if self._judge is None:
-            large = c.data.states >= ANYMDP_LEAST["states"]
+            large = c.data.states >= ANYMDP_LEAST
             chosen: dict[str, Any] = {"kind": "anymdp", "num_states": c.data.states} if large else {}
             tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, **chosen)
             self._judge = tasks, references(tasks)

@@ -18,7 +18,6 @@ from icrl_kernels.tabular.packed import compact, concatenate
 Sizes = int | tuple[int, int] | Tensor
 Device = torch.device | str
 BACKENDS = ("cpu", "torch")
-ANYMDP_LEAST = {"states": 8, "actions": 2}
 
 
 def sample_anymdp(
@@ -60,9 +59,9 @@ def sample_anymdp(
     if backend not in BACKENDS or (backend == "cpu" and device.type != "cpu"):
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)} that serves {device}, got {backend!r}")
     keys = _keys(n, seed, first, stream=1, device=device)
-    sizes = _sizes(num_states, n, seed, first, least=ANYMDP_LEAST["states"], device=device)
-    if num_actions < ANYMDP_LEAST["actions"]:
-        raise ValueError(f"num_actions: wanted at least {ANYMDP_LEAST['actions']}, got {num_actions}")
+    sizes = _sizes(num_states, n, seed, first, least=8, device=device)
+    if num_actions < 2:
+        raise ValueError(f"num_actions: wanted at least 2, got {num_actions}")
     width = int(sizes.max()) if n else int(sizes.new_tensor(num_states).max())
     ids = width if num_observations is None else num_observations
     if ids < width:

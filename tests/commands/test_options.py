@@ -102,7 +102,7 @@ def test_sizes_of_kinds_that_are_not_drawn_do_not_count():
     ("settings", "said"),
     [
         ({"dagger": 0.5, "dagger_records": 4, "data": {"batch": 10}}, "dagger_records: wanted at least 5, .*, got 4"),
-        ({"evaluation_steps": 1}, "evaluation_steps: wanted at least 2, got 1"),
+        ({"evaluation_steps": 1}, "evaluation_steps: wanted at least 2, .*, got 1"),
         (
             {"model": {"actions": 1}, "data": {"actions": 1, "tasks": {"garnet": 1.0}}},
             "actions: wanted at least 2 to choose from, got 1",
