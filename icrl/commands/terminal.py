@@ -65,7 +65,7 @@ class Stream:
 
 
 @contextmanager
-def streams() -> Iterator[tuple[Stream, Stream]]:
+def streams() -> Iterator[tuple[Stream, ...]]:
     """stdout and stderr as `Stream`s within the block. One that was closed (`>&-`) leads nowhere, and no file that is
     opened later takes its number."""
     before = sys.stdout, sys.stderr
