@@ -1,4 +1,7 @@
-"""Pictures: learning curves with intervals."""
+"""Pictures: learning curves with intervals.
+
+Figures are made without pyplot: the program's backend, and what it has open there, stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import matplotlib
+from icrl.figures import Figure
 
-matplotlib.use("Agg")  # files only: no display is asked for
-import matplotlib.pyplot as plt
+# isort: split
 from matplotlib.axes import Axes
 
 
@@ -52,7 +54,8 @@ def demo_picture(
 ) -> None:
     """The demo's picture: unseen AnyMDP tasks at the left, the Gymnasium tasks beside them."""
     n = len(classic)
-    fig, axes = plt.subplot_mosaic([["a", *map(str, range(n))]], figsize=(6 + 3.2 * n, 4), width_ratios=[1.8, *[1] * n])
+    fig = Figure(figsize=(6 + 3.2 * n, 4))
+    axes = fig.subplot_mosaic([["a", *map(str, range(n))]], width_ratios=[1.8, *[1] * n])
     shown = {name: c for name, c in anymdp.items() if name != "oracle, episode"}
     draw_curves(axes["a"], shown, title, "reward per step (0 random, 1 oracle)")
     axes["a"].set_ylim(-0.1, 1.15)
@@ -62,7 +65,6 @@ def demo_picture(
         axes[str(i)].set_ylim(-0.03, 1.05)
     fig.tight_layout()
     fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def training_picture(metrics: Path, path: Path) -> None:
@@ -70,7 +72,8 @@ def training_picture(metrics: Path, path: Path) -> None:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses = [r for r in rows if "loss" in r]
     scores = [r for r in rows if "score" in r]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    fig = Figure(figsize=(10, 3.6))
+    left, right = fig.subplots(1, 2)
     for name in sorted(losses[0]):
         if name == "explorer" or name.startswith("policy_"):
             label = name if name == "explorer" else "optimal at discount " + name.removeprefix("policy_")
@@ -86,12 +89,12 @@ def training_picture(metrics: Path, path: Path) -> None:
         ax.grid(alpha=0.2)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str) -> None:
     """Returns over the episodes of a few-shot evaluation, one line a method, shaded by its standard error over seeds."""
-    fig, ax = plt.subplots(figsize=(7.6, 4.2))
+    fig = Figure(figsize=(7.6, 4.2))
+    ax = fig.subplots()
     for n in sorted(methods.values(), key=lambda n: -n["last"]):
         episodes = range(1, len(n["curve"]) + 1)
         (line,) = ax.plot(episodes, n["curve"], label=n["title"], lw=2.2 if n["title"] == "S-ICQL" else 1.3)
@@ -110,4 +113,3 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.tight_layout()
     fig.savefig(path, dpi=130)
-    plt.close(fig)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from matplotlib.figure import Figure
 
 from icrl import plots
 from icrl.cli import main
@@ -342,7 +343,7 @@ def test_tables_and_pictures_of_negative_returns(best, best_of, tmp_path, capsys
     assert ("teacher reaches -40.00" in out) == (best is not None and best_of == "teacher")
     assert ("optimal is" in out) == (best_of == "optimal")
     shown = []
-    monkeypatch.setattr(plots.plt, "close", shown.append)  # keeps the figure
+    monkeypatch.setattr(plots, "Figure", lambda **k: shown.append(Figure(**k)) or shown[0])  # keeps the figure
     plots.few_shot_picture(tmp_path / "p.png", summaries, "cheetah-vel")
     (ax,) = shown[0].axes
     low, high = ax.get_ylim()
