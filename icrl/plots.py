@@ -1,4 +1,7 @@
-"""Pictures: learning curves with intervals."""
+"""Pictures: learning curves with intervals.
+
+Figures are made without pyplot: the program's backend, and what it has open there, stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is asked for
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 class Curve(Protocol):
@@ -47,12 +47,11 @@ def draw_curves(ax: Axes, curves: Mapping[str, Curve], title: str, ylabel: str) 
     ax.grid(alpha=0.2)
 
 
-def demo_picture(
-    path: Path, anymdp: Mapping[str, Curve], classic: Mapping[str, Mapping[str, Curve]], title: str
-) -> None:
+def demo_picture(anymdp: Mapping[str, Curve], classic: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
     """The demo's picture: unseen AnyMDP tasks at the left, the Gymnasium tasks beside them."""
     n = len(classic)
-    fig, axes = plt.subplot_mosaic([["a", *map(str, range(n))]], figsize=(6 + 3.2 * n, 4), width_ratios=[1.8, *[1] * n])
+    fig = Figure(figsize=(6 + 3.2 * n, 4))
+    axes = fig.subplot_mosaic([["a", *map(str, range(n))]], width_ratios=[1.8, *[1] * n])
     shown = {name: c for name, c in anymdp.items() if name != "oracle, episode"}
     draw_curves(axes["a"], shown, title, "reward per step (0 random, 1 oracle)")
     axes["a"].set_ylim(-0.1, 1.15)
@@ -61,22 +60,23 @@ def demo_picture(
         draw_curves(axes[str(i)], curves, name, "episodes that reach the goal" if i == 0 else "")
         axes[str(i)].set_ylim(-0.03, 1.05)
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
-def training_picture(metrics: Path, path: Path) -> None:
+def training_picture(metrics: Path) -> Figure:
     """The losses and the score of a training run, from its metrics.jsonl."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses = [r for r in rows if "loss" in r]
     scores = [r for r in rows if "score" in r]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    for name in sorted(losses[0]):
+    fig = Figure(figsize=(10, 3.6))
+    left, right = fig.subplots(1, 2)
+    for name in sorted(losses[0] if losses else ()):
         if name == "explorer" or name.startswith("policy_"):
             label = name if name == "explorer" else "optimal at discount " + name.removeprefix("policy_")
             left.plot([r["update"] for r in losses], [r[name] for r in losses], label=label, lw=1)
     left.set(title="cross-entropy of each policy (last block)", xlabel="updates", ylim=(0, None))
-    left.legend(frameon=False, fontsize=8)
+    if losses:
+        left.legend(frameon=False, fontsize=8)
     for name, label in (("score", "second half of the context"), ("score_first_half", "first half")):
         right.plot([r["update"] for r in scores], [r[name] for r in scores], "o-", label=label)
     right.set(title="score in unseen tasks (0 random, 1 oracle)", xlabel="updates", ylim=(0, 1.1))
@@ -85,13 +85,13 @@ def training_picture(metrics: Path, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.2)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    return fig
 
 
-def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str) -> None:
+def few_shot_picture(methods: dict[str, dict[str, Any]], title: str) -> Figure:
     """Returns over the episodes of a few-shot evaluation, one line a method, shaded by its standard error over seeds."""
-    fig, ax = plt.subplots(figsize=(7.6, 4.2))
+    fig = Figure(figsize=(7.6, 4.2))
+    ax = fig.subplots()
     for n in sorted(methods.values(), key=lambda n: -n["last"]):
         episodes = range(1, len(n["curve"]) + 1)
         (line,) = ax.plot(episodes, n["curve"], label=n["title"], lw=2.2 if n["title"] == "S-ICQL" else 1.3)
@@ -109,5 +109,4 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
     ax.grid(alpha=0.2)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig

@@ -7,18 +7,15 @@ synced and renamed: a kill at any moment costs the shards in hand. Nothing here 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,11 +25,11 @@ from tqdm import tqdm
 
 from icrl.data.seeds import hash_seed
 from icrl.extras import versions
-from icrl.files import checksum, sync, sync_folder, write_text
+from icrl.files import LOCK, checksum, claimed, locked, write_text
 from icrl_kernels import set_threads_here
 
 FORMAT, VERSION = "icrl.shards", 1
-INDEX, LOCK = "index.json", ".lock"
+INDEX = "index.json"
 SHARD_BYTES = 64 << 20  # about as many as a shard should have
 Maker = Callable[[int, int], dict[str, Tensor]]
 
@@ -196,41 +193,15 @@ def _crc(facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
-def _claim(part: Path) -> IO[bytes] | None:
-    """The partial file, locked; None where somebody else is writing it. The lock ends with its holder, however that ends."""
-    file = open(part, "ab")  # noqa: SIM115 (the caller's)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(file.fileno()), os.stat(part))  # not renamed since it was opened
-    except (BlockingIOError, FileNotFoundError):
-        mine = False
-    if not mine:
-        file.close()
-        return None
-    file.truncate(0)
-    return file
-
-
 def _write_shard(folder: Path, dataset: DataSet, shard: int, make: Maker, full: bool) -> Shard | None:
     """Make and write one shard, whole or not at all; None where another process is at it or has just done it."""
-    path = shard_path(folder, shard)
-    part = path.with_name(path.name + ".part")
-    file = _claim(part)
-    if file is None:
-        return None
-    with file:
-        if _state(folder, dataset, shard, full) is True:  # finished between the caller's look and the claim
-            part.unlink()
+    with claimed(shard_path(folder, shard), wait=False) as put:
+        if (
+            put is None or _state(folder, dataset, shard, full) is True
+        ):  # finished between the caller's look and the claim
             return None
-        try:
-            rows = dataset.rows_of(shard)
-            file.write(_bytes_of(dataset, shard, make(rows.start, len(rows))))
-            sync(file)
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    sync_folder(folder)
+        rows = dataset.rows_of(shard)
+        put(_bytes_of(dataset, shard, make(rows.start, len(rows))))
     return check_shard(folder, dataset, shard)
 
 
@@ -248,13 +219,6 @@ def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> bool | str
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / LOCK, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
@@ -275,7 +239,6 @@ def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
     now = versions()
     facts["versions"] = [*(v for v in _versions_in(folder) if v != now), now]
     write_text(folder / INDEX, _index_text({**facts, "shards": [s._asdict() for s in whole]}))
-    sync_folder(folder)
     return whole
 
 
@@ -300,8 +263,7 @@ def _enter(folder: Path, dataset: DataSet) -> DataSet:
         others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(("shard-", INDEX))]
         if others:
             raise ValueError(f"out: {folder} is not empty and holds no data set ({min(others)}); choose another")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if (folder / INDEX).exists():
             old, _ = read_index(folder)
             dataset = _begun_by(old, dataset)
@@ -424,7 +386,7 @@ def write_shards(
             for thread in crew:
                 thread.join()
             raise
-    with _locked(folder):
+    with locked(folder):
         whole = _write_index(folder, dataset)
         if failed and not any(folder.glob("shard-*")):
             (folder / INDEX).unlink()  # nothing could be made of it: the folder is free for a better configuration

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from icrl.files import appending
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -37,7 +39,7 @@ class Job:
         line = [sys.executable, "-P", "-m", "icrl.cli", *map(str, self.arguments)]
         # this very package, whatever lies in the working directory: a source tree has no extension before it is built
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with open(log, "ab") as out:
+        with appending(log) as out:
             return subprocess.Popen(
                 line,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},

@@ -6,7 +6,6 @@ evaluation made of it (`few_shot.json`); what is there already is not made again
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from icrl.files import json_text, write_text
+from icrl.files import locked, save_numbers, write_figure, write_json
 from icrl.offline.environments import source_class
 from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, run_jobs
@@ -43,16 +42,11 @@ def run_suite(
     for experiment in experiments.values():
         experiment.check()  # before all work
     with_world_model = [m for m, experiment in experiments.items() if experiment.needs_world_model]
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another process is at work in {out}") from None
+    with locked(out, wait=False):
         config = out / "run.json"
         if config.exists():
             check_run(out, read_run(config), run)
-        write_text(config, json_text(without_method(run)))
+        write_json(config, without_method(run))
         todo: list[Job] = []
         for s in range(seeds):
             folder = out / f"world_model-{s}"
@@ -200,9 +194,10 @@ def suite(
     jobs: int,
     overrides: dict[str, Any],
     loop: dict[str, Any] | None = None,
+    json: Path | None = None,
 ) -> dict[str, Any]:
-    """Run, print and draw a suite; its numbers. `overrides` are OfflineRun's fields; over them go `environment` and the
-    fields of `loop`, as far as they are not None."""
+    """Run, draw and print a suite; its numbers, which are also written to `json`. `overrides` are OfflineRun's fields; over
+    them go `environment` and the fields of `loop`, as far as they are not None."""
     if set(methods) - set(titles()) or len(set(methods)) < max(1, len(methods)):
         raise ValueError(
             f"methods: wanted some of {', '.join(titles())}, each once, got {', '.join(methods) or 'none'}"
@@ -218,8 +213,10 @@ def suite(
     run = replace(run, loop=replace(run.loop, **{k: v for k, v in (loop or {}).items() if v is not None}))
     if environment is not None:
         run = replace(run, environment=environment)
-    numbers = run_suite(out, run, methods, seeds, episodes, jobs)
-    print_table(numbers, run.environment)
-    few_shot_picture(out / "few_shot.png", numbers, run.environment)
+    methods_numbers = run_suite(out, run, methods, seeds, episodes, jobs)
+    numbers = {"environment": run.environment, "methods": methods_numbers}
+    save_numbers(json, numbers)
+    write_figure(out / "few_shot.png", few_shot_picture(methods_numbers, run.environment), dpi=130)
+    print_table(methods_numbers, run.environment)
     print(f"picture: {out / 'few_shot.png'}")
-    return {"environment": run.environment, "methods": numbers}
+    return numbers

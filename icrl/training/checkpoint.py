@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors
 from torch import Tensor
 
-from icrl.files import checksum, open_to_readers, replacing
+from icrl.files import checksum, write_bytes
 
 FORMAT = 2
 
@@ -21,9 +21,7 @@ def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}  # clone: no shared storage
     metadata = {"format": str(FORMAT), "facts": json.dumps(facts), "crc32": str(checksum(flat))}
-    with replacing(path) as part:
-        save_file(flat, part, metadata=metadata)
-        open_to_readers(part)
+    write_bytes(path, safetensors(flat, metadata))
 
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -152,20 +153,25 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
     """Train to `config.updates` updates, or on from where a run in `out` stopped; returns the model's file.
 
     Raises:
-        ValueError: `out` holds a run with another configuration, or a damaged checkpoint; or there are several processes
+        ValueError: `out` holds a run with another configuration, or a damaged checkpoint, or another process is at work
+            there; or there are several processes
             and the learner's `forward` does not average their gradients. FloatingPointError: the gradient is not finite.
     """
     if world_size() > 1 and not isinstance(getattr(learner, "forward", None), DistributedDataParallel):
         raise ValueError(f"torchrun: this learner trains in one process, got {world_size()}")
     record = {"loop": asdict(config), "world_size": world_size(), **learner.config()}
-    run = Run(out, record, getattr(learner, "upgraded", dict))
+    with closing(Run(out, record, getattr(learner, "upgraded", dict))) as run:
+        return _train(learner, config, run)
+
+
+def _train(learner: Learner, config: LoopConfig, run: Run) -> Path:
     made = optimizers(learner, config)
     parameters = list(learner.model.parameters())
     device = parameters[0].device
     state = _go_on(run, learner, made)
     update, seconds = state.get("update", 0), state.get("seconds", 0.0)
     if state and rank() == 0:
-        print(f"resuming {out} at update {update} of {config.updates}")
+        print(f"resuming {run.folder} at update {update} of {config.updates}")
     run.begin(update, device)
 
     sums = _Sums(state.get("sums", {}))
@@ -214,7 +220,7 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
                         **({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
                     },
                 )
-    path = out / "model.safetensors"
+    path = run.folder / "model.safetensors"
     if rank() == 0:
         learner.save_model(path, updates=update, seconds=round(seconds, 1), world_size=world_size())
     return path

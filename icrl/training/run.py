@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,17 @@ import torch
 from torch import Tensor
 
 from icrl.extras import versions
-from icrl.files import append_text, write_json, write_text
+from icrl.files import LOCK, append_text, locked, name_folder, sync_file, write_bytes, write_json
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, changes
-from icrl.training.process import machine, rank, wait_for_all
+from icrl.training.process import machine, of_the_first, rank, wait_for_all
 
 FREE = {"loop.updates", "loop.device", "loop.threads", "loop.compile", "world_size"}
 """What may differ when a run goes on: settings that say how far and on what it trains."""
 
 
 class Run:
-    """A training run's folder.
+    """A training run's folder, held for this process (with several, for the group) until it is closed or its process ends.
 
     Args:
         folder: a new one, an empty one, or that of a run, which then goes on.
@@ -31,7 +33,7 @@ class Run:
         upgraded: brings a record that an earlier version wrote to today's form.
     Raises:
         ValueError: the folder is not empty and holds no run, or a run of another configuration: what differs is named, with
-            both values.
+            both values; or another process is at work there.
     """
 
     def __init__(
@@ -40,9 +42,30 @@ class Run:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         record = folder / "config.json"
         self.config = config = json.loads(json.dumps(config, default=str))
-        cut_short = record.with_name(record.name + ".part")  # a first record that a kill cut short
-        if not record.exists() and folder.exists() and any(p != cut_short for p in folder.iterdir()):
+        begun = {LOCK, record.name + ".part"}  # what a kill before the first record leaves
+        others = folder.is_dir() and any(p.name not in begun for p in folder.iterdir())
+        if others and not record.exists():
             raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
+        self._held = ExitStack()
+        if refused := of_the_first(self._hold() if rank() == 0 else ""):
+            raise ValueError(refused)
+        try:
+            self._enter(record, upgraded)
+        except BaseException:
+            self._held.close()
+            raise
+        self._board: Any = None
+        self._purge: int | None = None
+
+    def _hold(self) -> str:
+        """Lock the folder; what is against it."""
+        try:
+            self._held.enter_context(locked(self.folder, wait=False))
+        except (ValueError, OSError) as e:
+            return str(e)
+        return ""
+
+    def _enter(self, record: Path, upgraded: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         goes_on = record.exists() and self.newest() is not None
         if goes_on:
             self._compare(upgraded(_read(record)))
@@ -51,11 +74,14 @@ class Run:
             for part in self.checkpoints.glob("*.part"):  # of a save that a kill cut short, perhaps of more processes
                 shutil.rmtree(part)
             if not goes_on:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(record, config)
+                write_json(record, self.config)
         wait_for_all()
-        self._board: Any = None
-        self._purge: int | None = None
+
+    def close(self) -> None:
+        """Let the folder go, with all that was logged in it."""
+        if self._board:
+            self._board.close()
+        self._held.close()
 
     def _compare(self, old: dict[str, Any]) -> None:
         """Refuse another configuration; say what is free to differ and does."""
@@ -110,7 +136,9 @@ class Run:
         checkpoint.save(part / f"rank{rank()}.safetensors", tensors, facts)
         wait_for_all()
         if rank() == 0:
-            part.replace(final)
+            if (log := self.folder / "metrics.jsonl").exists():
+                sync_file(log)  # the rows up to this update are not logged again
+            name_folder(part, final)
             for old in [*self._whole()[:-2], *self.checkpoints.glob("*.part")]:
                 shutil.rmtree(old)
         wait_for_all()
@@ -136,7 +164,8 @@ class Run:
         log = self.folder / "metrics.jsonl"
         self._purge = update + 1
         if rank() == 0 and log.exists():
-            write_text(log, "".join(f"{line}\n" for line in log.read_text().splitlines() if _logged(line) <= update))
+            rows = log.read_bytes().split(b"\n")
+            write_bytes(log, b"".join(row + b"\n" for row in rows if _logged(row) <= update))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.jsonl, and to TensorBoard's files where that is installed; rank 0's alone."""
@@ -178,9 +207,10 @@ def _read(path: Path, kind: Any = None) -> Any:
     return found
 
 
-def _logged(line: str) -> float:
-    """The update of a logged row; infinity for a row cut short."""
+def _logged(row: bytes) -> float:
+    """The update of a logged row; infinity for one that a kill or a full disk cut short, or that a power cut left unwritten."""
     try:
-        return json.loads(line)["update"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        update = json.loads(row.decode())["update"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return update if type(update) is int else math.inf

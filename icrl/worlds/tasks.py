@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from icrl.files import checksum
+from icrl.files import checksum, write_bytes
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
@@ -494,13 +494,7 @@ class TabularTasks:
             "action_tokens": str(self.action_tokens),
             "crc32": str(checksum(tensors)),
         }
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_bytes(Path(path), save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TabularTasks:
