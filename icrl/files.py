@@ -19,6 +19,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -60,6 +61,8 @@ class _Place(NamedTuple):
 def _place(path: Path) -> _Place:
     descriptor = _descriptor(path)
     if descriptor is not None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "it is open for reading alone")
         return _Place(path, False, descriptor)
     try:
         mode = os.stat(path).st_mode
@@ -67,6 +70,8 @@ def _place(path: Path) -> _Place:
         return _Place(Path(os.path.realpath(path)), True)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if stat.S_ISSOCK(mode):
+        raise OSError(errno.ENXIO, "it is a socket")
     return _Place(Path(os.path.realpath(path)), True) if stat.S_ISREG(mode) else _Place(path, False)
 
 
@@ -107,25 +112,21 @@ def probe(path: Path) -> None:
     """
     with _named(path):
         place = _place(path)
-        if place.descriptor is not None:
-            if fcntl.fcntl(place.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-                raise OSError(errno.EBADF, "it is open for reading alone")
-        elif not place.replaced:
-            if stat.S_ISSOCK(os.stat(path).st_mode):
-                raise OSError(errno.ENXIO, "it is a socket")
-            if not os.access(path, os.W_OK):  # a pipe's reader would see one that was opened and closed
+        if not place.replaced:
+            # opening it is no test: a pipe's reader would see one that was opened and closed
+            if place.descriptor is None and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        else:
-            if place.path.exists():
-                os.close(os.open(place.path, os.O_WRONLY))
-            part, file = _claim(place.path)
-            assert file is not None
-            with file:
-                try:
-                    file.write(BLOCK)
-                    sync(file)
-                finally:
-                    part.unlink()
+            return
+        if place.path.exists():
+            os.close(os.open(place.path, os.O_WRONLY))
+        part, file = _claim(place.path)
+        assert file is not None
+        with file:
+            try:
+                _write_all(file, BLOCK)
+                sync(file)
+            finally:
+                part.unlink()
 
 
 def probe_folder(folder: Path) -> None:
@@ -136,8 +137,8 @@ def probe_folder(folder: Path) -> None:
             if at.is_symlink():
                 raise FileNotFoundError(errno.ENOENT, f"{at} is a link to nothing")
             at = at.parent
-        with tempfile.TemporaryFile(dir=at) as file:
-            file.write(BLOCK)
+        with tempfile.TemporaryFile(dir=at, buffering=0) as file:
+            _write_all(file, BLOCK)
             sync(file)
 
 
@@ -210,7 +211,7 @@ def claimed(path: Path, wait: bool = True) -> Iterator[Callable[[bytes | memoryv
         with _named(path):
             if place.exists():
                 os.fchmod(file.fileno(), stat.S_IMODE(place.stat().st_mode))
-            file.write(data)
+            _write_all(file, data)
             sync(file)
             try:
                 os.replace(part, place)
@@ -218,8 +219,8 @@ def claimed(path: Path, wait: bool = True) -> Iterator[Callable[[bytes | memoryv
             except OSError as e:
                 if e.errno != errno.EBUSY:
                     raise
-                with open(place, "wb") as mounted:  # which has to keep its place
-                    mounted.write(data)
+                with open(place, "wb", buffering=0) as mounted:  # which has to keep its place
+                    _write_all(mounted, data)
                     sync(mounted)
             sync_folder(place.parent)
 
@@ -231,7 +232,7 @@ def claimed(path: Path, wait: bool = True) -> Iterator[Callable[[bytes | memoryv
                 part.unlink(missing_ok=True)
 
 
-def _claim(path: Path, wait: bool = True) -> tuple[Path, IO[bytes] | None]:
+def _claim(path: Path, wait: bool = True) -> tuple[Path, FileIO | None]:
     """The new partial file of a file, empty and locked; None for it where another process writes it and `wait` is False.
 
     The lock ends with its holder, however that ends: one that a kill left behind is taken away.
@@ -241,7 +242,7 @@ def _claim(path: Path, wait: bool = True) -> tuple[Path, IO[bytes] | None]:
         left = part.is_symlink() or part.exists()
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_NOFOLLOW if left else os.O_CREAT | os.O_EXCL)
         try:
-            file = open(os.open(part, flags, 0o666), "r+b")  # noqa: SIM115 (the caller's)
+            file = open(os.open(part, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115 (the caller's)
         except FileExistsError:  # another writer came in between
             continue
         except FileNotFoundError:
@@ -273,11 +274,18 @@ def _write_into(place: _Place, data: bytes | memoryview) -> None:
             if stream is not None:
                 stream.flush()
         descriptor = os.dup(place.descriptor)
-    with open(descriptor, "wb") as file:
-        file.write(data)
+    with open(descriptor, "wb", buffering=0) as file:
+        _write_all(file, data)
 
 
-def sync(file: IO[bytes]) -> None:
+def _write_all(file: Any, data: bytes | memoryview) -> None:
+    """All of the bytes into a file without a buffer, whose end would fail once more where the writing failed."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def sync(file: IO[bytes] | FileIO) -> None:
     """Bring what was written to an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
@@ -315,7 +323,7 @@ def name_folder(part: Path, final: Path) -> None:
 # --- locks ------------------------------------------------------------------------------------------------------------
 
 
-def _lock(file: IO[bytes], wait: bool) -> bool:
+def _lock(file: IO[bytes] | FileIO, wait: bool) -> bool:
     """Whether the file is locked now. On a file system without locks it always is."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
