@@ -11,6 +11,7 @@ from typing import Any
 
 from benches.common import RESULTS
 from benches.end_to_end import STUDIES
+from icrl.files import write_text
 
 LINEAR_ATTENTION = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 README = RESULTS.parent.parent / "README.md"
@@ -276,7 +277,7 @@ def main() -> int:
             new = block.sub(lambda m, text=text: m[1] + text + m[2], new)
         same &= old == new
         if "--check" not in sys.argv:
-            path.write_text(new)
+            write_text(path, new)
     return int("--check" in sys.argv and not same)
 
 

@@ -209,8 +209,8 @@ def claimed(path: Path, wait: bool = True) -> Iterator[Callable[[bytes | memoryv
     def put(data: bytes | memoryview) -> None:
         nonlocal named
         with _named(path):
-            if place.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(place.stat().st_mode))
+            if place.exists() and (mode := place.stat().st_mode) != os.fstat(file.fileno()).st_mode:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             _write_all(file, data)
             sync(file)
             try:

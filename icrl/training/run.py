@@ -79,9 +79,9 @@ class Run:
 
     def close(self) -> None:
         """Let the folder go, with all that was logged in it."""
-        if self._board:
-            self._board.close()
-        self._held.close()
+        with self._held:
+            if self._board:
+                self._board.close()
 
     def _compare(self, old: dict[str, Any]) -> None:
         """Refuse another configuration; say what is free to differ and does."""
