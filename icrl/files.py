@@ -12,6 +12,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import stat
 import sys
@@ -171,9 +172,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_numbers(path: Path | None, numbers: dict[str, Any]) -> None:
-    """Write a command's numbers, if they were asked for: before they are printed, so that no terminal can lose them."""
+    """Write a command's numbers, if they were asked for: before they are printed, so that no terminal can lose them.
+
+    One that is not finite, as the interval of a single task, is null: JSON has no other word for it.
+    """
     if path is not None:
-        write_json(path, numbers)
+        write_json(path, _finite(numbers))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_figure(path: Path, figure: Any, dpi: int) -> None:

@@ -178,6 +178,19 @@ def test_results_are_saved_before_they_are_printed(stdout, small, tasks, tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
             call(*name.split(), *args, "--json", numbers)
-        assert json.loads(numbers.read_text()), name
+        assert json.loads(numbers.read_text(), parse_constant=pytest.fail), name
     for picture in ("d.png", "w.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_task_is_sampled_inspected_drawn_filtered_and_judged(small, tmp_path):
+    for kind in ("anymdp", "garnet", "bandit", "pomdp"):
+        file, numbers = tmp_path / kind, tmp_path / f"{kind}.json"
+        assert call("worlds", "sample", file, "--kind", kind, "--num-tasks", 1, "--num-states", 8) == 0
+        for command in (["worlds", "inspect"], ["worlds", "draw"], ["eval", "--steps", 20, "--checkpoint", small]):
+            out = ["--out", tmp_path / "d.png"] if "draw" in command else []
+            given = ["--tasks", file] if "eval" in command else [file]
+            assert call(*command, *given, *out, "--json", numbers) == 0
+            assert json.loads(numbers.read_text(), parse_constant=pytest.fail)
+        filtered = ["worlds", "filter", file, tmp_path / f"{kind}-kept", "--min-advantage", -100, "--min-gini", -1]
+        assert call(*filtered, "--min-entropy", -1) == (2 if kind == "bandit" else 0)
