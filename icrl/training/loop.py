@@ -1,7 +1,8 @@
 """The one training loop: schedules, optimisers, logs, checkpoints, exact resume. What is learned is a `Learner`'s business.
 
 A run lives in one folder: `config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`,
-`checkpoints/<update>/rank<i>.safetensors` (the newest two) and, at its end, `model.safetensors`.
+`checkpoints/<update>/rank<i>.safetensors` (the newest two) and, at its end, `model.safetensors`. One process, or one group, is
+at work there at a time: it holds the lock on `.lock`, which ends with it.
 
 Starting the same command again continues it from its newest checkpoint, bit for bit, its log too. It may also go on
 
