@@ -162,13 +162,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def json_text(value: Any) -> str:
-    """A value as icrl writes it: JSON indented by one, with a newline at its end."""
-    return json.dumps(value, indent=1) + "\n"
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json_text(value))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def save_numbers(path: Path | None, numbers: dict[str, Any]) -> None:
