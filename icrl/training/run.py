@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from icrl.extras import versions
-from icrl.files import append_text, write_json, write_text
+from icrl.files import append_text, read_json, write_json, write_text
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, changes
 from icrl.training.process import machine, rank, wait_for_all
@@ -90,7 +90,9 @@ class Run:
             return
         write_json(self.folder / "config.json", self.config)
         path = self.folder / "versions.json"
-        entries: list[dict[str, Any]] = _read(path, []) if path.exists() else []
+        entries: list[dict[str, Any]] = _read(path, list) if path.exists() else []
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"out: {path} is damaged (wanted objects)")
         now = {**versions(), **machine(device)}
         if entries:
             last = {name: value for name, value in entries[-1].items() if name != "update"}
@@ -126,10 +128,17 @@ class Run:
         processes = len(list(newest.glob("rank*.safetensors")))
         own = rank() < processes
         try:
-            tensors, facts = checkpoint.load(newest / f"rank{rank() if own else 0}.safetensors")
+            path = newest / f"rank{rank() if own else 0}.safetensors"
+            tensors, facts = checkpoint.load(path)
+            try:
+                state = checkpoint.unflatten("run", tensors, facts)
+                if type(state["update"]) is not int or state["update"] != int(newest.name):
+                    raise ValueError(f"update: wanted {int(newest.name)}, got {state['update']!r}")
+            except checkpoint.MALFORMED as e:
+                raise ValueError(f"checkpoint: {path} is damaged ({checkpoint.why(e)})") from e
         except ValueError as e:
             raise ValueError(f"{e}; delete {newest} to go on from the checkpoint before it") from e
-        return checkpoint.unflatten("run", tensors, facts), max(1, processes), own
+        return state, max(1, processes), own
 
     def forget_after(self, update: int) -> None:
         """Drop logged rows that the run will log again, and one that a kill cut short."""
@@ -167,15 +176,8 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name}: {old!r} in the run, {new!r} given"
 
 
-def _read(path: Path, kind: Any = None) -> Any:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"out: {path} is damaged ({e})") from e
-    wanted = dict if kind is None else type(kind)
-    if not isinstance(found, wanted):
-        raise ValueError(f"out: {path} is damaged (it holds {type(found).__name__}, wanted {wanted.__name__})")
-    return found
+def _read(path: Path, kind: type = dict) -> Any:
+    return read_json(path, kind, "out: {path} is damaged ({why})")
 
 
 def _logged(line: str) -> float:
