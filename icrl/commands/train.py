@@ -9,6 +9,7 @@ from typing import Any
 from icrl.extras import versions
 from icrl.omnirl.training import OmniRLLearner, read_config
 from icrl.plots import training_picture
+from icrl.reading import read_rows
 from icrl.training.config import init_of
 from icrl.training.loop import train
 from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
@@ -37,7 +38,7 @@ def train_omnirl(
         path = train(learner, loop, out)
     numbers = None
     if rank() == 0:
-        training_picture(out / "metrics.jsonl", out / "curve.png")
+        training_picture(read_rows(out / "metrics.jsonl"), out / "curve.png")
         print(f"model: {path}\npicture: {out / 'curve.png'}")
         if judged:
             numbers = {"model": str(path), **learner.evaluate(), "versions": versions(), **machine(learner.device)}

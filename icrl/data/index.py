@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from icrl.files import DTYPES, read_json
+from icrl.reading import DTYPES, read_json
 
 FORMAT, VERSION = "icrl.shards", 1
 INDEX = "index.json"
@@ -110,10 +110,10 @@ def _read_index(index: dict[str, Any]) -> tuple[DataSet, list[Shard]]:
     found = {name: entry(index, name, kind) for name, kind in INDEX_TYPES.items()}
     fields = {}
     for name, about in found["schema"].items():
-        field = Field(*(entry(about, key, kind) for key, kind in (("dtype", str), ("shape", list), ("meaning", str))))
-        if field.dtype not in DTYPE_NAMES or not all(type(symbol) is str for symbol in field.shape):
+        dtype, shape, meaning = entry(about, "dtype", str), entry(about, "shape", list), entry(about, "meaning", str)
+        if dtype not in DTYPE_NAMES or not all(type(symbol) is str for symbol in shape):
             raise ValueError(f"schema: {name}: wanted a dtype and a shape of symbols")
-        fields[name] = field._replace(shape=tuple(field.shape))
+        fields[name] = Field(dtype, tuple(shape), meaning)
     if not all(type(size) is int and 0 <= size < 2**63 for size in found["sizes"].values()):
         raise ValueError("sizes: wanted integers of at least 0")
     dataset = DataSet(
@@ -121,9 +121,9 @@ def _read_index(index: dict[str, Any]) -> tuple[DataSet, list[Shard]]:
     )
     shards = []
     for listed in found["shards"]:
-        numbers = [entry(listed, name, int) for name in ("rows", "bytes", "crc32")]
-        labels = entry(listed, "labels", int) if "labels" in listed else 0
-        shards.append(Shard(entry(listed, "file", str), *numbers, labels))
+        listed = {"labels": 0, **listed} if isinstance(listed, dict) else listed
+        rows, size, crc32, labels = (entry(listed, name, int) for name in ("rows", "bytes", "crc32", "labels"))
+        shards.append(Shard(entry(listed, "file", str), rows, size, crc32, labels))
     if found["identity"] != dataset.identity() or found["num_shards"] != dataset.num_shards:
         raise ValueError("its facts are not those that were written")
     names = [shard.file for shard in shards]

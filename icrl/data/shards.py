@@ -40,7 +40,8 @@ from icrl.data.index import (
 )
 from icrl.data.seeds import hash_seed
 from icrl.extras import versions
-from icrl.files import TensorFile, checksum, parse_json, read_json, sync, sync_folder, write_text
+from icrl.files import checksum, sync, sync_folder, write_text
+from icrl.reading import TensorFile, parse_json, read_json
 from icrl_kernels import set_threads_here
 
 __all__ = [

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from icrl.files import json_text, read_json, write_text
+from icrl.files import json_text, write_text
 from icrl.offline.environments import source_class
 from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, run_jobs
 from icrl.offline.method import MethodConfig
 from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, titles
 from icrl.plots import few_shot_picture
+from icrl.reading import read_json
 from icrl.training.config import changes, configured
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from icrl.files import TensorFile, check_seal, checksum, open_to_readers, parse_json, replacing, sealed
+from icrl.files import checksum, open_to_readers, replacing
+from icrl.reading import TensorFile, check_seal, parse_json, sealed
 
 __all__ = ["FORMAT", "checksum", "fitted", "flatten", "load", "save", "unflatten", "why"]
 

@@ -83,7 +83,7 @@ def configured(kind: type[Any] | Any, values: Any, name: str) -> Any:
     too, and numbers that are not finite.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"config: {name}: wanted an object, got {_shown(values)}")
+        raise ValueError(f"config: {name}: wanted an object, got {shown(values)}")
     base = kind() if isinstance(kind, type) else kind
     known = get_type_hints(type(base))
     names = [f.name for f in fields(base)]
@@ -106,7 +106,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     if of is tuple and type(value) in (list, tuple):
         kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(kinds) != len(value):
-            raise ValueError(f"config: {name}: wanted {len(kinds)} values, got {_shown(value)}")
+            raise ValueError(f"config: {name}: wanted {len(kinds)} values, got {shown(value)}")
         return tuple(_typed(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     if of is float and type(value) in (int, float):
         try:
@@ -117,7 +117,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
             raise ValueError(f"config: {name}: wanted a finite number, got {value}")
         return value
     if type(value) is not of:
-        raise ValueError(f"config: {name}: wanted {of.__name__}, got {_shown(value)}")
+        raise ValueError(f"config: {name}: wanted {of.__name__}, got {shown(value)}")
     return value
 
 
@@ -127,7 +127,7 @@ def _key(key: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a message, cut where it is long."""
     return _key(repr(value))
 
@@ -136,5 +136,5 @@ def init_of(init: Path | None, given: dict[str, Any]) -> Path | None:
     """`init`, or else the one in a configuration that is a run's own record. Raises ValueError where that is no path."""
     found = given.get("init")
     if not isinstance(found, str | None):
-        raise ValueError(f"config: init: wanted a path, got {_shown(found)}")
+        raise ValueError(f"config: init: wanted a path, got {shown(found)}")
     return Path(found) if init is None and found else init

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from icrl.extras import versions
-from icrl.files import append_text, read_json, write_json, write_text
+from icrl.files import append_text, write_json, write_text
+from icrl.reading import read_json
 from icrl.training import checkpoint
-from icrl.training.config import LoopConfig, changes
+from icrl.training.config import LoopConfig, changes, shown
 from icrl.training.process import machine, rank, wait_for_all
 
 FREE = {"loop.updates", "loop.device", "loop.threads", "loop.compile", "world_size"}
@@ -45,7 +46,10 @@ class Run:
             raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
         goes_on = record.exists() and self.newest() is not None
         if goes_on:
-            self._compare(upgraded(_read(record)))
+            try:
+                self._compare(upgraded(_read(record)))
+            except (AttributeError, LookupError, TypeError) as e:  # its values are of other types
+                raise ValueError(f"out: {record} is damaged ({checkpoint.why(e)})") from e
         wait_for_all()  # every process has looked at the folder as it was found
         if rank() == 0:
             for part in self.checkpoints.glob("*.part"):  # of a save that a kill cut short, perhaps of more processes
@@ -173,7 +177,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    return f"{name}: {old!r} in the run, {new!r} given"
+    return f"{name}: {shown(old)} in the run, {shown(new)} given"
 
 
 def _read(path: Path, kind: type = dict) -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icrl.files import TensorFile, check_seal, sealed
+from icrl.reading import TensorFile, check_seal, sealed
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
