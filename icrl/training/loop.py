@@ -143,7 +143,7 @@ def _restore(
     learner: Learner, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], processes: int, own: bool
 ) -> None:
     """Give the learner and the optimisers what a checkpoint holds. Raises one of `checkpoint.MALFORMED` for anything else."""
-    if not all(type(x) in (int, float) for x in (state["seconds"], *state["sums"].values())):
+    if not all(type(x) in (int, float) for x in (state.get("seconds", 0.0), *state.get("sums", {}).values())):
         raise ValueError("seconds, sums: wanted numbers")
     learner.model.load_state_dict(state["model"])
     for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
