@@ -17,8 +17,20 @@ from torch import Tensor
 
 from icrl.files import checksum
 
+LONGEST = 80  # of a value in a message
 HEADER = "header_crc32"
 """In a safetensors file's metadata: the checksum of its header, which files of earlier versions lack."""
+
+
+def named(key: Any) -> str:
+    """A name from a file in a message: cut where it is long, in quotes where it would not be one line."""
+    text = str(key) if str(key).isprintable() else repr(key)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def shown(value: Any) -> str:
+    """A value from a file in a message: cut where it is long."""
+    return named(repr(value))
 
 
 def sealed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
@@ -75,10 +87,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} is there twice")
+        found[name] = value
     return found
 
 
@@ -123,7 +136,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                     if not isinstance(row, dict) or type(row.get("update")) is not int:
                         raise ValueError("wanted an object with an integer 'update'")
                     if other := [name for name, value in row.items() if type(value) not in (int, float)]:
-                        raise ValueError(f"{other[0]!r}: wanted a number")
+                        raise ValueError(f"{shown(other[0])}: wanted a number")
                 except ValueError as e:
                     if line.endswith(b"\n"):
                         raise ValueError(f"line {number}: {e}") from e
@@ -248,7 +261,7 @@ class TensorFile:
 
 def _place(name: str, entry: Any, data: int) -> Place:
     """A tensor's place from its entry in a header; `data` is where tensors begin."""
-    wrong = ValueError(f"its header's {name!r} is malformed")
+    wrong = ValueError(f"its header's {shown(name)} is malformed")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

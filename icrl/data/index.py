@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from icrl.reading import DTYPES, read_json
+from icrl.reading import DTYPES, named, read_json, shown
 
 FORMAT, VERSION = "icrl.shards", 1
 INDEX = "index.json"
+MOST_SHARDS = 1 << 24
 
 
 class Field(NamedTuple):
@@ -92,7 +93,7 @@ def read_index(folder: Path) -> tuple[DataSet, list[Shard]]:
     except ValueError as e:
         raise damaged_index(path, e) from e
     if index.get("format") != FORMAT or index.get("version") != VERSION:
-        got = f"{index.get('format')!r} version {index.get('version')!r}"
+        got = f"{shown(index.get('format'))} version {shown(index.get('version'))}"
         raise ValueError(f"{path}: wanted {FORMAT!r} version {VERSION}, got {got}")
     try:
         return _read_index(index)
@@ -112,13 +113,15 @@ def _read_index(index: dict[str, Any]) -> tuple[DataSet, list[Shard]]:
     for name, about in found["schema"].items():
         dtype, shape, meaning = entry(about, "dtype", str), entry(about, "shape", list), entry(about, "meaning", str)
         if dtype not in DTYPE_NAMES or not all(type(symbol) is str for symbol in shape):
-            raise ValueError(f"schema: {name}: wanted a dtype and a shape of symbols")
+            raise ValueError(f"schema: {named(name)}: wanted a dtype and a shape of symbols")
         fields[name] = Field(dtype, tuple(shape), meaning)
     if not all(type(size) is int and 0 <= size < 2**63 for size in found["sizes"].values()):
         raise ValueError("sizes: wanted integers of at least 0")
     dataset = DataSet(
         fields=fields, **{name: found[name] for name in ("kind", "sizes", "config", "seed", "rows", "rows_per_shard")}
     )
+    if dataset.num_shards > MOST_SHARDS:
+        raise ValueError(f"num_shards: wanted at most {MOST_SHARDS}, got {shown(dataset.num_shards)}")
     shards = []
     for listed in found["shards"]:
         listed = {"labels": 0, **listed} if isinstance(listed, dict) else listed

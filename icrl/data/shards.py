@@ -41,7 +41,7 @@ from icrl.data.index import (
 from icrl.data.seeds import hash_seed
 from icrl.extras import versions
 from icrl.files import checksum, sync, sync_folder, write_text
-from icrl.reading import TensorFile, parse_json, read_json
+from icrl.reading import TensorFile, named, parse_json, read_json
 from icrl_kernels import set_threads_here
 
 __all__ = [
@@ -422,7 +422,7 @@ class ShardReader:
         self.folder, self.open_files = Path(folder), open_files
         self.dataset, self._shards = read_index(self.folder)
         if kind is not None and self.dataset.kind != kind:
-            raise ValueError(f"{self.folder}: holds {self.dataset.kind}, wanted {kind}")
+            raise ValueError(f"{self.folder}: holds {named(self.dataset.kind)}, wanted {kind}")
         if len(self._shards) != self.dataset.num_shards:
             left = self.dataset.num_shards - len(self._shards)
             raise ValueError(
@@ -467,6 +467,9 @@ class ShardReader:
         rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(f"rows: wanted some of 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
+        if len(rows):
+            with self._lock:
+                self._file(int(rows[0]) // self.dataset.rows_per_shard)  # the sizes are those of a shard
         out: dict[str, Tensor] = {}
         for name in names:
             shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]

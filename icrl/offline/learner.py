@@ -15,6 +15,7 @@ from icrl.offline.methods import METHODS, method_class
 from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.world_model import WorldModel
+from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, configured, differences
 from icrl.training.process import autocast
@@ -45,14 +46,14 @@ def load_method(path: Path) -> Method:
     """What `save_method` wrote, on the CPU, ready to act. Raises ValueError where the file is none."""
     tensors, facts = checkpoint.load(path)
     if facts.get("model") != "offline method":
-        raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted an offline method")
+        raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted an offline method")
     try:
         made = facts["made"]
         config = configured(method_class(made["method"]).config_class, made["config"], "config")
         spaces = Spaces(**made["spaces"])
         for name, kind in {"environment": str, "state_size": int, "num_actions": int, "action_size": int}.items():
             if type(getattr(spaces, name)) is not kind:
-                raise ValueError(f"spaces: {name}: wanted {kind.__name__}, got {getattr(spaces, name)!r}")
+                raise ValueError(f"spaces: {name}: wanted {kind.__name__}, got {shown(getattr(spaces, name))}")
 
         def make(device: str) -> Method:
             known = made["world_model"]

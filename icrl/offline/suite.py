@@ -21,7 +21,8 @@ from icrl.offline.jobs import Job, run_jobs
 from icrl.offline.method import MethodConfig
 from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, titles
 from icrl.plots import few_shot_picture
-from icrl.reading import read_json
+from icrl.reading import named as cut
+from icrl.reading import read_json, shown
 from icrl.training.config import changes, configured
 
 
@@ -114,7 +115,7 @@ def check_settings(folder: Path, wanted: MethodConfig) -> None:
 
 
 def named(changed: list[tuple[str, Any, Any]]) -> str:
-    return ", ".join(f"{name}: {old!r}, wanted {new!r}" for name, old, new in changed)
+    return ", ".join(f"{cut(name)}: {shown(old)}, wanted {shown(new)}" for name, old, new in changed)
 
 
 def folder_of(out: Path, method: str, seed: int) -> Path:

@@ -23,6 +23,7 @@ from icrl.offline.method import Metrics, numbers
 from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
+from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, configured
 from icrl.training.process import autocast
@@ -222,7 +223,7 @@ class WorldModel(nn.Module):
         """A frozen world model. Raises ValueError where the file holds none."""
         tensors, facts = checkpoint.load(path)
         if facts.get("model") != "world_model":
-            raise ValueError(f"world_model: {path} holds a {facts.get('model')!r}")
+            raise ValueError(f"world_model: {path} holds a {shown(facts.get('model'))}")
         try:
             model = checkpoint.fitted(tensors, 1, lambda device: cls.from_facts(facts["made"], device))
         except checkpoint.MALFORMED as e:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from icrl.reading import shown
+
 LABELS_VERSION = 1
 """Of the labels that this code makes. One more for every change of what a label says of the same history; `CHANGED` says
 which. Files from before labels had a version are of version 0."""
@@ -23,7 +25,7 @@ def version_of(facts: dict[str, Any]) -> int:
     """The version in a file's facts. Raises ValueError where it is none."""
     found = facts.get("labels", 0)
     if type(found) is not int or found < 0:
-        raise ValueError(f"labels: wanted a version, an integer of at least 0, got {found!r}")
+        raise ValueError(f"labels: wanted a version, an integer of at least 0, got {shown(found)}")
     return found
 
 

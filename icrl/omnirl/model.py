@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from icrl.omnirl.labels import LABELS_VERSION, version_of
 from icrl.omnirl.tags import START, TAGS
+from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import configured
 from icrl_kernels import gla, gla_step
@@ -358,7 +359,7 @@ class OmniRL(nn.Module):
         """A model from a checkpoint written by `save`, on a device. Raises ValueError where the file is not one."""
         tensors, facts = checkpoint.load(path)
         if facts.get("model") != "omnirl":
-            raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
+            raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted 'omnirl'")
         try:
             config = configured(OmniRLConfig, facts["config"], "config")
             model = checkpoint.fitted(tensors, config.layers, lambda _: cls(config))

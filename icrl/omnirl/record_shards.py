@@ -29,6 +29,7 @@ from icrl.data.shards import (
 )
 from icrl.omnirl.distill import DPDConfig, Records, batch_tasks, simulate
 from icrl.omnirl.labels import LABELS_VERSION, RECORDED, difference
+from icrl.reading import shown
 
 RECORDS = "dpd records"
 STEP = {
@@ -161,7 +162,7 @@ class RecordStream(Stream[Records]):
         for name in ("states", "actions", "steps", "discounts"):
             wanted, found = getattr(config, name), there.get(name)
             if (tuple(found) if isinstance(found, list) else found) != wanted:
-                raise ValueError(f"records: {self.reader.folder} has {name} {found}, the configuration {wanted}")
+                raise ValueError(f"records: {self.reader.folder} has {name} {shown(found)}, the configuration {wanted}")
 
 
 def _read(reader: ShardReader, seed: int, order: dict[str, Any], index: int) -> Records:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icrl.files import checksum, open_to_readers, replacing
-from icrl.reading import TensorFile, check_seal, parse_json, sealed
+from icrl.reading import TensorFile, check_seal, parse_json, sealed, shown
 
 __all__ = ["FORMAT", "checksum", "fitted", "flatten", "load", "save", "unflatten", "why"]
 
@@ -52,7 +52,7 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors, metadata = file.tensors(), file.metadata
         if metadata.get("format") != str(FORMAT) or "facts" not in metadata:
             raise ValueError(
-                f"{path} was not written by icrl (format {metadata.get('format')!r}, wanted {FORMAT}; perhaps damaged)"
+                f"{path} was not written by icrl (format {shown(metadata.get('format'))}, wanted {FORMAT}; perhaps damaged)"
             )
         check_seal(path, tensors, metadata, {"format", "facts"})
     except ValueError as e:

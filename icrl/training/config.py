@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from icrl.reading import named, shown
+
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, objects within objects too."""
@@ -88,7 +90,7 @@ def configured(kind: type[Any] | Any, values: Any, name: str) -> Any:
     known = get_type_hints(type(base))
     names = [f.name for f in fields(base)]
     if unknown := set(values) - set(names):
-        raise ValueError(f"config: {name} has no {', '.join(sorted(map(_key, unknown)))}; it has {', '.join(names)}")
+        raise ValueError(f"config: {name} has no {', '.join(sorted(map(named, unknown)))}; it has {', '.join(names)}")
     changes = {}
     for key, value in values.items():
         where, old = f"{name}.{key}", getattr(base, key)
@@ -102,7 +104,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     if of is Any:
         return value
     if of is dict and type(value) is dict:
-        return {key: _typed(item, inner[1], f"{name}.{_key(key)}") for key, item in value.items()}
+        return {key: _typed(item, inner[1], f"{name}.{named(key)}") for key, item in value.items()}
     if of is tuple and type(value) in (list, tuple):
         kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(kinds) != len(value):
@@ -119,17 +121,6 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     if type(value) is not of:
         raise ValueError(f"config: {name}: wanted {of.__name__}, got {shown(value)}")
     return value
-
-
-def _key(key: Any) -> str:
-    """A key in a message, cut where it is long."""
-    text = str(key) if str(key).isprintable() else repr(key)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    return _key(repr(value))
 
 
 def init_of(init: Path | None, given: dict[str, Any]) -> Path | None:

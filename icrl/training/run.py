@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from icrl.extras import versions
 from icrl.files import append_text, write_json, write_text
-from icrl.reading import read_json
+from icrl.reading import named, read_json, shown
 from icrl.training import checkpoint
-from icrl.training.config import LoopConfig, changes, shown
+from icrl.training.config import LoopConfig, changes
 from icrl.training.process import machine, rank, wait_for_all
 
 FREE = {"loop.updates", "loop.device", "loop.threads", "loop.compile", "world_size"}
@@ -137,7 +138,7 @@ class Run:
             try:
                 state = checkpoint.unflatten("run", tensors, facts)
                 if type(state["update"]) is not int or state["update"] != int(newest.name):
-                    raise ValueError(f"update: wanted {int(newest.name)}, got {state['update']!r}")
+                    raise ValueError(f"update: wanted {int(newest.name)}, got {shown(state['update'])}")
             except checkpoint.MALFORMED as e:
                 raise ValueError(f"checkpoint: {path} is damaged ({checkpoint.why(e)})") from e
         except ValueError as e:
@@ -148,8 +149,11 @@ class Run:
         """Drop logged rows that the run will log again, and one that a kill cut short."""
         log = self.folder / "metrics.jsonl"
         self._purge = update + 1
+        if log.is_dir():
+            raise ValueError(f"out: {log} is damaged (it is a folder)")
         if rank() == 0 and log.exists():
-            write_text(log, "".join(f"{line}\n" for line in log.read_text().splitlines() if _logged(line) <= update))
+            rows = log.read_bytes().split(b"\n")
+            write_text(log, b"".join(row + b"\n" for row in rows if _logged(row) <= update).decode())
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.jsonl, and to TensorBoard's files where that is installed; rank 0's alone."""
@@ -177,16 +181,17 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    return f"{name}: {shown(old)} in the run, {shown(new)} given"
+    return f"{named(name)}: {shown(old)} in the run, {shown(new)} given"
 
 
 def _read(path: Path, kind: type = dict) -> Any:
     return read_json(path, kind, "out: {path} is damaged ({why})")
 
 
-def _logged(line: str) -> float:
-    """The update of a logged row; infinity for a row cut short."""
+def _logged(row: bytes) -> float:
+    """The update of a logged row; infinity for one that a kill or a full disk cut short, or that a power cut left unwritten."""
     try:
-        return json.loads(line)["update"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        update = json.loads(row.decode())["update"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return update if type(update) is int else math.inf

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icrl.reading import TensorFile, check_seal, sealed
+from icrl.reading import TensorFile, check_seal, sealed, shown
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
@@ -512,9 +512,9 @@ class TabularTasks:
         with TensorFile(path) as file:
             tensors, metadata = file.tensors(), file.metadata
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: holds no TabularTasks (format {metadata.get('format')!r})")
+            raise ValueError(f"{path}: holds no TabularTasks (format {shown(metadata.get('format'))})")
         if metadata.get("version") not in ("1", VERSION):
-            raise ValueError(f"{path}: version {metadata.get('version')!r}, this code reads '1' to {VERSION!r}")
+            raise ValueError(f"{path}: version {shown(metadata.get('version'))}, this code reads '1' to {VERSION!r}")
         names = set(LAYOUT) - {"transition"} | {*PARTS} if PARTS[0] in tensors else set(LAYOUT)
         if tensors.keys() - {"emission"} != names:
             raise ValueError(f"{path}: damaged (its tensors are not those that were saved)")
@@ -569,7 +569,7 @@ def _count(metadata: dict[str, str], name: str, default: str = "") -> int:
     """A whole number in a file's metadata."""
     text = metadata.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63):
-        raise ValueError(f"{name}: wanted a number, got {text[:40]!r}")
+        raise ValueError(f"{name}: wanted a number, got {shown(text)}")
     return int(text)
 
 

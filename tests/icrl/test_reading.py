@@ -58,7 +58,7 @@ def test_every_bit_of_a_header_is_covered(kind, bits, tmp_path):
     elif kind == "weights":
         OmniRL(TINY).save(path, seed=3)
     else:
-        tasks = sample_anymdp(1, 8, 2, seed=1)
+        tasks = sample_anymdp(2, 8, 2, seed=1)
         (tasks.pack() if kind == "packed tasks" else tasks).save(path)
 
     def read():
