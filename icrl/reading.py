@@ -237,26 +237,28 @@ class TensorFile:
             tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         except (RuntimeError, MemoryError) as e:  # as long as the file, which may be sparse
             raise self._damaged(f"{name}: {e}") from e
-        self.read(tensor, place.begin)
+        self.read(memory_of(tensor), place.begin)
         return tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all tensors by name."""
         return {name: self.tensor(name) for name in self.places}
 
-    def read(self, into: Tensor, begin: int) -> None:
-        """Fill a contiguous CPU tensor with the file's bytes from `begin` on."""
-        if not into.numel():
-            return
-        left = into.view(-1).view(torch.uint8).numpy().data
+    def read(self, into: memoryview, begin: int) -> None:
+        """Fill memory with the file's bytes from `begin` on."""
         try:
-            while left:
-                count = os.preadv(self._fd, [left[: 1 << 30]], begin)
+            while into:
+                count = os.preadv(self._fd, [into[: 1 << 30]], begin)
                 if not count:
                     raise ValueError("it was cut short while it was read")
-                left, begin = left[count:], begin + count
+                into, begin = into[count:], begin + count
         except (OSError, ValueError) as e:
             raise self._damaged(e) from e
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _place(name: str, entry: Any, data: int) -> Place:

@@ -41,7 +41,7 @@ from icrl.data.index import (
 from icrl.data.seeds import hash_seed
 from icrl.extras import versions
 from icrl.files import checksum, sync, sync_folder, write_text
-from icrl.reading import TensorFile, named, parse_json, read_json
+from icrl.reading import TensorFile, memory_of, named, parse_json, read_json
 from icrl_kernels import set_threads_here
 
 __all__ = [
@@ -474,12 +474,13 @@ class ShardReader:
         for name in names:
             shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]
             out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype), device="cpu")
+        memories = {name: memory_of(t) for name, t in out.items()}
         for begin, shard, first, count in self._runs(rows.tolist()):
             with self._lock:
                 file = self._file(shard)
-                for name in names:
-                    part = out[name][begin : begin + count]
-                    file.read(part, file.places[name].begin + first * part[0].nbytes)
+                for name, memory in memories.items():
+                    row = len(memory) // len(rows)
+                    file.read(memory[begin * row : (begin + count) * row], file.places[name].begin + first * row)
         return out
 
     def shard(self, shard: int) -> dict[str, Tensor]:
