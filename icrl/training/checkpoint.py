@@ -24,7 +24,8 @@ Made = TypeVar("Made", bound=nn.Module)
 
 def why(error: BaseException) -> str:
     """What is wrong, in a line."""
-    return " ".join((str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)).split())
+    text = " ".join((str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)).split())
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

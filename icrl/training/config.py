@@ -10,6 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from icrl.reading import named, shown
 
 
+LONGEST_TEXT = 4096  # characters of a configuration's texts: names and paths
+
+
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, objects within objects too."""
     both = {
@@ -104,7 +107,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     if of is Any:
         return value
     if of is dict and type(value) is dict:
-        return {key: _typed(item, inner[1], f"{name}.{named(key)}") for key, item in value.items()}
+        return {_typed(key, str, name): _typed(item, inner[1], f"{name}.{named(key)}") for key, item in value.items()}
     if of is tuple and type(value) in (list, tuple):
         kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(kinds) != len(value):
@@ -118,6 +121,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         if not math.isfinite(value):
             raise ValueError(f"config: {name}: wanted a finite number, got {value}")
         return value
+    if type(value) is str and len(value) > LONGEST_TEXT:
+        raise ValueError(f"config: {name}: wanted at most {LONGEST_TEXT} characters, got {len(value)}")
     if type(value) is not of:
         raise ValueError(f"config: {name}: wanted {of.__name__}, got {shown(value)}")
     return value
