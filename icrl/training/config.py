@@ -9,7 +9,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from icrl.reading import named, shown
 
-
 LONGEST_TEXT = 4096  # characters of a configuration's texts: names and paths
 
 
