@@ -448,6 +448,17 @@ class ShardReader:
     def __len__(self) -> int:
         return self.dataset.rows
 
+    def require(self, fields: dict[str, Field], sizes: str) -> None:
+        """ValueError where the data set lacks one of these tensors, or a size that has one of these symbols."""
+        for name, field in fields.items():
+            found = self.dataset.fields.get(name)
+            if found is None or (found.dtype, found.shape) != (field.dtype, field.shape):
+                raise ValueError(
+                    f"{self.folder / INDEX}: damaged (it has no {name}, {field.dtype} {list(field.shape)})"
+                )
+        if lacking := set(sizes) - self.dataset.sizes.keys():
+            raise ValueError(f"{self.folder / INDEX}: damaged (it has no size {min(lacking)})")
+
     def check_all(self) -> None:
         """Read every byte against the checksums; ValueError names the first file that differs."""
         for shard in range(self.dataset.num_shards):

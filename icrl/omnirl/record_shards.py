@@ -140,6 +140,7 @@ class RecordStream(Stream[Records]):
     ) -> None:
         super().__init__(seed, prefetch=prefetch, threads=threads, name="records")
         self.reader = ShardReader(folder, kind=RECORDS)
+        self.reader.require({**STEP, "value": VALUES}, "TGOA")
         if not RECORDED <= self.reader.labels <= LABELS_VERSION:
             version = self.reader.labels
             raise ValueError(f"records: {folder} has labels of version {version}: {difference(version)}")

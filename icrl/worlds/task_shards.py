@@ -132,12 +132,12 @@ class TaskShards:
 
     def __init__(self, folder: Path | str, *, full: bool = False) -> None:
         self.reader = ShardReader(folder, kind=TASKS, full=full)
-        dataset, path = self.reader.dataset, Path(folder) / INDEX
-        if {**WINDOWS, **REST}.keys() - dataset.fields.keys() or {"S", "A"} - dataset.sizes.keys():
-            raise ValueError(f"{path}: damaged (it lacks tensors or sizes of tasks)")
+        dataset = self.reader.dataset
+        seen = "emission" in dataset.fields
+        self.reader.require({**WINDOWS, **REST, **(EMISSION if seen else {})}, "SAKO" if seen else "SA")
         self._action_tokens = dataset.config.get("action_tokens", 1)
-        if type(self._action_tokens) is not int or ("emission" in dataset.fields and "O" not in dataset.sizes):
-            raise ValueError(f"{path}: damaged (its tokens are malformed)")
+        if type(self._action_tokens) is not int:
+            raise ValueError(f"{Path(folder) / INDEX}: damaged (its action_tokens are malformed)")
 
     def __len__(self) -> int:
         return len(self.reader)
