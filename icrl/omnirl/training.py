@@ -138,11 +138,12 @@ def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[T
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """A run's record as it is written today: the seed once stood in "training", and counted there."""
-    training = dict(config.get("training", {}))
-    if "seed" not in training:
+    training, loop = config.get("training", {}), config.get("loop", {})
+    if not isinstance(training, dict) or not isinstance(loop, dict) or "seed" not in training:
         return config
+    training = dict(training)
     seed = training.pop("seed")
-    return {**config, "training": training, "loop": {**config.get("loop", {}), "seed": seed}}
+    return {**config, "training": training, "loop": {**loop, "seed": seed}}
 
 
 def read_config(given: dict[str, Any]) -> tuple[OmniRLTraining, LoopConfig]:
