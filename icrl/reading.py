@@ -121,7 +121,7 @@ def read_json(path: Path, kind: type = dict, wrong: str = "{path} is damaged ({w
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log, one a line: numbers by name, "update" an integer. A last line that a kill cut short is left out.
+    """The objects of a log, one a line: numbers, or null, by name, "update" an integer. A last line that a kill cut short is left out.
 
     Raises FileNotFoundError, or a ValueError that names the file and the line.
     """
@@ -135,7 +135,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                     row = parse_json(line)
                     if not isinstance(row, dict) or type(row.get("update")) is not int:
                         raise ValueError("wanted an object with an integer 'update'")
-                    if other := [name for name, value in row.items() if type(value) not in (int, float)]:
+                    if other := [n for n, x in row.items() if type(x) not in (int, float, type(None))]:
                         raise ValueError(f"{shown(other[0])}: wanted a number")
                 except ValueError as e:
                     if line.endswith(b"\n"):
@@ -179,17 +179,17 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe opens at once, too
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+                raise self._damaged("it is no regular file")
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
         except FileNotFoundError:
             raise
         except OSError as e:
             raise self._damaged(e.strerror) from e
-        self.close = weakref.finalize(self, os.close, self._fd)
+        self._fd = file.fileno()
+        self.close = weakref.finalize(self, file.close)
         try:
-            found = os.fstat(self._fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no regular file")
-            self.size = found.st_size
+            self.size = os.fstat(self._fd).st_size
             self.places, self.metadata = self._header()
         except (ValueError, OSError) as e:
             self.close()
