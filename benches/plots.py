@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import matplotlib
@@ -12,13 +11,14 @@ import matplotlib.pyplot as plt
 
 from benches.common import RESULTS
 from icrl.files import write_figure
+from icrl.reading import read_json
 
 OPS = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 BLUE, GREY, INK = "#3b6fb6", "#b8bec9", "#333333"
 
 
 def result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_json(RESULTS / f"{name}.json")
 
 
 def machine(record: dict[str, Any]) -> str:

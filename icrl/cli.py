@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,12 +143,15 @@ def train_omnirl(
         json: write the last evaluation here.
     """
     from icrl.commands.train import train_omnirl as run
+    from icrl.omnirl.training import read_config
 
     _new_file("json", json)
     over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
     over |= {"device": device, "autocast": autocast}
     over = {name: value for name, value in over.items() if value is not None}
     given = _given(config)
+    with _read_from(config):
+        read_config(given)
     _new_folder("out", out)
     if run(out, given, records, over, init, json) is not None:
         _say(json)
@@ -191,13 +195,14 @@ def distill(
     from icrl.training.config import configured
 
     _new_file("json", json)
-    given: dict[str, Any] = {"steps": 12_000} if config is None else read_json("config", config)
+    given: dict[str, Any] = {"steps": 12_000} if config is None else _given(config)
     given |= {name: n for name, n in (("steps", steps), ("batch", batch)) if n is not None}
     if published:
         given |= {"tasks": {"anymdp": 1.0}, "behaviours": PUBLISHED_BEHAVIOURS}
     if states is not None:
         given |= {"least_states": states[0], "states": states[1]}
-    data = configured(DPDConfig, given, "config")
+    with _read_from(config):
+        data = configured(DPDConfig, given, "config")
     chosen = None if shard_range is None else range(*shard_range)
     options: dict[str, Any] = {"labels": labels, "workers": _workers(workers), "shards": chosen, "full": full}
     run(out, data, tasks, seed, **options, json=json)
@@ -255,7 +260,10 @@ def train_world_model(
     where = {"threads": threads, "device": device}
     own = {**where, "updates": updates, "compile": compile, "autocast": autocast}
     over = {"environment": environment, "records": None if records is None else str(records)}
-    experiment = offline.experiment_of(_given(config), over, {**where, "seed": seed}, own)
+    given = _given(config)
+    with _read_from(config):
+        experiment = offline.experiment_of(given, over, {**where, "seed": seed}, own)
+        _ = experiment.source
     _new_folder("out", out)
     offline.train_world_model(experiment, out, json)
     _say(json)
@@ -305,9 +313,11 @@ def train_offline(
     loop = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
     over = {"method": method, "environment": environment, "records": None if records is None else str(records)}
     given = _given(config)
-    experiment = offline.experiment_of(given, over, {**loop, "seed": seed})
-    if world_model is None:
-        init = init_of(init, given)
+    with _read_from(config):
+        experiment = offline.experiment_of(given, over, {**loop, "seed": seed})
+        experiment.check()
+        if world_model is None:
+            init = init_of(init, given)
     _new_folder("out", out)
     offline.train_offline(experiment, out, world_model, init, evaluate, json)
     _say(json)
@@ -336,14 +346,34 @@ def collect(
     from icrl.commands import offline
 
     _new_file("json", json)
-    experiment = offline.experiment_of(_given(config), {"environment": environment}, {"threads": threads})
+    given = _given(config)
+    with _read_from(config):
+        experiment = offline.experiment_of(given, {"environment": environment}, {"threads": threads})
+        _ = experiment.source
     _new_folder("out", out)
     offline.collect(experiment, out, teacher, json)
     _say(json)
 
 
 def _given(config: Path | None) -> dict[str, Any]:
-    return {} if config is None else read_json("config", config)
+    """The object in a configuration file; without one, none of its fields."""
+    from icrl.reading import read_json
+
+    if config is None:
+        return {}
+    try:
+        return read_json(config, dict, "config: {path} is not a readable JSON file ({why})")
+    except FileNotFoundError as e:
+        raise ValueError(f"config: {config} is not a readable JSON file ({e.strerror})") from e
+
+
+@contextmanager
+def _read_from(config: Path | None) -> Iterator[None]:
+    """A block that reads what a configuration file holds: its errors name the file."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"{e} (configuration: {config})" if config else str(e)) from e
 
 
 def evaluate_sicql(
@@ -373,22 +403,16 @@ def evaluate_sicql(
         device: of each process; over the configuration.
         json: also write the numbers here.
     """
+    from icrl.offline.experiment import OfflineRun
     from icrl.offline.suite import suite
+    from icrl.training.config import configured
 
     _new_file("json", json)
-    loop = {"threads": threads, "device": device}
-    suite(out, environment, list(methods), seeds, episodes, jobs, _given(config), loop, json)
+    loop, given = {"threads": threads, "device": device}, _given(config)
+    with _read_from(config):
+        configured(OfflineRun, given, "config")
+    suite(out, environment, list(methods), seeds, episodes, jobs, given, loop, json)
     _say(json)
-
-
-def read_json(name: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{name}: {path} is not a readable JSON file ({e})") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: {path} holds {type(value).__name__}, wanted an object")
-    return value
 
 
 def evaluate(

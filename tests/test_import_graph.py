@@ -19,6 +19,7 @@ ROOMS = (
     {"omnirl", "offline"},
     {"models", "worlds"},
     {"data", "training"},
+    {"reading"},
     {"files", "plots", "extras"},
 )
 LEAVES = {"_registry", "_checks", "_torch_private"}  # of icrl_kernels: they import one another and `_C` alone

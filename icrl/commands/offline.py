@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from icrl.files import save_numbers, write_json
 from icrl.offline import experiment as offline
 from icrl.offline.experiment import Experiment, offline_run
 from icrl.offline.suite import describe_best
+from icrl.reading import read_rows
 from icrl.training.process import machine, prepare
 
 Options = dict[str, Any]
@@ -61,8 +61,8 @@ def train_world_model(experiment: Experiment, out: Path, to: Path | None = None)
     device = prepare(experiment.run.training_of_world_model)
     path = offline.train_world_model(experiment, out)
     logged: dict[str, float] = {}
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        logged |= json.loads(line)
+    for row in read_rows(out / "metrics.jsonl"):
+        logged |= row
     numbers = {"model": str(path), **logged, "versions": experiment.versions, **machine(device)}
     save_numbers(to, numbers)
     print(f"world model: {path}")

@@ -10,6 +10,7 @@ from icrl.extras import versions
 from icrl.files import save_numbers, write_figure
 from icrl.omnirl.training import OmniRLLearner, read_config
 from icrl.plots import training_picture
+from icrl.reading import read_rows
 from icrl.training.config import init_of
 from icrl.training.loop import train
 from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
@@ -38,7 +39,7 @@ def train_omnirl(
         path = train(learner, loop, out)
     numbers = None
     if rank() == 0:
-        write_figure(out / "curve.png", training_picture(out / "metrics.jsonl"), dpi=110)
+        write_figure(out / "curve.png", training_picture(read_rows(out / "metrics.jsonl")), dpi=110)
         if json is not None:
             numbers = {"model": str(path), **learner.evaluate(), "versions": versions(), **machine(learner.device)}
             save_numbers(json, numbers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from icrl.files import appending
+from icrl.reading import read_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class Job:
     def done(self) -> int:
         """Updates, as the run's log has it."""
         try:
-            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["update"]
-        except (OSError, IndexError, ValueError):  # no log yet, or a line that is being written
+            return read_rows(self.folder / "metrics.jsonl")[-1]["update"]
+        except (OSError, IndexError, ValueError):  # no log or no whole line yet; a damaged log is the run's to refuse
             return 0
 
     def start(self, log: Path, threads: int) -> subprocess.Popen[bytes]:

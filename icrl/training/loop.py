@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
 from icrl.training.process import rank, world_size
 from icrl.training.run import Run
@@ -132,10 +133,32 @@ def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) 
         run.forget_after(-1)  # what a run logged that was killed before its first checkpoint
         return {}
     state, processes, own = found
+    try:
+        _restore(learner, optimizers, state, processes, own)
+    except checkpoint.MALFORMED as e:
+        raise ValueError(f"checkpoint: {run.newest()} does not fit this run ({checkpoint.why(e)})") from e
     run.forget_after(state["update"])
+    return state
+
+
+def _restore(
+    learner: Learner, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], processes: int, own: bool
+) -> None:
+    """Give the learner and the optimisers what a checkpoint holds. Raises one of `checkpoint.MALFORMED` for anything else."""
+    if not all(type(x) in (int, float) for x in (state.get("seconds", 0.0), *state.get("sums", {}).values())):
+        raise ValueError("seconds, sums: wanted numbers")
     learner.model.load_state_dict(state["model"])
     for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
+        for here, there in zip(optimizer.param_groups, s["param_groups"], strict=True):  # another torch may have others
+            for name in {*here} & {*there} | {"params", "lr", "base_lr"}:
+                kinds = {_kind(here[name]), _kind(there[name])} - {"NoneType"}
+                if len(kinds) > 1:
+                    raise ValueError(f"optimizers: {name}: wanted {_kind(here[name])}, got {_kind(there[name])}")
         optimizer.load_state_dict(s)
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"optimizers: {name}: wanted {list(parameter.shape)}, got {list(value.shape)}")
     if processes == world_size():
         learner.load_state_dict(state["learner"])
     elif isinstance(learner, Redistributed):
@@ -147,7 +170,11 @@ def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) 
     device = next(learner.model.parameters()).device
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
-    return state
+
+
+def _kind(value: Any) -> str:
+    """The type of an optimiser's setting; a checkpoint has lists for tuples, and numbers may be whole."""
+    return {"tuple": "list", "int": "float"}.get(type(value).__name__, type(value).__name__)
 
 
 def train(learner: Learner, config: LoopConfig, out: Path) -> Path:

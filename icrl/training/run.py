@@ -16,6 +16,7 @@ from torch import Tensor
 
 from icrl.extras import versions
 from icrl.files import LOCK, append_text, locked, name_folder, sync_file, write_bytes, write_json
+from icrl.reading import named, read_json, shown
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, changes
 from icrl.training.process import machine, of_the_first, rank, wait_for_all
@@ -68,7 +69,10 @@ class Run:
     def _enter(self, record: Path, upgraded: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         goes_on = record.exists() and self.newest() is not None
         if goes_on:
-            self._compare(upgraded(_read(record)))
+            try:
+                self._compare(upgraded(_read(record)))
+            except (AttributeError, LookupError, TypeError) as e:  # its values are of other types
+                raise ValueError(f"out: {record} is damaged ({checkpoint.why(e)})") from e
         wait_for_all()  # every process has looked at the folder as it was found
         if rank() == 0:
             for part in self.checkpoints.glob("*.part"):  # of a save that a kill cut short, perhaps of more processes
@@ -116,7 +120,9 @@ class Run:
             return
         write_json(self.folder / "config.json", self.config)
         path = self.folder / "versions.json"
-        entries: list[dict[str, Any]] = _read(path, []) if path.exists() else []
+        entries: list[dict[str, Any]] = _read(path, list) if path.exists() else []
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"out: {path} is damaged (wanted objects)")
         now = {**versions(), **machine(device)}
         if entries:
             last = {name: value for name, value in entries[-1].items() if name != "update"}
@@ -154,15 +160,24 @@ class Run:
         processes = len(list(newest.glob("rank*.safetensors")))
         own = rank() < processes
         try:
-            tensors, facts = checkpoint.load(newest / f"rank{rank() if own else 0}.safetensors")
+            path = newest / f"rank{rank() if own else 0}.safetensors"
+            tensors, facts = checkpoint.load(path)
+            try:
+                state = checkpoint.unflatten("run", tensors, facts)
+                if type(state["update"]) is not int or state["update"] != int(newest.name):
+                    raise ValueError(f"update: wanted {int(newest.name)}, got {shown(state['update'])}")
+            except checkpoint.MALFORMED as e:
+                raise ValueError(f"checkpoint: {path} is damaged ({checkpoint.why(e)})") from e
         except ValueError as e:
             raise ValueError(f"{e}; delete {newest} to go on from the checkpoint before it") from e
-        return checkpoint.unflatten("run", tensors, facts), max(1, processes), own
+        return state, max(1, processes), own
 
     def forget_after(self, update: int) -> None:
         """Drop logged rows that the run will log again, and one that a kill cut short."""
         log = self.folder / "metrics.jsonl"
         self._purge = update + 1
+        if log.is_dir():
+            raise ValueError(f"out: {log} is damaged (it is a folder)")
         if rank() == 0 and log.exists():
             rows = log.read_bytes().split(b"\n")
             write_bytes(log, b"".join(row + b"\n" for row in rows if _logged(row) <= update))
@@ -193,18 +208,11 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    return f"{name}: {old!r} in the run, {new!r} given"
+    return f"{named(name)}: {shown(old)} in the run, {shown(new)} given"
 
 
-def _read(path: Path, kind: Any = None) -> Any:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"out: {path} is damaged ({e})") from e
-    wanted = dict if kind is None else type(kind)
-    if not isinstance(found, wanted):
-        raise ValueError(f"out: {path} is damaged (it holds {type(found).__name__}, wanted {wanted.__name__})")
-    return found
+def _read(path: Path, kind: type = dict) -> Any:
+    return read_json(path, kind, "out: {path} is damaged ({why})")
 
 
 def _logged(row: bytes) -> float:
