@@ -1,6 +1,6 @@
 """Builds icrl_kernels._C: C++ for the CPU in three instruction sets, CUDA C++ where nvcc is found. Needs no torch.
 
-ICRL_CUDA=0 leaves CUDA out, ICRL_CUDA=1 fails without nvcc, unset or "auto" takes it where it is.
+ICRL_CUDA=0 leaves CUDA out, ICRL_CUDA=1 fails without an nvcc that serves, unset or "auto" takes it where there is one.
 """
 
 import os
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from glob import glob
 
 import pybind11
@@ -75,7 +76,15 @@ SOURCES: dict[str, list[str]] = {
 }
 
 
-def find_nvcc() -> str | None:
+CUDA_LIBRARIES = ["cudart_static", "rt", "dl", "pthread"]
+
+
+def find_nvcc(compiler: list[str]) -> str | None:
+    """nvcc, where it is wanted, found, and compiles and links with these flags and this C++ compiler.
+
+    Where ICRL_CUDA=1 wants one that cannot serve, the build ends in one line that says why; otherwise it goes on without
+    CUDA, and says so.
+    """
     wanted = os.environ.get("ICRL_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"ICRL_CUDA must be 0, 1 or auto, got {wanted!r}")
@@ -83,9 +92,35 @@ def find_nvcc() -> str | None:
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
-    if nvcc is None and wanted == "1":
-        raise SystemExit("ICRL_CUDA=1, but there is no nvcc on PATH or under CUDA_HOME")
-    return nvcc
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit("ICRL_CUDA=1, but there is no nvcc on PATH or under CUDA_HOME")
+        return None
+    why = refusal(nvcc, compiler)
+    if why and wanted == "1":
+        raise SystemExit(f"ICRL_CUDA=1, but {nvcc} cannot build the kernels: {why}")
+    if why:
+        print(f"icrl_kernels is built without CUDA: {nvcc} cannot build the kernels: {why}", file=sys.stderr)
+    return None if why else nvcc
+
+
+def refusal(nvcc: str, compiler: list[str]) -> str:
+    """Why an empty file cannot be compiled and linked as the kernels are; nothing where it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, obj, library = (os.path.join(folder, name) for name in ("empty.cu", "empty.o", "empty.so"))
+        open(source, "w").close()
+        try:
+            for line in ([nvcc, "-c", source, "-o", obj, *NVCC_FLAGS], [*compiler, "-shared", obj, "-o", library]):
+                if line[0] != nvcc:
+                    line += [f"-L{x}" for x in cuda_library_dirs(nvcc)] + [f"-l{x}" for x in CUDA_LIBRARIES]
+                run = subprocess.run(line, capture_output=True, text=True, errors="replace")
+                if run.returncode:
+                    said = [x.strip() for x in (run.stderr + run.stdout).splitlines() if x.strip()]
+                    reasons = [x for x in said if re.search(r"error|fatal|cannot|unsupported", x, re.I)] or said
+                    return reasons[0] if reasons else f"{line[0]} ends with {run.returncode}"
+        except OSError as error:
+            return f"it does not start: {error}"
+    return ""
 
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
@@ -147,10 +182,6 @@ def up_to_date(obj: str, source: str, command: str) -> bool:
     return same and os.path.getmtime(obj) >= max(map(os.path.getmtime, read_by(source, set())))
 
 
-NVCC = find_nvcc()
-COMPILES = compiles(NVCC)
-
-
 class Build(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -161,17 +192,24 @@ class Build(build_ext):
         compile_all, compile_cpp = compiler.compile, compiler._compile
         cxx = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)
         version = check_machine(cxx)
+        nvcc = find_nvcc(cxx)
+        todo = compiles(nvcc)
+        if nvcc:
+            for extension in self.extensions:
+                extension.define_macros.append(("ICRL_WITH_CUDA", "1"))
+                extension.library_dirs += cuda_library_dirs(nvcc)
+                extension.libraries += CUDA_LIBRARIES
 
         def object_filenames(sources, strip_dir=0, output_dir=""):
-            return [os.path.join(output_dir, obj) for obj in COMPILES]
+            return [os.path.join(output_dir, obj) for obj in todo]
 
         def compile_sources(sources, **options):
-            return compile_all([source for source, _ in COMPILES.values()], **options)
+            return compile_all([source for source, _ in todo.values()], **options)
 
         def compile_one(obj, src, ext, cc_args, extra, pp_opts):
-            own = COMPILES[os.path.relpath(obj, self.build_temp)][1]
+            own = todo[os.path.relpath(obj, self.build_temp)][1]
             if ext == ".cu":
-                start, flags = [NVCC, "-c", src, "-o", obj], [*NVCC_FLAGS, *own, *pp_opts]
+                start, flags = [nvcc, "-c", src, "-o", obj], [*NVCC_FLAGS, *own, *pp_opts]
             else:
                 start, flags = [*cxx, *cc_args, src], [*extra, *own, *pp_opts]
             # -I names folders of the environment, which pip makes anew for each build
@@ -195,17 +233,13 @@ class Build(build_ext):
 
 extension = Pybind11Extension(
     "icrl_kernels._C",
-    sorted({source for source, _ in COMPILES.values()}),
+    sorted(f"csrc/{name}" for name in SOURCES),
     depends=[*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)],
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=CXX_FLAGS,
     libraries=["dl", "pthread"],
 )
-if NVCC:
-    extension.define_macros.append(("ICRL_WITH_CUDA", "1"))
-    extension.library_dirs += cuda_library_dirs(NVCC)
-    extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
 with ParallelCompile(default=0):
     setup(ext_modules=[extension], cmdclass={"build_ext": Build})

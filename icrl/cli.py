@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
+
+from icrl.commands import terminal
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
@@ -46,6 +50,22 @@ def _new_folder(name: str, path: Path) -> None:
         probe_folder(path)
     except OSError as e:
         raise ValueError(f"{name}: {e}") from e
+
+
+OF_KIND = {"branching": "garnet"} | dict.fromkeys(("num_observations", "observation_tokens", "action_tokens"), "pomdp")
+
+
+def _of_kind(kind: str, name: str, given: int | None, default: int) -> int:
+    """An option of tasks, or its default; one that this kind of tasks does not have is refused."""
+    if given is not None and kind != OF_KIND[name]:
+        raise ValueError(f"{name}: an option of {OF_KIND[name]} tasks, got {given} for {kind}")
+    return default if given is None else given
+
+
+def _states(kind: str, given: int | None) -> int:
+    if given is None:
+        return 1 if kind == "bandit" else 16
+    return given
 
 
 def _workers(given: int | None) -> int:
@@ -418,9 +438,9 @@ def evaluate_sicql(
 def evaluate(
     tasks: Path | None = None,
     checkpoint: Path | None = None,
-    kind: Literal["anymdp", "garnet", "bandit"] = "anymdp",
-    num_tasks: int = 64,
-    num_states: int = 16,
+    kind: Literal["anymdp", "garnet", "bandit"] | None = None,
+    num_tasks: int | None = None,
+    num_states: int | None = None,
     steps: int = 2000,
     seed: int = 1,
     prompt: int = 4,
@@ -432,15 +452,20 @@ def evaluate(
     Args:
         tasks: written by `icrl worlds sample` or `shards`; fresh tasks otherwise.
         checkpoint: a model of your own instead of the shipped one.
-        kind: of fresh tasks.
-        num_tasks: of fresh tasks.
-        num_states: of fresh tasks.
+        kind: of fresh tasks; anymdp unless given.
+        num_tasks: how many fresh tasks; 64 unless given.
+        num_states: of fresh tasks, 16 unless given; of bandits, ids that their one state may have, 1 unless given.
         steps: of each context.
         seed: of tasks and actions.
         device: of the model, as torch names it; auto is CUDA where there is one, else the CPU.
         json: also write the numbers here.
         prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
     """
+    for name, value in {"kind": kind, "num_tasks": num_tasks, "num_states": num_states}.items():
+        if tasks is not None and value is not None:
+            raise ValueError(f"{name}: an option of fresh tasks, got {value} beside tasks={tasks}")
+    kind, num_tasks = kind or "anymdp", 64 if num_tasks is None else num_tasks
+    num_states = _states(kind, num_states)
     from icrl.commands.evaluate import evaluation_table
 
     _new_file("json", json)
@@ -452,12 +477,12 @@ def worlds_sample(
     out: Positional[Path],
     kind: Literal["anymdp", "garnet", "bandit", "pomdp"] = "anymdp",
     num_tasks: int = 1000,
-    num_states: int = 16,
+    num_states: int | None = None,
     num_actions: int = 5,
-    branching: int = 2,
-    num_observations: int = 64,
-    observation_tokens: int = 1,
-    action_tokens: int = 1,
+    branching: int | None = None,
+    num_observations: int | None = None,
+    observation_tokens: int | None = None,
+    action_tokens: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     json: Path | None = None,
@@ -466,13 +491,19 @@ def worlds_sample(
 
     Args:
         out: the file to write.
-        branching: successors of each state and action (Garnet).
-        num_observations: ids that a token may have (POMDP).
-        observation_tokens: tokens seen in a state (POMDP).
-        action_tokens: actions in a step of the environment (POMDP).
+        num_states: of a task, 16 unless given; of a bandit, ids that its one state may have, 1 unless given.
+        branching: successors of each state and action (Garnet); 2 unless given.
+        num_observations: ids that a token may have (POMDP); 64 unless given.
+        observation_tokens: tokens seen in a state (POMDP); 1 unless given.
+        action_tokens: actions in a step of the environment (POMDP); 1 unless given.
         overwrite: replace an existing file.
         json: also write what was printed here.
     """
+    num_states = _states(kind, num_states)
+    branching = _of_kind(kind, "branching", branching, 2)
+    num_observations = _of_kind(kind, "num_observations", num_observations, 64)
+    observation_tokens = _of_kind(kind, "observation_tokens", observation_tokens, 1)
+    action_tokens = _of_kind(kind, "action_tokens", action_tokens, 1)
     from icrl.commands import worlds
 
     _new_file("json", json)
@@ -547,11 +578,11 @@ def worlds_shards(
     num_tasks: int = 10_000,
     num_states: tuple[int, int] = (16, 16),
     num_actions: int = 5,
-    branching: int = 2,
+    branching: int | None = None,
     discounts: tuple[float, ...] = (),
-    num_observations: int = 64,
-    observation_tokens: int = 1,
-    action_tokens: int = 1,
+    num_observations: int | None = None,
+    observation_tokens: int | None = None,
+    action_tokens: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     shard_range: tuple[int, int] | None = None,
@@ -563,17 +594,21 @@ def worlds_shards(
     Args:
         out: the data set's folder.
         num_tasks: more than the folder has makes it grow.
-        num_states: the fewest and the most of a task.
-        branching: successors of each state and action (Garnet).
+        num_states: the fewest and the most of a task; the most is how many ids there are to observe, for bandits too.
+        branching: successors of each state and action (Garnet); 2 unless given.
         discounts: also store optimal policies and values at each of these.
-        num_observations: how many ids each token has (pomdp).
-        observation_tokens: an agent sees at a step (pomdp).
-        action_tokens: an agent gives at a step (pomdp).
+        num_observations: how many ids each token has (POMDP); 64 unless given.
+        observation_tokens: an agent sees at a step (POMDP); 1 unless given.
+        action_tokens: an agent gives at a step (POMDP); 1 unless given.
         workers: shards made at once, one thread each; one a core unless given.
         shard_range: only shards LOW to HIGH - 1, for machines that share a file system without locks.
         full: read finished shards against their checksums, instead of their headers and lengths alone.
         json: also write what was printed here.
     """
+    branching = _of_kind(kind, "branching", branching, 2)
+    num_observations = _of_kind(kind, "num_observations", num_observations, 64)
+    observation_tokens = _of_kind(kind, "observation_tokens", observation_tokens, 1)
+    action_tokens = _of_kind(kind, "action_tokens", action_tokens, 1)
     from icrl.commands import worlds
     from icrl.worlds.task_shards import TaskSet
 
@@ -633,9 +668,36 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 with one line on what was wrong with the input."""
+    """Run one command; 0, or 2 with one line on what was wrong with the input.
+
+    130 where it was interrupted. 141 where the reader of its output left before its end: its work is done all the same.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
+    with terminal.environment(), terminal.streams() as streams:
+        exits: SystemExit | None = None
+        try:
+            code: Any = _run(args)
+        except SystemExit as e:  # help, or options that cannot be read
+            exits, code = e, e.code
+        except KeyboardInterrupt:
+            print(terminal.INTERRUPTED_LINE, file=sys.stderr)
+            code = terminal.INTERRUPTED
+        for stream in streams:
+            stream.flush()
+        errors = [stream.error for stream in streams if stream.error is not None]
+        for error in errors:
+            if not isinstance(error, BrokenPipeError):
+                print(f"icrl: not all could be printed: {error.strerror}", file=sys.stderr)
+                code = code or 2
+        code = code or (terminal.READER_LEFT if errors else 0)
+    if exits is not None:
+        raise SystemExit(code) from exits
+    return code
+
+
+def _run(args: list[str]) -> int:
     try:
+        terminal.check_folder()
         if args[:1] == ["eval"]:
             args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--suite=") else [arg])]
         if args[:1] == ["eval"] and "--suite" in args:  # `eval --suite sicql` is `eval sicql`
@@ -653,11 +715,31 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"icrl: {e}".replace("\n", " "), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nicrl: interrupted", file=sys.stderr)
-        return 130
+    except (RuntimeError, MemoryError) as e:  # torch's and numpy's
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(e))
+        if wanted is None and not isinstance(e, MemoryError):
+            raise
+        print(f"icrl: not enough memory{f' for {wanted[1]}' if wanted else ''}", file=sys.stderr)
+        return 2
     return 0
 
 
+def script() -> NoReturn:
+    """The process of `icrl`."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a shell ignores it for what runs in the background
+        signal.signal(signal.SIGINT, terminal.interrupt)
+    try:
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done
+    except KeyboardInterrupt:  # in the moment before it began, or after
+        print(terminal.INTERRUPTED_LINE, file=sys.stderr)
+        code = terminal.INTERRUPTED
+    if code == terminal.INTERRUPTED:
+        os._exit(code)  # without waiting for threads that are at work: what they leave is what a kill leaves
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

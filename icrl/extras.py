@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
@@ -36,5 +37,12 @@ def require(module: str, what: str, extra: str) -> ModuleType:
         if e.name is None or e.name.split(".")[0] != module.split(".")[0]:
             raise ValueError(f"{what}: {module} is installed, but not what it imports ({e})") from e
         raise ValueError(f"{what} needs {module}: pip install 'icrl-kernels[{extra}]'") from e
-    except (ImportError, OSError) as e:
-        raise ValueError(f"{what}: {module} is installed, but cannot be imported ({e})") from e
+    except Exception as e:  # whatever goes wrong in another package's code
+        said = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+        raise ValueError(f"{what}: {module} is installed, but cannot be imported ({said}{_drawing(module)})") from e
+
+
+def _drawing(module: str) -> str:
+    """MUJOCO_GL, where it is set: mujoco may fail at its import for want of that library, though nothing is drawn."""
+    chosen = os.environ.get("MUJOCO_GL")
+    return f"; MUJOCO_GL={chosen}" if chosen and module.split(".")[0] in ("mujoco", "metaworld") else ""

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from icrl.figures import Figure
+
+# isort: split
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 
 class Curve(Protocol):

@@ -21,6 +21,7 @@ ROOMS = (
     {"data", "training"},
     {"reading"},
     {"files", "plots", "extras"},
+    {"figures"},
 )
 LEAVES = {"_registry", "_checks", "_torch_private"}  # of icrl_kernels: they import one another and `_C` alone
 TORCH_PRIVATE = "icrl_kernels._torch_private"

@@ -32,11 +32,12 @@ def anymdp(
     """Curves by method, and the numbers of the demo's first table."""
     start = time.perf_counter()
     worlds = sample_anymdp(tasks, num_states, seed=UNSEEN + seed)
+    # first, as it refuses tasks that the model cannot act in
+    title = f"{tasks} unseen tasks"
+    ours = evaluate.run_agent(model, worlds, steps, temperature=TEMPERATURE, seed=seed, progress=title)
     reference = evaluate.references(worlds)
     contexts = {name: evaluate.run_baseline(worlds, name, steps, seed) for name in evaluate.BASELINES}
-    contexts[OURS] = evaluate.run_agent(
-        model, worlds, steps, temperature=TEMPERATURE, seed=seed, progress=f"{tasks} unseen tasks"
-    )
+    contexts[OURS] = ours
     curves = {name: evaluate.curve(c, reference) for name, c in contexts.items()}
     last = steps - steps // 4, steps
     rows = {name: evaluate.scores(c, reference, *last) for name, c in contexts.items()}

@@ -46,11 +46,11 @@ def evaluation_table(
         raise ValueError(f"num_tasks, steps, seed: wanted at least 2, 20 and 0, got {num_tasks}, {steps} and {seed}")
     tasks = load_tasks(path) if path else draw_tasks(kind, num_tasks, num_states, 5, 2, UNSEEN + seed)
     model = OmniRL.load(checkpoint or shipped(), resolve(device))
+    # first, as it refuses tasks that the model cannot act in
+    ours = evaluate.run_agent(model, tasks, steps, prompt=prompt, temperature=TEMPERATURE, seed=seed, progress=OURS)
     reference = evaluate.references(tasks)
     runs = {name: evaluate.run_baseline(tasks, name, steps, seed) for name in evaluate.BASELINES}
-    runs[OURS] = evaluate.run_agent(
-        model, tasks, steps, prompt=prompt, temperature=TEMPERATURE, seed=seed, progress=OURS
-    )
+    runs[OURS] = ours
     last = steps - max(1, steps // 4), steps
     rows = {name: evaluate.scores(run, reference, *last) for name, run in runs.items()}
     published = PUBLISHED.get((kind, 1 if kind == "bandit" else num_states)) if path is None else None

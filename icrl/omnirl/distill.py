@@ -26,6 +26,7 @@ from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
 
+ANYMDP_LEAST = 8  # states of an AnyMDP task
 TAG_MODEL_BASED, TAG_Q_LEARNING, TAG_RANDOM, TAG_UNKNOWN = 4, 5, 6, 7
 BUILTIN_TAGS = {
     "uniform": TAG_RANDOM,
@@ -114,6 +115,20 @@ class DPDConfig:
             raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(unknown))}")
         for name in self.behaviours:
             _parse(name, len(self.discounts))
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """ValueError for sizes that a kind of tasks in the mixture does not have."""
+        least = {
+            "anymdp": {"states": ANYMDP_LEAST, "actions": 2},
+            "garnet": {"states": max(2, self.garnet_branching), "actions": 1},
+            "bandit": {"states": 1, "actions": 2},
+        }
+        for kind in (kind for kind, weight in self.tasks.items() if weight > 0):
+            for name, given in (("states", self.least_states), ("actions", self.actions)):
+                if given < least[kind][name]:
+                    field = "least_states" if name == "states" else name
+                    raise ValueError(f"{field}: {kind} tasks have {least[kind][name]} {name} or more, got {given}")
 
 
 class Records(NamedTuple):

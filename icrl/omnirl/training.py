@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from icrl.data.prefetch import Stream
 from icrl.omnirl.agent import Temperature
-from icrl.omnirl.distill import DPDConfig, DPDStream, Records, sample_tasks
+from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sample_tasks
 from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl.labels import name_others, refuse_others, version_of
 from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, Tokens
@@ -49,8 +49,9 @@ class OmniRLTraining:
     dagger_every: int = 50
     """Updates between two collections."""
     dagger_records: int = 64
-    """Records of one collection; the newest eight collections are kept."""
+    """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
     evaluation_tasks: int = 64
+    """Of AnyMDP, of as many states as the data have at most; where these have too few, tasks as the data's."""
     evaluation_steps: int = 1000
     records: str = ""
     """Folder of records (`icrl distill`) to train from; empty: made on the fly."""
@@ -67,6 +68,20 @@ class OmniRLTraining:
                 raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if not 0 <= self.dagger < 1:
             raise ValueError(f"dagger: wanted a share in [0, 1), got {self.dagger}")
+        if self.evaluation_steps < 2:
+            raise ValueError(f"evaluation_steps: wanted at least 2, as halves are scored, got {self.evaluation_steps}")
+        if self.data.actions < 2:
+            raise ValueError(f"actions: wanted at least 2 to choose from, got {self.data.actions}")
+        if self.own_records > self.dagger_records:
+            raise ValueError(
+                f"dagger_records: wanted at least {self.own_records}, the share of a batch of {self.data.batch} in which "
+                f"the model acts, got {self.dagger_records}"
+            )
+
+    @property
+    def own_records(self) -> int:
+        """Records of a batch in which the model itself acted."""
+        return int(self.dagger * self.data.batch)
 
 
 def tokens_of(records: Records) -> Tokens:
@@ -233,7 +248,7 @@ class OmniRLLearner:
             if self.own is None or (update - c.dagger_from) % c.dagger_every == 0:
                 self._collect()
             assert self.own is not None
-            n = int(c.dagger * len(records.observation))
+            n = c.own_records
             chosen = torch.randperm(len(self.own.observation), device="cpu")[:n]
             records = Records(*(torch.cat([a[n:], b[chosen]]) for a, b in zip(records, self.own, strict=True)))
         tokens = Tokens(*(x.to(self.device) for x in tokens_of(records)))
@@ -288,7 +303,9 @@ class OmniRLLearner:
     def evaluate(self) -> dict[str, float]:
         c = self.training
         if self._judge is None:
-            tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, kind="anymdp", num_states=c.data.states)
+            large = c.data.states >= ANYMDP_LEAST
+            chosen: dict[str, Any] = {"kind": "anymdp", "num_states": c.data.states} if large else {}
+            tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, **chosen)
             self._judge = tasks, references(tasks)
         tasks, reference = self._judge
         context = run_agent(self.model, tasks, c.evaluation_steps, seed=7)

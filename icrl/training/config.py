@@ -46,6 +46,7 @@ class LoopConfig:
     muon_learning_rate: float = 0.01
     """Muon's, for the hidden matrices; 0 leaves all to AdamW."""
     weight_decay: float = 0.01
+    """Muon's alone."""
     warmup: int = 50
     """Updates of linear warm-up."""
     decay: float = 0.4
@@ -76,6 +77,8 @@ class LoopConfig:
         for name in ("muon_learning_rate", "weight_decay", "warmup", "decay", "threads"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        if self.decay > 1:
+            raise ValueError(f"decay: wanted a fraction of the updates, at most 1, got {self.decay}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: wanted 0 to 2^63 - 1, got {self.seed}")
 

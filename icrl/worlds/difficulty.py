@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from icrl.figures import Figure, FigureCanvasAgg
 from icrl.worlds.samplers import sample_anymdp, sample_garnet
 from icrl.worlds.tasks import TabularTasks
 
@@ -127,7 +127,7 @@ def draw_difficulty(numbers: dict[str, Any]) -> Figure:
     rows = numbers["rows"]
     for axis, kind in zip(panels, NAMES, strict=True):
         own = [row for row in rows if row["kind"] == kind]
-        for row, colour in zip(own, COLOURS, strict=False):
+        for row, colour in zip(own, cycle(COLOURS)):
             low, middle, high = ([b[i] for b in row["log10_visits"]] for i in (1, 2, 3))
             axis.fill_between(row["rank"], low, high, color=colour, alpha=0.13, lw=0)
             slope = row["decades_from_least_to_most_valued"]

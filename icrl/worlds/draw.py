@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from icrl.figures import Figure, FigureCanvasAgg
+
+# isort: split
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, SymLogNorm
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path

@@ -25,7 +25,7 @@ def draw_tasks(
     if kind == "garnet":
         return sample_garnet(num_tasks, num_states, num_actions, branching, seed=seed)
     if kind == "bandit":
-        return sample_bandit(num_tasks, num_actions, seed=seed)
+        return sample_bandit(num_tasks, num_actions, seed=seed, num_observations=num_states)  # ids of its one state
     if kind == "pomdp":
         return sample_pomdp(num_tasks, num_states, num_actions, seed=seed, progress=progress, **tokens)
     raise ValueError(f"kind: wanted anymdp, garnet, bandit or pomdp, got {kind!r}")

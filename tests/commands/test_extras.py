@@ -23,3 +23,15 @@ def test_a_broken_installation_is_not_called_missing(monkeypatch, tmp_path):
         require("lacks_another", "this", "x")
     with pytest.raises(ValueError, match=r"installed, but cannot be imported .*libGL"):
         require("lacks_a_library", "this", "x")
+
+
+@pytest.mark.parametrize("wrong", ["RuntimeError('invalid value')", "AttributeError('glGetError')", "Warning"])
+def test_whatever_an_import_raises_is_one_line(wrong, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "bogus")
+    (tmp_path / "mujoco.py").write_text(f"raise {wrong}\n")
+    with pytest.raises(
+        ValueError, match=r"^reach: mujoco is installed, but cannot be imported \(\w+.*MUJOCO_GL=bogus\)$"
+    ):
+        require("mujoco", "reach", "mujoco")
