@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import subprocess
@@ -87,6 +86,7 @@ def machine() -> dict[str, Any]:
 def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     """Write benches/results/<name>.json: rows with the machine, versions, commit and command that made them."""
     import icrl_kernels
+    from icrl.files import write_json
 
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
@@ -101,5 +101,5 @@ def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     return path

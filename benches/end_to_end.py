@@ -61,12 +61,13 @@ def main() -> int:
         print(write("context", [], **context(compile=True)))
     elif which == ["difficulty"]:
         from icrl.commands.worlds import difficulty
+        from icrl.files import write_figure
         from icrl.worlds.draw import draw_task
         from icrl.worlds.samplers import sample_anymdp
 
         numbers = difficulty(RESULTS / "difficulty.png", 500, (16, 32, 64, 128), 5, 2, seed=0)
         print(write("difficulty", **numbers))
-        draw_task(sample_anymdp(1, 20, seed=3)).savefig(RESULTS / "task.png", dpi=90)
+        write_figure(RESULTS / "task.png", draw_task(sample_anymdp(1, 20, seed=3)), dpi=90)
     elif which[:1] == ["sicql"] and len(which) == 3 and which[1] in STUDIES:
         from icrl.offline.suite import suite
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import matplotlib
@@ -11,13 +10,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benches.common import RESULTS
+from icrl.files import write_figure
+from icrl.reading import read_json
 
 OPS = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 BLUE, GREY, INK = "#3b6fb6", "#b8bec9", "#333333"
 
 
 def result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_json(RESULTS / f"{name}.json")
 
 
 def machine(record: dict[str, Any]) -> str:
@@ -57,7 +58,7 @@ def bars() -> None:
         *panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=2, loc="outside lower center"
     )
     figure.suptitle(f"B=4 T=4096 H=4 D=64 ({machine(records['gla'])})", fontsize=11, x=0.01, ha="left")
-    figure.savefig(RESULTS / "ops_cpu.png", dpi=130)
+    write_figure(RESULTS / "ops_cpu.png", figure, dpi=130)
 
 
 def time_per_token() -> None:
@@ -78,7 +79,7 @@ def time_per_token() -> None:
         *panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center"
     )
     figure.suptitle(f"Time per token, B=1 H=2 D=64 ({machine(record)})", fontsize=11, x=0.01, ha="left")
-    figure.savefig(RESULTS / "time_per_token_cpu.png", dpi=130)
+    write_figure(RESULTS / "time_per_token_cpu.png", figure, dpi=130)
 
 
 if __name__ == "__main__":

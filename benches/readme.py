@@ -3,7 +3,6 @@ differ."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -11,13 +10,15 @@ from typing import Any
 
 from benches.common import RESULTS
 from benches.end_to_end import STUDIES
+from icrl.files import write_text
+from icrl.reading import read_json
 
 LINEAR_ATTENTION = ("gla", "gsa", "gated_delta_rule", "rwkv7")
 README = RESULTS.parent.parent / "README.md"
 
 
 def result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_json(RESULTS / f"{name}.json")
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -277,7 +278,7 @@ def main() -> int:
             new = block.sub(lambda m, text=text: m[1] + text + m[2], new)
         same &= old == new
         if "--check" not in sys.argv:
-            path.write_text(new)
+            write_text(path, new)
     return int("--check" in sys.argv and not same)
 
 

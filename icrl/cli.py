@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,21 +22,34 @@ DISTRIBUTED = "train omnirl"  # the one command that torchrun may start
 Positional = tyro.conf.Positional
 
 
-def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
-    if path is None:
-        return
-    from icrl.files import write_json
-
-    write_json(path, numbers)
-    print(f"numbers: {path}")
+def _say(json: Path | None) -> None:
+    """Where the numbers are, which the command has saved before it printed anything of them."""
+    if json is not None:
+        print(f"numbers: {json}")
 
 
 def _new_file(name: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     """Refuse a place that cannot be written before hours are spent on what goes there."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"{name}: cannot write a file at {path}")
-    if path is not None and suffixes and path.suffix not in suffixes:
+    from icrl.files import probe
+
+    if path is None:
+        return
+    if suffixes and path.suffix not in suffixes:
         raise ValueError(f"{name}: wanted a file ending in {' or '.join(suffixes)}, got {path}")
+    try:
+        probe(path)
+    except OSError as e:
+        raise ValueError(f"{name}: {e}") from e
+
+
+def _new_folder(name: str, path: Path) -> None:
+    """Refuse a folder that cannot be written in, likewise."""
+    from icrl.files import probe_folder
+
+    try:
+        probe_folder(path)
+    except OSError as e:
+        raise ValueError(f"{name}: {e}") from e
 
 
 OF_KIND = {"branching": "garnet"} | dict.fromkeys(("num_observations", "observation_tokens", "action_tokens"), "pomdp")
@@ -84,7 +98,8 @@ def demo(
 
     _new_file("out", out, PICTURES)
     _new_file("json", json)
-    _write_json(json, run(checkpoint, tasks, num_states, steps, seed, out, device))
+    run(checkpoint, tasks, num_states, steps, seed, out, device, json)
+    _say(json)
 
 
 def context(
@@ -110,7 +125,8 @@ def context(
     from icrl.commands.context import context as run
 
     _new_file("json", json)
-    _write_json(json, run(steps, num_states, seed, checkpoint, compile, device))
+    run(steps, num_states, seed, checkpoint, compile, device, json)
+    _say(json)
 
 
 def train_omnirl(
@@ -147,14 +163,18 @@ def train_omnirl(
         json: write the last evaluation here.
     """
     from icrl.commands.train import train_omnirl as run
+    from icrl.omnirl.training import read_config
 
     _new_file("json", json)
     over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
     over |= {"device": device, "autocast": autocast}
     over = {name: value for name, value in over.items() if value is not None}
-    numbers = run(out, {} if config is None else read_json("config", config), records, over, init, json is not None)
-    if numbers is not None:
-        _write_json(json, numbers)
+    given = _given(config)
+    with _read_from(config):
+        read_config(given)
+    _new_folder("out", out)
+    if run(out, given, records, over, init, json) is not None:
+        _say(json)
 
 
 def distill(
@@ -195,15 +215,18 @@ def distill(
     from icrl.training.config import configured
 
     _new_file("json", json)
-    given: dict[str, Any] = {"steps": 12_000} if config is None else read_json("config", config)
+    given: dict[str, Any] = {"steps": 12_000} if config is None else _given(config)
     given |= {name: n for name, n in (("steps", steps), ("batch", batch)) if n is not None}
     if published:
         given |= {"tasks": {"anymdp": 1.0}, "behaviours": PUBLISHED_BEHAVIOURS}
     if states is not None:
         given |= {"least_states": states[0], "states": states[1]}
-    data = configured(DPDConfig, given, "config")
+    with _read_from(config):
+        data = configured(DPDConfig, given, "config")
     chosen = None if shard_range is None else range(*shard_range)
-    _write_json(json, run(out, data, tasks, seed, labels=labels, workers=_workers(workers), shards=chosen, full=full))
+    options: dict[str, Any] = {"labels": labels, "workers": _workers(workers), "shards": chosen, "full": full}
+    run(out, data, tasks, seed, **options, json=json)
+    _say(json)
 
 
 def dataset(folder: Positional[Path], full: bool = False, json: Path | None = None) -> None:
@@ -217,8 +240,8 @@ def dataset(folder: Positional[Path], full: bool = False, json: Path | None = No
     from icrl.commands.dataset import describe
 
     _new_file("json", json)
-    numbers = describe(folder, full)
-    _write_json(json, numbers)
+    numbers = describe(folder, full, json)
+    _say(json)
     if numbers["wrong"]:
         raise ValueError(f"{folder}: {len(numbers['wrong'])} of {numbers['shards']} shards are not whole")
 
@@ -257,8 +280,13 @@ def train_world_model(
     where = {"threads": threads, "device": device}
     own = {**where, "updates": updates, "compile": compile, "autocast": autocast}
     over = {"environment": environment, "records": None if records is None else str(records)}
-    experiment = offline.experiment_of(_given(config), over, {**where, "seed": seed}, own)
-    _write_json(json, offline.train_world_model(experiment, out))
+    given = _given(config)
+    with _read_from(config):
+        experiment = offline.experiment_of(given, over, {**where, "seed": seed}, own)
+        _ = experiment.source
+    _new_folder("out", out)
+    offline.train_world_model(experiment, out, json)
+    _say(json)
 
 
 def train_offline(
@@ -305,10 +333,14 @@ def train_offline(
     loop = {"updates": updates, "threads": threads, "device": device, "compile": compile, "autocast": autocast}
     over = {"method": method, "environment": environment, "records": None if records is None else str(records)}
     given = _given(config)
-    experiment = offline.experiment_of(given, over, {**loop, "seed": seed})
-    if world_model is None:
-        init = init_of(init, given)
-    _write_json(json, offline.train_offline(experiment, out, world_model, init, evaluate))
+    with _read_from(config):
+        experiment = offline.experiment_of(given, over, {**loop, "seed": seed})
+        experiment.check()
+        if world_model is None:
+            init = init_of(init, given)
+    _new_folder("out", out)
+    offline.train_offline(experiment, out, world_model, init, evaluate, json)
+    _say(json)
 
 
 def collect(
@@ -334,12 +366,34 @@ def collect(
     from icrl.commands import offline
 
     _new_file("json", json)
-    experiment = offline.experiment_of(_given(config), {"environment": environment}, {"threads": threads})
-    _write_json(json, offline.collect(experiment, out, teacher))
+    given = _given(config)
+    with _read_from(config):
+        experiment = offline.experiment_of(given, {"environment": environment}, {"threads": threads})
+        _ = experiment.source
+    _new_folder("out", out)
+    offline.collect(experiment, out, teacher, json)
+    _say(json)
 
 
 def _given(config: Path | None) -> dict[str, Any]:
-    return {} if config is None else read_json("config", config)
+    """The object in a configuration file; without one, none of its fields."""
+    from icrl.reading import read_json
+
+    if config is None:
+        return {}
+    try:
+        return read_json(config, dict, "config: {path} is not a readable JSON file ({why})")
+    except FileNotFoundError as e:
+        raise ValueError(f"config: {config} is not a readable JSON file ({e.strerror})") from e
+
+
+@contextmanager
+def _read_from(config: Path | None) -> Iterator[None]:
+    """A block that reads what a configuration file holds: its errors name the file."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"{e} (configuration: {config})" if config else str(e)) from e
 
 
 def evaluate_sicql(
@@ -369,21 +423,16 @@ def evaluate_sicql(
         device: of each process; over the configuration.
         json: also write the numbers here.
     """
+    from icrl.offline.experiment import OfflineRun
     from icrl.offline.suite import suite
+    from icrl.training.config import configured
 
     _new_file("json", json)
-    loop = {"threads": threads, "device": device}
-    _write_json(json, suite(out, environment, list(methods), seeds, episodes, jobs, _given(config), loop))
-
-
-def read_json(name: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{name}: {path} is not a readable JSON file ({e})") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: {path} holds {type(value).__name__}, wanted an object")
-    return value
+    loop, given = {"threads": threads, "device": device}, _given(config)
+    with _read_from(config):
+        configured(OfflineRun, given, "config")
+    suite(out, environment, list(methods), seeds, episodes, jobs, given, loop, json)
+    _say(json)
 
 
 def evaluate(
@@ -420,7 +469,8 @@ def evaluate(
     from icrl.commands.evaluate import evaluation_table
 
     _new_file("json", json)
-    _write_json(json, evaluation_table(tasks, checkpoint, kind, num_tasks, num_states, steps, seed, prompt, device))
+    evaluation_table(tasks, checkpoint, kind, num_tasks, num_states, steps, seed, prompt, device, json)
+    _say(json)
 
 
 def worlds_sample(
@@ -463,7 +513,8 @@ def worlds_sample(
         "observation_tokens": observation_tokens,
         "action_tokens": action_tokens,
     }
-    _write_json(json, worlds.sample(out, kind, *sizes, seed, overwrite, **tokens))
+    worlds.sample(out, kind, *sizes, seed, overwrite, json, **tokens)
+    _say(json)
 
 
 def worlds_filter(
@@ -489,7 +540,8 @@ def worlds_filter(
     from icrl.commands import worlds
 
     _new_file("json", json)
-    _write_json(json, worlds.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite))
+    worlds.filter_tasks(tasks, out, min_advantage, min_gini, min_entropy, overwrite, json)
+    _say(json)
 
 
 def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:
@@ -497,7 +549,8 @@ def worlds_inspect(tasks: Positional[Path], json: Path | None = None) -> None:
     from icrl.commands import worlds
 
     _new_file("json", json)
-    _write_json(json, worlds.inspect(tasks))
+    worlds.inspect(tasks, json)
+    _say(json)
 
 
 def worlds_draw(
@@ -515,7 +568,8 @@ def worlds_draw(
 
     _new_file("json", json)
     _new_file("out", out, PICTURES)
-    _write_json(json, worlds.draw(tasks, out, index))
+    worlds.draw(tasks, out, index, json)
+    _say(json)
 
 
 def worlds_shards(
@@ -563,7 +617,8 @@ def worlds_shards(
     config = TaskSet(kind, num_states, num_actions, branching, discounts, *tokens)
     options = {"workers": _workers(workers), "full": full}
     options["shards"] = None if shard_range is None else range(*shard_range)
-    _write_json(json, worlds.shards(out, config, num_tasks, seed, **options))
+    worlds.shards(out, config, num_tasks, seed, json, **options)
+    _say(json)
 
 
 def worlds_difficulty(
@@ -588,7 +643,8 @@ def worlds_difficulty(
 
     _new_file("json", json)
     _new_file("out", out, PICTURES)
-    _write_json(json, worlds.difficulty(out, num_tasks, num_states, num_actions, branching, seed))
+    worlds.difficulty(out, num_tasks, num_states, num_actions, branching, seed, json)
+    _say(json)
 
 
 COMMANDS = {

@@ -5,9 +5,7 @@ Figures are made without pyplot: the program's backend, and what it has open the
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from icrl.figures import Figure
@@ -49,9 +47,7 @@ def draw_curves(ax: Axes, curves: Mapping[str, Curve], title: str, ylabel: str) 
     ax.grid(alpha=0.2)
 
 
-def demo_picture(
-    path: Path, anymdp: Mapping[str, Curve], classic: Mapping[str, Mapping[str, Curve]], title: str
-) -> None:
+def demo_picture(anymdp: Mapping[str, Curve], classic: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
     """The demo's picture: unseen AnyMDP tasks at the left, the Gymnasium tasks beside them."""
     n = len(classic)
     fig = Figure(figsize=(6 + 3.2 * n, 4))
@@ -64,34 +60,40 @@ def demo_picture(
         draw_curves(axes[str(i)], curves, name, "episodes that reach the goal" if i == 0 else "")
         axes[str(i)].set_ylim(-0.03, 1.05)
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
+    return fig
 
 
-def training_picture(metrics: Path, path: Path) -> None:
-    """The losses and the score of a training run, from its metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+def training_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The losses and the score of a training run, from the rows of its log."""
     losses = [r for r in rows if "loss" in r]
     scores = [r for r in rows if "score" in r]
     fig = Figure(figsize=(10, 3.6))
     left, right = fig.subplots(1, 2)
-    for name in sorted(losses[0]):
+    for name in sorted({name for r in losses for name in r}):
         if name == "explorer" or name.startswith("policy_"):
             label = name if name == "explorer" else "optimal at discount " + name.removeprefix("policy_")
-            left.plot([r["update"] for r in losses], [r[name] for r in losses], label=label, lw=1)
+            left.plot(*_line(losses, name), label=label, lw=1)
     left.set(title="cross-entropy of each policy (last block)", xlabel="updates", ylim=(0, None))
-    left.legend(frameon=False, fontsize=8)
+    if losses:
+        left.legend(frameon=False, fontsize=8)
     for name, label in (("score", "second half of the context"), ("score_first_half", "first half")):
-        right.plot([r["update"] for r in scores], [r[name] for r in scores], "o-", label=label)
+        right.plot(*_line(scores, name), "o-", label=label)
     right.set(title="score in unseen tasks (0 random, 1 oracle)", xlabel="updates", ylim=(0, 1.1))
     right.legend(frameon=False, fontsize=8)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.2)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    return fig
 
 
-def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str) -> None:
+def _line(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """The updates and values of the rows that have this one."""
+    found = [(r["update"], r[name]) for r in rows if name in r]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def few_shot_picture(methods: dict[str, dict[str, Any]], title: str) -> Figure:
     """Returns over the episodes of a few-shot evaluation, one line a method, shaded by its standard error over seeds."""
     fig = Figure(figsize=(7.6, 4.2))
     ax = fig.subplots()
@@ -112,4 +114,4 @@ def few_shot_picture(path: Path, methods: dict[str, dict[str, Any]], title: str)
     ax.grid(alpha=0.2)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
+    return fig

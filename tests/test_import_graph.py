@@ -19,6 +19,7 @@ ROOMS = (
     {"omnirl", "offline"},
     {"models", "worlds"},
     {"data", "training"},
+    {"reading"},
     {"files", "plots", "extras"},
     {"figures"},
 )

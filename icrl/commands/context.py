@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from icrl.commands.demo import TEMPERATURE, UNSEEN
 from icrl.extras import versions
+from icrl.files import save_numbers
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.evaluate import Context
@@ -29,8 +30,9 @@ def context(
     checkpoint: Path | None = None,
     compile: bool = False,
     device: str = "auto",
+    json: Path | None = None,
 ) -> dict[str, Any]:
-    """Act `steps` steps in one unseen AnyMDP task; prints a report, returns the numbers.
+    """Act `steps` steps in one unseen AnyMDP task: the numbers, which go to `json` too, and then a report, printed.
 
     The model acts on `device`; the task is simulated on the CPU.
     """
@@ -98,6 +100,7 @@ def context(
         "versions": versions(),
         **machine(model.device),
     }
+    save_numbers(json, report)
     print(
         f"\n{steps:,} steps in one context: {report['steps_per_s']:,.0f} steps/s, {report['step_us_median']:.0f} µs a step"
     )

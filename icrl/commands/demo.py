@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from icrl import plots
 from icrl.extras import versions
+from icrl.files import save_numbers, write_figure
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent, Temperature
 from icrl.omnirl.evaluate import Context, Curve
@@ -111,8 +112,9 @@ def demo(
     seed: int = 0,
     out: Path = Path("icrl-demo.png"),
     device: str = "auto",
+    json: Path | None = None,
 ) -> dict[str, Any]:
-    """Run the whole demo; prints two tables, writes a picture to `out`, returns the numbers.
+    """Run the whole demo: the numbers, which go to `json` too, a picture, which goes to `out`, and then two tables, printed.
 
     The model acts on `device`; the tasks are simulated on the CPU.
     """
@@ -125,6 +127,19 @@ def demo(
     print(f"{path.name}: {parameters:,} parameters; no gradient step is taken from here on\n")
     curves, first = anymdp(model, tasks, num_states, steps, seed)
     classic_curves, second = classic(model, 32, steps, seed)
+    seconds = time.perf_counter() - began
+    numbers = {
+        "anymdp": first,
+        "gymnasium": second,
+        "parameters": parameters,
+        "seconds": round(seconds, 1),
+        "picture": str(out),
+        "versions": versions("gymnasium"),
+        **machine(model.device),
+    }
+    save_numbers(json, numbers)
+    title = f"{tasks} unseen AnyMDP tasks ({num_states} states, 5 actions)"
+    write_figure(out, plots.demo_picture(curves, classic_curves, title), dpi=130)
 
     begin, end = first["measured_over"]
     print(
@@ -151,15 +166,5 @@ def demo(
             f"{t[name]['by_500']['success']:14.2f}{t[name]['last_quarter']['success']:12.2f}" for t in second.values()
         )
         print(f"  {name:22}{cells}")
-    plots.demo_picture(out, curves, classic_curves, f"{tasks} unseen AnyMDP tasks ({num_states} states, 5 actions)")
-    seconds = time.perf_counter() - began
     print(f"\npicture: {out}   ({seconds:.0f} s in all)")
-    return {
-        "anymdp": first,
-        "gymnasium": second,
-        "parameters": parameters,
-        "seconds": round(seconds, 1),
-        "picture": str(out),
-        "versions": versions("gymnasium"),
-        **machine(model.device),
-    }
+    return numbers

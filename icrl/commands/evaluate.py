@@ -7,6 +7,7 @@ from typing import Any
 
 from icrl.commands.demo import OURS, TEMPERATURE, UNSEEN
 from icrl.extras import versions
+from icrl.files import save_numbers
 from icrl.omnirl import evaluate
 from icrl.omnirl.model import OmniRL, shipped
 from icrl.training.process import machine, resolve
@@ -35,8 +36,9 @@ def evaluation_table(
     seed: int,
     prompt: int,
     device: str = "auto",
+    json: Path | None = None,
 ) -> dict[str, Any]:
-    """Score every method on the tasks of `path`, or on fresh ones; prints a table, returns its numbers.
+    """Score every method on the tasks of `path`, or on fresh ones: numbers, which go to `json` too, and a table, printed.
 
     The model acts on `device`; the tasks are simulated on the CPU.
     """
@@ -51,6 +53,17 @@ def evaluation_table(
     runs[OURS] = ours
     last = steps - max(1, steps // 4), steps
     rows = {name: evaluate.scores(run, reference, *last) for name, run in runs.items()}
+    published = PUBLISHED.get((kind, 1 if kind == "bandit" else num_states)) if path is None else None
+    numbers = {
+        "tasks": len(tasks),
+        "steps": steps,
+        "measured_over": list(last),
+        "methods": rows,
+        "published": published,
+        "versions": versions(),
+        **machine(model.device),
+    }
+    save_numbers(json, numbers)
     print(
         f"\n{len(tasks)} tasks; score over steps {last[0]}-{last[1]} of a context, 0 = random, 1 = oracle, ± half a 95% interval over tasks"
     )
@@ -58,16 +71,8 @@ def evaluation_table(
     for name in sorted(rows, key=lambda n: rows[n]["normalized"]):
         r = rows[name]
         print(f"  {name:24}{r['normalized']:10.3f} ±{r['ci95']:.3f}{r['episode']:20.3f} ±{r['episode_ci95']:.3f}")
-    published = PUBLISHED.get((kind, 1 if kind == "bandit" else num_states)) if path is None else None
     if published:
         print(
             f"  {'published OmniRL, a mean':24}{'':16}{published[0]:22.3f}  after {published[1]:,} steps, on its authors' tasks"
         )
-    numbers = {
-        "tasks": len(tasks),
-        "steps": steps,
-        "measured_over": list(last),
-        "methods": rows,
-        "published": published,
-    }
-    return {**numbers, "versions": versions(), **machine(model.device)}
+    return numbers

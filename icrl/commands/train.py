@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from icrl.extras import versions
+from icrl.files import save_numbers, write_figure
 from icrl.omnirl.training import OmniRLLearner, read_config
 from icrl.plots import training_picture
+from icrl.reading import read_rows
 from icrl.training.config import init_of
 from icrl.training.loop import train
 from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
@@ -16,16 +18,16 @@ from icrl.training.run import has_checkpoint
 
 
 def train_omnirl(
-    out: Path, given: dict[str, Any], records: Path | None, over: dict[str, Any], init: Path | None, judged: bool
+    out: Path, given: dict[str, Any], records: Path | None, over: dict[str, Any], init: Path | None, json: Path | None
 ) -> dict[str, Any] | None:
     """Train in the folder `out`, or go on there; prints where the model and its picture are.
 
     Args:
         given: the configuration as a JSON object, over the defaults. records: a folder of records, over it.
         over: fields of the loop's configuration, over it. init: a model's file to begin from.
-        judged: evaluate the model at the end, once more.
+        json: where an evaluation of the model at the end is written; None for no evaluation.
     Returns:
-        the evaluation, versions and machine, where this process is the first one and it was judged.
+        the evaluation, versions and machine, where this process is the first one and there was an evaluation.
     """
     training, loop = read_config(given)
     if records is not None:
@@ -37,9 +39,10 @@ def train_omnirl(
         path = train(learner, loop, out)
     numbers = None
     if rank() == 0:
-        training_picture(out / "metrics.jsonl", out / "curve.png")
-        print(f"model: {path}\npicture: {out / 'curve.png'}")
-        if judged:
+        write_figure(out / "curve.png", training_picture(read_rows(out / "metrics.jsonl")), dpi=110)
+        if json is not None:
             numbers = {"model": str(path), **learner.evaluate(), "versions": versions(), **machine(learner.device)}
+            save_numbers(json, numbers)
+        print(f"model: {path}\npicture: {out / 'curve.png'}")
     finish()
     return numbers

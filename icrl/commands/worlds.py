@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from icrl.files import probe, save_numbers, write_figure
 from icrl.worlds.filters import quality
 from icrl.worlds.kinds import draw_tasks
 from icrl.worlds.task_shards import TaskSet, TaskShards, load_tasks, write_tasks
@@ -16,10 +17,12 @@ DISCOUNT = 0.994
 
 
 def _target(out: Path, overwrite: bool) -> None:
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"out: cannot write a file at {out}")
-    if out.exists() and not overwrite:
+    if out.is_file() and not overwrite:
         raise ValueError(f"out: {out} exists; give --overwrite to replace it")
+    try:
+        probe(out)
+    except OSError as e:
+        raise ValueError(f"out: {e}") from e
 
 
 def sample(
@@ -31,17 +34,27 @@ def sample(
     branching: int,
     seed: int,
     overwrite: bool,
+    json: Path | None = None,
     **tokens: int,
 ) -> dict[str, Any]:
     _target(out, overwrite)
     tasks = draw_tasks(kind, num_tasks, num_states, num_actions, branching, seed, progress=True, **tokens)
     tasks.save(out)
-    print(f"{out}: {tasks}, {out.stat().st_size / 2**20:.1f} MB")
-    return {"out": str(out), "kind": kind, "seed": seed, "tasks": len(tasks), "bytes": out.stat().st_size}
+    size = out.stat().st_size
+    numbers = {"out": str(out), "kind": kind, "seed": seed, "tasks": len(tasks), "bytes": size}
+    save_numbers(json, numbers)
+    print(f"{out}: {tasks}, {size / 2**20:.1f} MB")
+    return numbers
 
 
 def filter_tasks(
-    path: Path, out: Path, min_advantage: float, min_gini: float, min_entropy: float, overwrite: bool
+    path: Path,
+    out: Path,
+    min_advantage: float,
+    min_gini: float,
+    min_entropy: float,
+    overwrite: bool,
+    json: Path | None = None,
 ) -> dict[str, Any]:
     _target(out, overwrite)
     tasks = load_tasks(path)
@@ -52,11 +65,13 @@ def filter_tasks(
     if not keep.any():
         raise ValueError(f"tasks: none of {len(tasks)} passes; nothing is written")
     tasks[keep].save(out)
-    print(f"{out}: {int(keep.sum())} of {len(tasks)} tasks kept")
-    return {"out": str(out), "kept": int(keep.sum()), "of": len(tasks)}
+    numbers = {"out": str(out), "kept": int(keep.sum()), "of": len(tasks)}
+    save_numbers(json, numbers)
+    print(f"{out}: {numbers['kept']} of {len(tasks)} tasks kept")
+    return numbers
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, json: Path | None = None) -> dict[str, Any]:
     tasks = load_tasks(path)
     solved, successors = tasks.solve(DISCOUNT), tasks.num_successors()
     live = (successors > 0).sum((1, 2)).clamp(min=1)
@@ -73,18 +88,20 @@ def inspect(path: Path) -> dict[str, Any]:
     if int(tasks.num_states.min()) > 1:
         q = quality(tasks)
         rows |= {"advantage over random": q.advantage, "Gini of visits": q.gini, "entropy of visits": q.entropy}
-    print(f"{path}: {tasks}\n")
-    print(f"  {'a task':38}{'least':>12}{'median':>12}{'largest':>12}")
-    numbers: dict[str, Any] = {"tasks": len(tasks)}
+    found: dict[str, dict[str, float]] = {}
     for name, values in rows.items():
         v = values.double()
-        low, middle, high = (float(x) for x in (v.min(), v.median(), v.max()))
-        print(f"  {name:38}{low:12.4g}{middle:12.4g}{high:12.4g}")
-        numbers[name] = {"least": low, "median": middle, "largest": high}
+        found[name] = {"least": float(v.min()), "median": float(v.median()), "largest": float(v.max())}
+    numbers = {"tasks": len(tasks), **found}
+    save_numbers(json, numbers)
+    print(f"{path}: {tasks}\n")
+    print(f"  {'a task':38}{'least':>12}{'median':>12}{'largest':>12}")
+    for name, row in found.items():
+        print(f"  {name:38}" + "".join(f"{x:12.4g}" for x in row.values()))
     return numbers
 
 
-def draw(path: Path, out: Path, index: int) -> dict[str, Any]:
+def draw(path: Path, out: Path, index: int, json: Path | None = None) -> dict[str, Any]:
     from icrl.worlds.draw import draw_task
 
     if path.is_dir():
@@ -93,30 +110,40 @@ def draw(path: Path, out: Path, index: int) -> dict[str, Any]:
         tasks, place = load_tasks(path), index
     if not 0 <= place < len(tasks):
         raise ValueError(f"index: wanted 0 to {len(tasks) - 1}, got {index}")
-    figure = draw_task(tasks, place)
-    figure.savefig(out, dpi=130)
+    write_figure(out, draw_task(tasks, place), dpi=130)
+    numbers = {"out": str(out), "index": index}
+    save_numbers(json, numbers)
     print(f"picture: {out}")
-    return {"out": str(out), "index": index}
+    return numbers
 
 
-def shards(out: Path, config: TaskSet, num_tasks: int, seed: int, **options: Any) -> dict[str, Any]:
+def shards(
+    out: Path, config: TaskSet, num_tasks: int, seed: int, json: Path | None = None, **options: Any
+) -> dict[str, Any]:
     from icrl.commands.dataset import report
 
     begin = time.perf_counter()
     written = write_tasks(out, config, num_tasks, seed, progress=True, unit="task", **options)
-    return report(out, written, time.perf_counter() - begin, per_row={"task": 1})
+    return report(out, written, time.perf_counter() - begin, {"task": 1}, json)
 
 
 def difficulty(
-    out: Path, num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching: int, seed: int
+    out: Path,
+    num_tasks: int,
+    sizes: tuple[int, ...],
+    num_actions: int,
+    branching: int,
+    seed: int,
+    json: Path | None = None,
 ) -> dict[str, Any]:
     from icrl.worlds.difficulty import compare, draw_difficulty
 
     numbers = compare(num_tasks, sizes, num_actions, branching, seed)
+    save_numbers(json, numbers)
+    write_figure(out, draw_difficulty(numbers), dpi=100)
     print("decades of random visits from the least to the most valued state of a task: median (quartiles)")
     for row in numbers["rows"]:
         _, low, middle, high, _ = row["decades_from_least_to_most_valued"]
         print(f"  {row['kind']:8}{row['num_states']:5} states  {middle:+6.2f} ({low:+.2f} to {high:+.2f})")
-    draw_difficulty(numbers).savefig(out, dpi=100)
     print(f"picture: {out}")
     return numbers

@@ -7,90 +7,58 @@ synced and renamed: a kill at any moment costs the shards in hand. Nothing here 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from icrl.data.index import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    DataSet,
+    Field,
+    Shard,
+    damaged_index,
+    dtype_name,
+    entry,
+    facts_crc,
+    read_index,
+    shard_path,
+)
 from icrl.data.seeds import hash_seed
 from icrl.extras import versions
-from icrl.files import checksum, sync, sync_folder, write_text
+from icrl.files import LOCK, checksum, claimed, locked, write_text
+from icrl.reading import TensorFile, memory_of, named, parse_json, read_json
 from icrl_kernels import set_threads_here
 
-FORMAT, VERSION = "icrl.shards", 1
-INDEX, LOCK = "index.json", ".lock"
+__all__ = [
+    "INDEX",
+    "SHARD_BYTES",
+    "DataSet",
+    "Field",
+    "ForeignShard",
+    "Shard",
+    "ShardReader",
+    "Written",
+    "batch_rows",
+    "check_shard",
+    "read_index",
+    "shard_path",
+    "write_shards",
+]
+
 SHARD_BYTES = 64 << 20  # about as many as a shard should have
 Maker = Callable[[int, int], dict[str, Tensor]]
-
-
-class Field(NamedTuple):
-    """A tensor that every shard holds.
-
-    Symbols of its shape: "N", the shard's rows; those in the data set's `sizes`; any other is a shard's own.
-    """
-
-    dtype: str  # torch's name
-    shape: tuple[str, ...]
-    meaning: str
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What a folder holds: all of index.json but the list of finished shards."""
-
-    kind: str
-    fields: dict[str, Field]
-    sizes: dict[str, int]
-    config: dict[str, Any]
-    """Plain JSON values: with the seed, what made the rows."""
-    seed: int
-    rows: int
-    rows_per_shard: int
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.rows // self.rows_per_shard)
-
-    def rows_of(self, shard: int) -> range:
-        first = shard * self.rows_per_shard
-        return range(first, min(first + self.rows_per_shard, self.rows))
-
-    def facts(self) -> dict[str, Any]:
-        """What two writers of one data set must agree on: all but how many rows there are."""
-        schema = {n: {"dtype": f.dtype, "shape": list(f.shape), "meaning": f.meaning} for n, f in self.fields.items()}
-        facts = {"kind": self.kind, "schema": schema, "sizes": self.sizes, "config": self.config, "seed": self.seed}
-        return json.loads(json.dumps({**facts, "rows_per_shard": self.rows_per_shard}))
-
-    def identity(self) -> str:
-        return f"{_crc(self.facts()):08x}"
-
-
-class Shard(NamedTuple):
-    """A finished shard, as index.json lists it."""
-
-    file: str
-    rows: int
-    bytes: int
-    crc32: int
 
 
 class Written(NamedTuple):
@@ -101,28 +69,6 @@ class Written(NamedTuple):
     remade: list[str]
     """What was wrong with the shards that were there and had to be made again."""
     bytes: int
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-def read_index(folder: Path) -> tuple[DataSet, list[Shard]]:
-    """The data set in a folder and its finished shards; ValueError where there is none, or its index is damaged."""
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text())
-        if index.get("format") != FORMAT or index.get("version") != VERSION:
-            got = f"{index.get('format')!r} version {index.get('version')!r}"
-            raise ValueError(f"{path}: wanted {FORMAT!r} version {VERSION}, got {got}")
-        fields = {n: Field(f["dtype"], tuple(f["shape"]), f["meaning"]) for n, f in index["schema"].items()}
-        rest = {name: index[name] for name in ("kind", "sizes", "config", "seed", "rows", "rows_per_shard")}
-        shards = [Shard(**s) for s in index["shards"]]
-    except FileNotFoundError as e:
-        raise ValueError(f"{folder}: holds no data set (no {INDEX})") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: damaged ({e!r}); delete it and run the command again, whole shards are kept") from e
-    return DataSet(fields=fields, **rest), shards
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
@@ -140,29 +86,32 @@ def check_shard(folder: Path, dataset: DataSet, shard: int, *, full: bool = Fals
     """
     path = shard_path(folder, shard)
     try:
-        with safe_open(path, framework="pt") as f:  # refuses a file that is not as long as its header says
-            metadata = f.metadata() or {}
-            about = json.loads(metadata.get("icrl", "{}"))
-            rows = len(dataset.rows_of(shard))
-            if about.pop("facts_crc32", None) != _crc(about):
-                raise ValueError(f"{path}: damaged (its header's facts are not those that were written)")
-            if about["format"] != FORMAT or about["identity"] != dataset.identity():
-                raise ForeignShard(f"{path}: belongs to another data set")
-            if (about["shard"], about["rows"]) != (shard, rows):
-                got = f"shard {about['shard']} of {about['rows']} rows"
-                raise ValueError(f"{path}: holds {got}, wanted shard {shard} of {rows}")
-            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-            shapes = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-            _check_shapes(str(path), dataset, rows, shapes)
-            if full and checksum({name: f.get_tensor(name) for name in slices}) != about["crc32"]:
-                raise ValueError(f"{path}: damaged (its bytes are not those that were written)")
-    except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}: cut short or damaged ({e})") from e
-    return Shard(path.name, rows, path.stat().st_size, about["crc32"])
+        with TensorFile(path) as file:
+            return _checked(file, dataset, shard, full)
+    except FileNotFoundError as e:
+        raise ValueError(f"{path}: is missing") from e
 
 
-_NAMES = {"BOOL": "bool", "U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-_NAMES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+def _checked(file: TensorFile, dataset: DataSet, shard: int, full: bool) -> Shard:
+    """`check_shard` of an open file."""
+    path, rows = file.path, len(dataset.rows_of(shard))
+    try:
+        about = parse_json(file.metadata.get("icrl", "{}"))
+        if not isinstance(about, dict) or about.pop("facts_crc32", None) != facts_crc(about):
+            raise ValueError("its header's facts are not those that were written")
+        found = {name: entry(about, name, int) for name in ("shard", "rows", "crc32")}
+    except ValueError as e:
+        raise ValueError(f"{path}: damaged ({e})") from e
+    if about.get("format") != FORMAT or about.get("identity") != dataset.identity():
+        raise ForeignShard(f"{path}: belongs to another data set")
+    if (found["shard"], found["rows"]) != (shard, rows):
+        got = f"shard {found['shard']} of {found['rows']} rows"
+        raise ValueError(f"{path}: holds {got}, wanted shard {shard} of {rows}")
+    shapes = {name: (dtype_name(place.dtype), list(place.shape)) for name, place in file.places.items()}
+    _check_shapes(str(path), dataset, rows, shapes)
+    if full and checksum(file.tensors()) != found["crc32"]:
+        raise ValueError(f"{path}: damaged (its bytes are not those that were written)")
+    return Shard(path.name, rows, file.size, found["crc32"], about.get("labels", 0))
 
 
 def _check_shapes(what: str, dataset: DataSet, rows: int, found: dict[str, tuple[str, list[int]]]) -> None:
@@ -176,85 +125,48 @@ def _check_shapes(what: str, dataset: DataSet, rows: int, found: dict[str, tuple
             for symbol, size in zip(field.shape, shape, strict=True):
                 sizes.setdefault(symbol, size)  # a shard's own
             wanted = [sizes[symbol] for symbol in field.shape]
-        if _NAMES.get(dtype, dtype) != field.dtype or list(shape) != wanted:
-            got = f"{_NAMES.get(dtype, dtype)} {list(shape)}"
+        if dtype != field.dtype or list(shape) != wanted:
+            got = f"{dtype} {list(shape)}"
             raise ValueError(f"{what}: {name}: wanted {field.dtype} {list(field.shape)} = {wanted}, got {got}")
 
 
 def _bytes_of(dataset: DataSet, shard: int, tensors: dict[str, Tensor]) -> bytes:
     rows = len(dataset.rows_of(shard))
-    found = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+    found = {name: (dtype_name(t.dtype), list(t.shape)) for name, t in tensors.items()}
     _check_shapes(f"shard {shard}", dataset, rows, found)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = {"format": FORMAT, "version": VERSION, "kind": dataset.kind, "identity": dataset.identity()}
     about |= {"shard": shard, "first_row": dataset.rows_of(shard).start, "rows": rows, "crc32": checksum(tensors)}
-    about["facts_crc32"] = _crc(about)
+    if dataset.labels:
+        about["labels"] = dataset.labels
+    about["facts_crc32"] = facts_crc(about)
     return save(tensors, {"icrl": json.dumps(about)})  # one key: the order of several is not the same in every process
-
-
-def _crc(facts: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def _claim(part: Path) -> IO[bytes] | None:
-    """The partial file, locked; None where somebody else is writing it. The lock ends with its holder, however that ends."""
-    file = open(part, "ab")  # noqa: SIM115 (the caller's)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(file.fileno()), os.stat(part))  # not renamed since it was opened
-    except (BlockingIOError, FileNotFoundError):
-        mine = False
-    if not mine:
-        file.close()
-        return None
-    file.truncate(0)
-    return file
 
 
 def _write_shard(folder: Path, dataset: DataSet, shard: int, make: Maker, full: bool) -> Shard | None:
     """Make and write one shard, whole or not at all; None where another process is at it or has just done it."""
-    path = shard_path(folder, shard)
-    part = path.with_name(path.name + ".part")
-    file = _claim(part)
-    if file is None:
-        return None
-    with file:
-        if _state(folder, dataset, shard, full) is True:  # finished between the caller's look and the claim
-            part.unlink()
+    with claimed(shard_path(folder, shard), wait=False) as put:
+        # it may have been finished between the caller's look and the claim
+        if put is None or isinstance(_state(folder, dataset, shard, full), Shard):
             return None
-        try:
-            rows = dataset.rows_of(shard)
-            file.write(_bytes_of(dataset, shard, make(rows.start, len(rows))))
-            sync(file)
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    sync_folder(folder)
+        rows = dataset.rows_of(shard)
+        put(_bytes_of(dataset, shard, make(rows.start, len(rows))))
     return check_shard(folder, dataset, shard)
 
 
-def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> bool | str:
-    """Whether the shard is there and whole; else what is wrong with it."""
+def _state(folder: Path, dataset: DataSet, shard: int, full: bool) -> Shard | str | None:
+    """The shard where it is whole, what is wrong with it where it is not; None where there is none."""
     if not shard_path(folder, shard).exists():
-        return False
+        return None
     try:
-        check_shard(folder, dataset, shard, full=full)
+        return check_shard(folder, dataset, shard, full=full)
     except ForeignShard:
         raise
     except ValueError as e:
         return str(e)
-    return True
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / LOCK, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
@@ -274,14 +186,24 @@ def _write_index(folder: Path, dataset: DataSet) -> list[Shard]:
     facts |= {"rows": dataset.rows, "num_shards": dataset.num_shards, "complete": len(whole) == dataset.num_shards}
     now = versions()
     facts["versions"] = [*(v for v in _versions_in(folder) if v != now), now]
-    write_text(folder / INDEX, _index_text({**facts, "shards": [s._asdict() for s in whole]}))
-    sync_folder(folder)
+    write_text(folder / INDEX, _index_text({**facts, "shards": [_listed(s) for s in whole]}))
     return whole
+
+
+def _listed(shard: Shard) -> dict[str, Any]:
+    """As index.json has it: labels of version 0, or none, are left out."""
+    return {name: value for name, value in shard._asdict().items() if name != "labels" or value}
 
 
 def _versions_in(folder: Path) -> list[dict[str, str]]:
     """The versions that wrote here, the last one last; none are known of what was written before they were kept."""
-    return json.loads((folder / INDEX).read_text()).get("versions", []) if (folder / INDEX).exists() else []
+    path = folder / INDEX
+    if not path.exists():
+        return []
+    found = read_json(path).get("versions", [])
+    if not isinstance(found, list) or not all(isinstance(v, dict) for v in found):
+        raise damaged_index(path, ValueError("versions: wanted a list of objects"))
+    return found
 
 
 def _index_text(index: dict[str, Any]) -> str:
@@ -300,8 +222,7 @@ def _enter(folder: Path, dataset: DataSet) -> DataSet:
         others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(("shard-", INDEX))]
         if others:
             raise ValueError(f"out: {folder} is not empty and holds no data set ({min(others)}); choose another")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if (folder / INDEX).exists():
             old, _ = read_index(folder)
             dataset = _begun_by(old, dataset)
@@ -382,11 +303,16 @@ def write_shards(
         raise ValueError(f"shards: wanted some of 0 to {dataset.num_shards - 1}, got {got}")
     dataset = _enter(folder, dataset)
     states = {shard: _state(folder, dataset, shard, full) for shard in shards}
-    found = [shard for shard, state in states.items() if state is True]
+    found = [shard for shard, state in states.items() if isinstance(state, Shard)]
     remade = [state for state in states.values() if isinstance(state, str)]
     for wrong in remade:
         tqdm.write(f"{wrong}: it is made again")
-    todo = iter([shard for shard, state in states.items() if state is not True])
+    todo = iter(left := [shard for shard in states if shard not in found])
+    others = {state.labels for state in states.values() if isinstance(state, Shard)} - {dataset.labels}
+    if left and others:
+        raise ValueError(
+            f"out: {folder} holds labels of version {min(others)}, and {dataset.labels} would be added; choose another folder"
+        )
     rows_found = sum(len(dataset.rows_of(s)) for s in found)
     total = sum(len(dataset.rows_of(s)) for s in shards)
     made: list[Shard] = []
@@ -424,7 +350,7 @@ def write_shards(
             for thread in crew:
                 thread.join()
             raise
-    with _locked(folder):
+    with locked(folder):
         whole = _write_index(folder, dataset)
         if failed and not any(folder.glob("shard-*")):
             (folder / INDEX).unlink()  # nothing could be made of it: the folder is free for a better configuration
@@ -437,41 +363,61 @@ def write_shards(
 
 
 class ShardReader:
-    """Rows of a finished data set, read from memory-mapped shards.
+    """Rows of a finished data set, read from its shards, each of which is checked, every byte, before its first row is read.
 
     Args:
-        kind: what the folder should hold. full: check every byte first.
-        open_files: how many shards stay mapped.
+        kind: what the folder should hold. full: check every shard first.
+        open_files: how many shards stay open.
     Raises:
-        ValueError: there is no data set, it is another kind, it is not finished, or a shard is missing, cut short or damaged;
-            the file is named.
+        ValueError: there is no data set, it is another kind, it is not finished, a shard is missing, cut short or damaged, or
+            shards hold labels of different versions; the file is named. Reading raises it for a shard that has become so.
     """
 
+    labels: int
+    """Version of the labels in all of the shards."""
+
     def __init__(
-        self, folder: Path | str, *, kind: str | None = None, full: bool = False, open_files: int = 2048
+        self, folder: Path | str, *, kind: str | None = None, full: bool = False, open_files: int = 256
     ) -> None:
         self.folder, self.open_files = Path(folder), open_files
-        self.dataset, shards = read_index(self.folder)
+        self.dataset, self._shards = read_index(self.folder)
         if kind is not None and self.dataset.kind != kind:
-            raise ValueError(f"{self.folder}: holds {self.dataset.kind}, wanted {kind}")
-        if len(shards) != self.dataset.num_shards:
-            left = self.dataset.num_shards - len(shards)
+            raise ValueError(f"{self.folder}: holds {named(self.dataset.kind)}, wanted {kind}")
+        if len(self._shards) != self.dataset.num_shards:
+            left = self.dataset.num_shards - len(self._shards)
             raise ValueError(
                 f"{self.folder}: {left} of {self.dataset.num_shards} shards are not finished; run its command again"
             )
-        for shard in shards:
-            path = self.folder / shard.file
+        self.labels = self._shards[0].labels
+        for i, shard in enumerate(self._shards):
+            path = shard_path(self.folder, i)
             size = path.stat().st_size if path.exists() else -1
-            if size != shard.bytes:
+            if size != shard.bytes or path.name != shard.file:
                 what = "is missing" if size < 0 else f"is cut short or changed: {size} bytes, wanted {shard.bytes}"
                 raise ValueError(f"{path}: {what}; run the data set's command again")
+            if shard.labels != self.labels:
+                raise ValueError(
+                    f"{path}: holds labels of version {shard.labels}, {self._shards[0].file} of {self.labels}; they are not mixed"
+                )
         if full:
             self.check_all()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._open: OrderedDict[int, TensorFile] = OrderedDict()
+        self._states: dict[int, tuple[int, int, int]] = {}  # of the files that were checked
 
     def __len__(self) -> int:
         return self.dataset.rows
+
+    def require(self, fields: dict[str, Field], sizes: str) -> None:
+        """ValueError where the data set lacks one of these tensors, or a size that has one of these symbols."""
+        for name, field in fields.items():
+            found = self.dataset.fields.get(name)
+            if found is None or (found.dtype, found.shape) != (field.dtype, field.shape):
+                raise ValueError(
+                    f"{self.folder / INDEX}: damaged (it has no {name}, {field.dtype} {list(field.shape)})"
+                )
+        if lacking := set(sizes) - self.dataset.sizes.keys():
+            raise ValueError(f"{self.folder / INDEX}: damaged (it has no size {min(lacking)})")
 
     def check_all(self) -> None:
         """Read every byte against the checksums; ValueError names the first file that differs."""
@@ -492,19 +438,26 @@ class ShardReader:
         rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(f"rows: wanted some of 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
+        if len(rows):
+            with self._lock:
+                self._file(int(rows[0]) // self.dataset.rows_per_shard)  # the sizes are those of a shard
         out: dict[str, Tensor] = {}
         for name in names:
             shape = [self.dataset.sizes[symbol] for symbol in fields[name].shape[1:]]
             out[name] = torch.zeros(len(rows), *shape, dtype=getattr(torch, fields[name].dtype), device="cpu")
+        memories = {name: memory_of(t) for name, t in out.items()}
         for begin, shard, first, count in self._runs(rows.tolist()):
-            mapped = self._mapped(shard)
-            for name in names:
-                out[name][begin : begin + count] = mapped[name][first : first + count]
+            with self._lock:
+                file = self._file(shard)
+                for name, memory in memories.items():
+                    row = len(memory) // len(rows)
+                    file.read(memory[begin * row : (begin + count) * row], file.places[name].begin + first * row)
         return out
 
     def shard(self, shard: int) -> dict[str, Tensor]:
-        """All tensors of one shard, as copies."""
-        return {name: t.clone() for name, t in self._mapped(shard).items()}
+        """All tensors of one shard."""
+        with self._lock:
+            return self._file(shard).tensors()
 
     def _runs(self, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
         """(position, shard, first row in it, how many) of each stretch of neighbours within one shard."""
@@ -514,17 +467,23 @@ class ShardReader:
                 yield begin, rows[begin] // size, rows[begin] % size, i - begin
                 begin = i
 
-    def _mapped(self, shard: int) -> dict[str, Tensor]:
-        """The shard's tensors as views of its file: only what is read of them comes into memory."""
-        with self._lock:
-            if shard not in self._open:
-                check_shard(self.folder, self.dataset, shard)
-                if len(self._open) >= self.open_files:
-                    self._open.popitem(last=False)
-                with safe_open(shard_path(self.folder, shard), framework="pt") as f:
-                    self._open[shard] = {name: f.get_tensor(name) for name in self.dataset.fields}
-            self._open.move_to_end(shard)
-            return self._open[shard]
+    def _file(self, shard: int) -> TensorFile:
+        """The open shard, which is as it was when it was checked; the caller holds the lock."""
+        file = self._open.pop(shard, None) or TensorFile(shard_path(self.folder, shard))
+        if (state := file.state()) != self._states.get(shard):  # the first time, or it was written to
+            try:
+                if _checked(file, self.dataset, shard, full=True) != self._shards[shard]:
+                    raise ValueError(
+                        f"{file.path}: is not the shard that {INDEX} lists; run the data set's command again"
+                    )
+            except ValueError:
+                file.close()
+                raise
+            self._states[shard] = state
+        self._open[shard] = file
+        if len(self._open) > self.open_files:
+            self._open.popitem(last=False)[1].close()
+        return file
 
 
 def batch_rows(

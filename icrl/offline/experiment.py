@@ -16,6 +16,7 @@ from torch import Tensor
 
 from icrl.data.shards import INDEX, read_index
 from icrl.extras import versions
+from icrl.files import probe_folder
 from icrl.offline.environments import source_class
 from icrl.offline.environments.source import DataSource
 from icrl.offline.few_shot import few_shot
@@ -204,6 +205,9 @@ def train_method(experiment: Experiment, out: Path, world_model: Path | None = N
     if world_model is not None and init is not None:
         raise ValueError(f"world_model: init={init} brings its own, got {world_model}")
     initial = None if init is None else load_method(init)
+    beside = out.with_name(out.name + "-world_model")
+    if experiment.needs_world_model and initial is None and world_model is None:
+        probe_folder(beside)
     data, made = experiment.data, None
     if experiment.needs_world_model:
         if initial is not None:
@@ -212,7 +216,7 @@ def train_method(experiment: Experiment, out: Path, world_model: Path | None = N
                 raise ValueError(f"init: wanted a {run.method} with a world model, {init} has none")
         else:
             if world_model is None:
-                world_model = train_world_model(experiment, out.with_name(out.name + "-world_model"))
+                world_model = train_world_model(experiment, beside)
             made = WorldModel.load(world_model)
         made.check(data)
     environments, prompts, best = experiment.environments, experiment.prompts, experiment.best_returns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from icrl.files import appending
+from icrl.reading import read_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +31,15 @@ class Job:
     def done(self) -> int:
         """Updates, as the run's log has it."""
         try:
-            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["update"]
-        except (OSError, IndexError, ValueError):  # no log yet, or a line that is being written
+            return read_rows(self.folder / "metrics.jsonl")[-1]["update"]
+        except (OSError, IndexError, ValueError):  # no log or no whole line yet; a damaged log is the run's to refuse
             return 0
 
     def start(self, log: Path, threads: int) -> subprocess.Popen[bytes]:
         line = [sys.executable, "-P", "-m", "icrl.cli", *map(str, self.arguments)]
         # this very package, whatever lies in the working directory: a source tree has no extension before it is built
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with open(log, "ab") as out:
+        with appending(log) as out:
             return subprocess.Popen(
                 line,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},

@@ -15,6 +15,7 @@ from icrl.offline.methods import METHODS, method_class
 from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.world_model import WorldModel
+from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, configured, differences
 from icrl.training.process import autocast
@@ -22,9 +23,11 @@ from icrl.training.process import autocast
 __all__ = ["METHODS", "OfflineLearner", "begin_from", "load_method", "make_method", "save_method"]
 
 
-def make_method(name: str, config: MethodConfig, spaces: Spaces, world_model: WorldModel | None = None) -> Method:
+def make_method(
+    name: str, config: MethodConfig, spaces: Spaces, world_model: WorldModel | None = None, device: str = "cpu"
+) -> Method:
     """A fresh method by its name, on the CPU. Raises ValueError for an unknown name, or a world model where none is used."""
-    with torch.device("cpu"):
+    with torch.device(device):
         return method_class(name).make(config, spaces, world_model)
 
 
@@ -43,14 +46,23 @@ def load_method(path: Path) -> Method:
     """What `save_method` wrote, on the CPU, ready to act. Raises ValueError where the file is none."""
     tensors, facts = checkpoint.load(path)
     if facts.get("model") != "offline method":
-        raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted an offline method")
-    made = facts["made"]
-    kind = method_class(made["method"]).config_class
-    world_model = None if made["world_model"] is None else WorldModel.from_facts(made["world_model"])
-    method = make_method(
-        made["method"], configured(kind, made["config"], "config"), Spaces(**made["spaces"]), world_model
-    )
-    method.load_state_dict(tensors)
+        raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted an offline method")
+    try:
+        made = facts["made"]
+        config = configured(method_class(made["method"]).config_class, made["config"], "config")
+        spaces = Spaces(**made["spaces"])
+        for name, kind in {"environment": str, "state_size": int, "num_actions": int, "action_size": int}.items():
+            if type(getattr(spaces, name)) is not kind:
+                raise ValueError(f"spaces: {name}: wanted {kind.__name__}, got {shown(getattr(spaces, name))}")
+
+        def make(device: str) -> Method:
+            known = made["world_model"]
+            world_model = None if known is None else WorldModel.from_facts(known, device)
+            return make_method(made["method"], config, spaces, world_model, device)
+
+        method = checkpoint.fitted(tensors, config.trunk.layers, make)
+    except checkpoint.MALFORMED as e:
+        raise ValueError(f"checkpoint: {path} does not fit its own facts ({checkpoint.why(e)})") from e
     return method.eval()
 
 

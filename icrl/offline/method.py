@@ -167,6 +167,11 @@ def numbers(metrics: Metrics) -> dict[str, float]:
     return dict(zip(metrics, torch.stack([x.float() for x in metrics.values()]).tolist(), strict=True))
 
 
+def deviation(values: Tensor) -> Tensor:
+    """The standard deviation of some values, at least 1e-6; 1 of a single one, which has none."""
+    return values.std().clamp_min(1e-6) if values.numel() > 1 else torch.ones_like(values.sum())
+
+
 class Head(nn.Sequential):
     """A readout; in float32 under autocast too, for small differences of values become weights."""
 

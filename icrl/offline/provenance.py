@@ -13,6 +13,8 @@ def check_versions(what: str, made: dict[str, str] | None, packages: tuple[str, 
 
     Raises ValueError where one of `packages` has another version: both are named. Where others differ, `say` prints a line.
     """
+    if made is not None and not (isinstance(made, dict) and all(type(v) is str for v in made.values())):
+        raise ValueError(f"{what}: its versions are no texts by name, damaged")
     here = versions(*(made or {}))
     changed = {p: (v, here[p]) for p, v in (made or {}).items() if p in here and here[p] != v}
     for package, (old, new) in changed.items():

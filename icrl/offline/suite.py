@@ -6,8 +6,6 @@ evaluation made of it (`few_shot.json`); what is there already is not made again
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,13 +13,15 @@ from typing import Any
 
 import torch
 
-from icrl.files import json_text, write_text
+from icrl.files import locked, save_numbers, write_figure, write_json
 from icrl.offline.environments import source_class
 from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, run_jobs
 from icrl.offline.method import MethodConfig
 from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, titles
 from icrl.plots import few_shot_picture
+from icrl.reading import named as cut
+from icrl.reading import read_json, shown
 from icrl.training.config import changes, configured
 
 
@@ -43,16 +43,11 @@ def run_suite(
     for experiment in experiments.values():
         experiment.check()  # before all work
     with_world_model = [m for m, experiment in experiments.items() if experiment.needs_world_model]
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another process is at work in {out}") from None
+    with locked(out, wait=False):
         config = out / "run.json"
         if config.exists():
             check_run(out, read_run(config), run)
-        write_text(config, json_text(without_method(run)))
+        write_json(config, without_method(run))
         todo: list[Job] = []
         for s in range(seeds):
             folder = out / f"world_model-{s}"
@@ -90,7 +85,7 @@ def read_run(path: Path) -> OfflineRun:
     """What a suite's run.json says, with today's defaults for settings that it does not know. Raises ValueError where it is
     damaged."""
     try:
-        return configured(OfflineRun, json.loads(path.read_text()), "run.json")
+        return configured(OfflineRun, read_json(path, dict, "{why}"), "run.json")
     except ValueError as e:
         raise ValueError(f"out: {path} is damaged ({e})") from e
 
@@ -106,15 +101,15 @@ def check_settings(folder: Path, wanted: MethodConfig) -> None:
     """ValueError where the finished run in `folder` had other settings of its method than these. A setting that the run does
     not know had what is its default today."""
     try:
-        found = configured(type(wanted), json.loads((folder / "config.json").read_text())["config"], "config")
-    except (ValueError, KeyError) as e:
+        found = configured(type(wanted), read_json(folder / "config.json", dict, "{why}").get("config"), "config")
+    except ValueError as e:
         raise ValueError(f"{folder}/config.json is damaged ({e}); delete {folder} to have it made again") from e
     if other := changes(asdict(found), asdict(wanted)):
         raise ValueError(f"{folder} was trained with other settings ({named(other)}); delete it to have it made again")
 
 
 def named(changed: list[tuple[str, Any, Any]]) -> str:
-    return ", ".join(f"{name}: {old!r}, wanted {new!r}" for name, old, new in changed)
+    return ", ".join(f"{cut(name)}: {shown(old)}, wanted {shown(new)}" for name, old, new in changed)
 
 
 def folder_of(out: Path, method: str, seed: int) -> Path:
@@ -125,11 +120,21 @@ def read_few_shot(folder: Path) -> dict[str, Any] | None:
     """A run's evaluation; None before it is made. Raises ValueError where it is damaged."""
     path = folder / "few_shot.json"
     try:
-        return json.loads(path.read_text())
+        found = read_json(path, dict, "{why}")
+        for name in ("returns", "reached"):
+            numbers = found.get(name)
+            if not isinstance(numbers, list) or not numbers or not all(type(x) in (int, float) for x in numbers):
+                raise ValueError(f"{name}: wanted a list of numbers")
+        if len(found["returns"]) != len(found["reached"]):
+            raise ValueError("returns, reached: wanted as many of the one as of the other")
+        for name, kinds in (("best", (int, float, type(None))), ("best_of", (str,))):
+            if type(found.get(name)) not in kinds:
+                raise ValueError(f"{name}: wanted {kinds[0].__name__}, got {type(found.get(name)).__name__}")
     except FileNotFoundError:
         return None
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); delete it to have it made again") from e
+    return found
 
 
 def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[str, dict[str, Any]]:
@@ -200,9 +205,10 @@ def suite(
     jobs: int,
     overrides: dict[str, Any],
     loop: dict[str, Any] | None = None,
+    json: Path | None = None,
 ) -> dict[str, Any]:
-    """Run, print and draw a suite; its numbers. `overrides` are OfflineRun's fields; over them go `environment` and the
-    fields of `loop`, as far as they are not None."""
+    """Run, draw and print a suite; its numbers, which are also written to `json`. `overrides` are OfflineRun's fields; over
+    them go `environment` and the fields of `loop`, as far as they are not None."""
     if set(methods) - set(titles()) or len(set(methods)) < max(1, len(methods)):
         raise ValueError(
             f"methods: wanted some of {', '.join(titles())}, each once, got {', '.join(methods) or 'none'}"
@@ -218,8 +224,10 @@ def suite(
     run = replace(run, loop=replace(run.loop, **{k: v for k, v in (loop or {}).items() if v is not None}))
     if environment is not None:
         run = replace(run, environment=environment)
-    numbers = run_suite(out, run, methods, seeds, episodes, jobs)
-    print_table(numbers, run.environment)
-    few_shot_picture(out / "few_shot.png", numbers, run.environment)
+    methods_numbers = run_suite(out, run, methods, seeds, episodes, jobs)
+    numbers = {"environment": run.environment, "methods": methods_numbers}
+    save_numbers(json, numbers)
+    write_figure(out / "few_shot.png", few_shot_picture(methods_numbers, run.environment), dpi=130)
+    print_table(methods_numbers, run.environment)
     print(f"picture: {out / 'few_shot.png'}")
-    return {"environment": run.environment, "methods": numbers}
+    return numbers

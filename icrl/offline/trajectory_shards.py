@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icrl.data.shards import DataSet, Field, ShardReader, Written, write_shards
+from icrl.data.shards import INDEX, DataSet, Field, ShardReader, Written, shard_path, write_shards
 from icrl.offline.trajectories import STEPS, Trajectories
 
 KIND = "trajectories"
@@ -95,20 +95,28 @@ def write_trajectories(
 def read_trajectories(folder: Path) -> Trajectories:
     """All tasks of a finished data set. Raises ValueError where there is none, or a shard is missing or damaged."""
     reader = ShardReader(folder, kind=KIND, full=True)
-    facts = reader.dataset.config
+    facts = {"episodes_a_history": 0, **reader.dataset.config}
+    for name, kind in {"environment": str, "num_actions": int, "episodes_a_history": int}.items():
+        if type(facts.get(name)) is not kind:
+            raise ValueError(f"{folder / INDEX}: damaged ({name}: wanted {kind.__name__})")
+    if lacking := {*STEPS, "episodes", "lengths"} - {"optimal"} - reader.dataset.fields.keys():
+        raise ValueError(f"{folder / INDEX}: damaged (it lacks {min(lacking)})")
     parts = []
     for i in range(reader.dataset.num_shards):
         t = reader.shard(i)
         steps = {name: t[name].long() if t[name].dtype == torch.int16 else t[name] for name in STEPS if name in t}
-        tasks = torch.arange(len(t["episodes"]), device="cpu").repeat_interleave(t["episodes"])
-        parts.append(
-            Trajectories(
-                facts["environment"],
-                facts["num_actions"],
-                **steps,
-                ends=t["lengths"].cumsum(0),
-                tasks=tasks,
-                history=facts.get("episodes_a_history", 0),
+        try:
+            tasks = torch.arange(len(t["episodes"]), device="cpu").repeat_interleave(t["episodes"])
+            parts.append(
+                Trajectories(
+                    facts["environment"],
+                    facts["num_actions"],
+                    **steps,
+                    ends=t["lengths"].cumsum(0),
+                    tasks=tasks,
+                    history=facts["episodes_a_history"],
+                )
             )
-        )
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"{shard_path(folder, i)}: {e}") from e
     return Trajectories.concatenate(parts)

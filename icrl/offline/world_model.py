@@ -23,8 +23,9 @@ from icrl.offline.method import Metrics, numbers
 from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
+from icrl.reading import shown
 from icrl.training import checkpoint
-from icrl.training.config import LoopConfig
+from icrl.training.config import LoopConfig, configured
 from icrl.training.process import autocast
 
 
@@ -202,10 +203,17 @@ class WorldModel(nn.Module):
         return {"config": asdict(self.config), **sizes}
 
     @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> WorldModel:
-        """Of what `facts` returned, with weights of its own, on the CPU."""
-        with torch.device("cpu"):
-            return cls(**{**facts, "config": WorldModelConfig(**facts["config"])})
+    def from_facts(cls, facts: dict[str, Any], device: str = "cpu") -> WorldModel:
+        """Of what `facts` returned, with weights of its own. Raises ValueError where they are something else."""
+        sizes = {"environment": str, "state_size": int, "action_size": int}
+        if not isinstance(facts, dict) or facts.keys() != {"config", *sizes}:
+            raise ValueError(f"world_model: wanted config, {', '.join(sizes)}")
+        for name, kind in sizes.items():
+            if type(facts[name]) is not kind:
+                raise ValueError(f"world_model: {name}: wanted {kind.__name__}, got {type(facts[name]).__name__}")
+        config = configured(WorldModelConfig, facts["config"], "world_model")
+        with torch.device(device):
+            return cls(**{**facts, "config": config})
 
     def save(self, path: Path | str, **facts: object) -> None:
         checkpoint.save(path, self.state_dict(), {"model": "world_model", "made": self.facts(), **facts})
@@ -215,9 +223,11 @@ class WorldModel(nn.Module):
         """A frozen world model. Raises ValueError where the file holds none."""
         tensors, facts = checkpoint.load(path)
         if facts.get("model") != "world_model":
-            raise ValueError(f"world_model: {path} holds a {facts.get('model')!r}")
-        model = cls.from_facts(facts["made"])
-        model.load_state_dict(tensors)
+            raise ValueError(f"world_model: {path} holds a {shown(facts.get('model'))}")
+        try:
+            model = checkpoint.fitted(tensors, 1, lambda device: cls.from_facts(facts["made"], device))
+        except checkpoint.MALFORMED as e:
+            raise ValueError(f"world_model: {path} does not fit its own facts ({checkpoint.why(e)})") from e
         return model.freeze()
 
 

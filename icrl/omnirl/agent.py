@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icrl.omnirl.labels import name_others
 from icrl.omnirl.model import OmniRL, Output, State, Tokens
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
 from icrl_kernels import threads_here
@@ -31,6 +32,8 @@ class Temperature(NamedTuple):
 
 class Agent:
     """Acts in a batch of tasks with one context each, learning from nothing but that context.
+
+    It warns, once for each model, where that has learned other labels than are made today (icrl.omnirl.labels).
 
     It lives on its model's device: actions come from there, and what it is given is brought there. A seed's draws are made
     on the CPU and are the same for every device.
@@ -57,6 +60,9 @@ class Agent:
         c = model.config
         if not 0 <= prompt < c.policies:
             raise ValueError(f"prompt: wanted a tag in 0..{c.policies - 1}, got {prompt}")
+        if not model.labels_named:  # once for a model, however many agents it has
+            name_others("the model", model.labels)
+            model.labels_named = True
         self.device = model.device
         self.run: Callable[[Tokens, State], tuple[Output, State]] = model.step
         """What runs the model; it changes the state in place. Replace it by `torch.compile(model.step)` for a faster one."""

@@ -35,8 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.omnirl.labels import LABELS_VERSION, version_of
 from icrl.omnirl.tags import START, TAGS
+from icrl.reading import shown
 from icrl.training import checkpoint
+from icrl.training.config import configured
 from icrl_kernels import gla, gla_step
 
 
@@ -169,6 +172,10 @@ class OmniRL(nn.Module):
     def __init__(self, config: OmniRLConfig | None = None) -> None:
         super().__init__()
         c = self.config = config or OmniRLConfig()
+        self.labels = LABELS_VERSION
+        """Of the labels that the weights have learned: see icrl.omnirl.labels."""
+        self.labels_named = False
+        """Whether it has been said that they are not today's."""
         d, width, G = c.action_width, c.state_width, c.policies
         self.discounts: Tensor
         self.register_buffer("discounts", torch.tensor(c.policy_discounts), persistent=False)
@@ -344,20 +351,21 @@ class OmniRL(nn.Module):
         return Readout(self.policy_heads[i](zn), q)
 
     def save(self, path: Path | str, **facts: object) -> None:
-        checkpoint.save(path, self.state_dict(), {"model": "omnirl", "config": asdict(self.config), **facts})
+        made = {"model": "omnirl", "config": asdict(self.config), "labels": self.labels}
+        checkpoint.save(path, self.state_dict(), {**made, **facts})
 
     @classmethod
     def load(cls, path: Path | str, device: torch.device | str = "cpu") -> OmniRL:
         """A model from a checkpoint written by `save`, on a device. Raises ValueError where the file is not one."""
         tensors, facts = checkpoint.load(path)
         if facts.get("model") != "omnirl":
-            raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
+            raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted 'omnirl'")
         try:
-            config = dict(facts["config"])
-            model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
-            model.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e
+            config = configured(OmniRLConfig, facts["config"], "config")
+            model = checkpoint.fitted(tensors, config.layers, lambda _: cls(config))
+            model.labels = version_of(facts)
+        except checkpoint.MALFORMED as e:
+            raise ValueError(f"checkpoint: {path} does not fit its own configuration ({checkpoint.why(e)})") from e
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(f"checkpoint: {path} holds weights that are not finite")
         return model.to(device).eval()

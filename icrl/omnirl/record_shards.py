@@ -28,6 +28,8 @@ from icrl.data.shards import (
     write_shards,
 )
 from icrl.omnirl.distill import DPDConfig, Records, batch_tasks, simulate
+from icrl.omnirl.labels import LABELS_VERSION, RECORDED, difference
+from icrl.reading import shown
 
 RECORDS = "dpd records"
 STEP = {
@@ -64,7 +66,7 @@ def records_dataset(
         row = sum(_row_bytes(field, sizes) for field in fields.values())
         rows_per_shard = max(1, SHARD_BYTES // (row * config.batch)) * config.batch
     made_by = {"icrl_kernels": icrl_kernels.__version__, **asdict(config)}
-    return DataSet(RECORDS, fields, sizes, made_by, seed, rows, rows_per_shard)
+    return DataSet(RECORDS, fields, sizes, made_by, seed, rows, rows_per_shard, labels=LABELS_VERSION)
 
 
 def _row_bytes(field: Field, sizes: dict[str, int]) -> int:
@@ -120,7 +122,8 @@ class RecordStream(Stream[Records]):
         rank, world: this process among those that train together: they share every epoch's rows.
         prefetch, threads: see `icrl.data.prefetch.Stream`.
     Raises:
-        ValueError: no finished data set of records, a damaged shard, or fewer rows than a batch for every process.
+        ValueError: no finished data set of records, a damaged shard, fewer rows than a batch for every process, or labels of
+            several versions, or of one that training would mix with today's.
     """
 
     def __init__(
@@ -137,6 +140,10 @@ class RecordStream(Stream[Records]):
     ) -> None:
         super().__init__(seed, prefetch=prefetch, threads=threads, name="records")
         self.reader = ShardReader(folder, kind=RECORDS)
+        self.reader.require({**STEP, "value": VALUES}, "TGOA")
+        if not RECORDED <= self.reader.labels <= LABELS_VERSION:
+            version = self.reader.labels
+            raise ValueError(f"records: {folder} has labels of version {version}: {difference(version)}")
         self.order = {"batch": batch, "shuffle": shuffle, "rank": rank, "world": world}
         batch_rows(len(self.reader), index=0, seed=seed, **self.order)  # refuses here rather than in the thread
 
@@ -154,9 +161,9 @@ class RecordStream(Stream[Records]):
         """ValueError where the data set's records are not what a learner of `config` takes; what differs is named."""
         there = self.reader.dataset.config
         for name in ("states", "actions", "steps", "discounts"):
-            wanted = getattr(config, name)
-            if (tuple(there[name]) if name == "discounts" else there[name]) != wanted:
-                raise ValueError(f"records: {self.reader.folder} has {name} {there[name]}, the configuration {wanted}")
+            wanted, found = getattr(config, name), there.get(name)
+            if (tuple(found) if isinstance(found, list) else found) != wanted:
+                raise ValueError(f"records: {self.reader.folder} has {name} {shown(found)}, the configuration {wanted}")
 
 
 def _read(reader: ShardReader, seed: int, order: dict[str, Any], index: int) -> Records:

@@ -20,6 +20,7 @@ from icrl.data.prefetch import Stream
 from icrl.omnirl.agent import Temperature
 from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sample_tasks
 from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
+from icrl.omnirl.labels import name_others, refuse_others, version_of
 from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, Tokens
 from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
@@ -152,11 +153,12 @@ def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[T
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """A run's record as it is written today: the seed once stood in "training", and counted there."""
-    training = dict(config.get("training", {}))
-    if "seed" not in training:
+    training, loop = config.get("training", {}), config.get("loop", {})
+    if not isinstance(training, dict) or not isinstance(loop, dict) or "seed" not in training:
         return config
+    training = dict(training)
     seed = training.pop("seed")
-    return {**config, "training": training, "loop": {**config.get("loop", {}), "seed": seed}}
+    return {**config, "training": training, "loop": {**loop, "seed": seed}}
 
 
 def read_config(given: dict[str, Any]) -> tuple[OmniRLTraining, LoopConfig]:
@@ -216,6 +218,7 @@ class OmniRLLearner:
 
     def _begin_from(self, init: Path) -> None:
         given = OmniRL.load(init)
+        refuse_others(f"init: {init}", given.labels)
         if found := changes(asdict(given.config), asdict(self.training.model), "training.model"):
             what = ", ".join(f"{name}: {there!r} in {init}, {here!r} given" for name, there, here in found)
             raise ValueError(f"init: {what}")
@@ -312,12 +315,26 @@ class OmniRLLearner:
 
     def state_dict(self) -> dict[str, Any]:
         own = None if self.own is None else self.own._asdict()
-        return {"stream": self.stream.state_dict(), "own": own, "collections": self.collections}
+        return {
+            "stream": self.stream.state_dict(),
+            "own": own,
+            "collections": self.collections,
+            "labels": self.model.labels,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._go_on_with_labels(version_of(state))
         self.stream.load_state_dict(state["stream"])
         self.own = None if state["own"] is None else Records(**state["own"])
         self.collections = state["collections"]
+
+    def _go_on_with_labels(self, version: int) -> None:
+        """A run of another version is refused; one from before there were versions goes on, and its weights stay of none."""
+        if version:
+            refuse_others("out: the run", version)
+        if not self.model.labels_named:
+            name_others("the run", version)
+        self.model.labels, self.model.labels_named = version, True
 
     def redistribute(self, state: dict[str, Any], processes: int, own: bool) -> None:
         """Go on from a state of a run of another number of processes.
@@ -326,6 +343,7 @@ class OmniRLLearner:
         processes; records on disk go on where all processes together had come to in the epoch. A process whose state is
         not its own (`own`) lets the model act anew for records of its own.
         """
+        self._go_on_with_labels(version_of(state))
         before, here = state["stream"], self.stream
         position = before["next_batch"]
         if isinstance(here, RecordStream):

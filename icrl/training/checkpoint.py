@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
+from safetensors.torch import save as safetensors
+from torch import Tensor, nn
 
-from icrl.files import checksum, open_to_readers, replacing
+from icrl.files import checksum, write_bytes
+from icrl.reading import TensorFile, check_seal, parse_json, sealed, shown
+
+__all__ = ["FORMAT", "checksum", "fitted", "flatten", "load", "save", "unflatten", "why"]
 
 FORMAT = 2
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
+"""What code raises that is given facts of another shape than it wrote."""
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def why(error: BaseException) -> str:
+    """What is wrong, in a line."""
+    text = " ".join((str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)).split())
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -20,10 +33,8 @@ def save(path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}  # clone: no shared storage
-    metadata = {"format": str(FORMAT), "facts": json.dumps(facts), "crc32": str(checksum(flat))}
-    with replacing(path) as part:
-        save_file(flat, part, metadata=metadata)
-        open_to_readers(part)
+    metadata = {"format": str(FORMAT), "facts": json.dumps(facts)}
+    write_bytes(path, safetensors(flat, sealed(flat, metadata)))
 
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,21 +47,46 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"checkpoint: no file {path}")
     try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, RuntimeError) as e:
-        raise ValueError(f"checkpoint: {path} is damaged or not a safetensors file ({e})") from e
-    if metadata.get("format") != str(FORMAT) or "facts" not in metadata:
-        raise ValueError(
-            f"checkpoint: {path} was not written by icrl (format {metadata.get('format')!r}, wanted {FORMAT})"
-        )
-    if metadata.get("crc32") != str(checksum(tensors)):
-        raise ValueError(f"checkpoint: {path} is damaged (its tensors are not those that were saved)")
-    try:
-        return tensors, json.loads(metadata["facts"])
+        with TensorFile(path) as file:
+            tensors, metadata = file.tensors(), file.metadata
+        if metadata.get("format") != str(FORMAT) or "facts" not in metadata:
+            raise ValueError(
+                f"{path} was not written by icrl (format {shown(metadata.get('format'))}, wanted {FORMAT}; perhaps damaged)"
+            )
+        check_seal(path, tensors, metadata, {"format", "facts"})
     except ValueError as e:
-        raise ValueError(f"checkpoint: {path} is damaged (its facts are not JSON: {e})") from e
+        raise ValueError(f"checkpoint: {e}") from e
+    try:
+        facts = parse_json(metadata["facts"])
+        if not isinstance(facts, dict):
+            raise ValueError(f"they are {type(facts).__name__}, wanted an object")
+    except ValueError as e:
+        raise ValueError(f"checkpoint: {path} is damaged (its facts are malformed: {e})") from e
+    return tensors, facts
+
+
+def fitted(tensors: dict[str, Tensor], layers: int, make: Callable[[str], Made]) -> Made:
+    """The module that `make(device)` makes, on the CPU, with these tensors.
+
+    It is made on the meta device first, and nothing is allocated before its shapes are the tensors'.
+
+    Args:
+        layers: of the module: at most as many as there are tensors.
+    Raises:
+        ValueError: what differs; and whatever `make` raises.
+    """
+    if not 1 <= layers <= len(tensors):
+        raise ValueError(f"layers: wanted 1 to {len(tensors)}, the number of tensors, got {layers}")
+    with torch.device("meta"):
+        wanted = make("meta").state_dict()
+    if other := sorted(wanted.keys() ^ tensors.keys()):
+        raise ValueError(f"{other[0]}: is {'missing' if other[0] in wanted else 'no tensor of it'}")
+    for name, t in wanted.items():
+        if (there := tensors[name]).shape != t.shape or there.dtype != t.dtype:
+            raise ValueError(f"{name}: wanted {t.dtype} {list(t.shape)}, got {there.dtype} {list(there.shape)}")
+    module = make("cpu")
+    module.load_state_dict(tensors)
+    return module
 
 
 def flatten(prefix: str, value: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -70,6 +106,7 @@ def flatten(prefix: str, value: Any, tensors: dict[str, Tensor], facts: dict[str
 
 
 def unflatten(prefix: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Any:
+    """What was flattened. Raises one of `MALFORMED` where the facts are not what `flatten` wrote."""
     if prefix in tensors:
         return tensors[prefix]
     node = facts[prefix]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
+
+from icrl.reading import named, shown
+
+LONGEST_TEXT = 4096  # characters of a configuration's texts: names and paths
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -78,35 +83,56 @@ class LoopConfig:
             raise ValueError(f"seed: wanted 0 to 2^63 - 1, got {self.seed}")
 
 
-def configured(kind: type[Any] | Any, values: dict[str, Any], name: str) -> Any:
+def configured(kind: type[Any] | Any, values: Any, name: str) -> Any:
     """A (nested) configuration dataclass with `values` over its defaults, or over those of an instance given as `kind`.
 
-    Raises ValueError naming a key that it does not have, or whose value is of another type.
+    Raises ValueError naming a key that it does not have, or whose value is of another type: elements of lists and objects
+    too, and numbers that are not finite.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"config: {name}: wanted an object, got {values!r}")
+        raise ValueError(f"config: {name}: wanted an object, got {shown(values)}")
     base = kind() if isinstance(kind, type) else kind
-    known = {f.name: f for f in fields(base)}
-    if unknown := set(values) - set(known):
-        raise ValueError(f"config: {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    changes: dict[str, Any] = {}
+    known = get_type_hints(type(base))
+    names = [f.name for f in fields(base)]
+    if unknown := set(values) - set(names):
+        raise ValueError(f"config: {name} has no {', '.join(sorted(map(named, unknown)))}; it has {', '.join(names)}")
+    changes = {}
     for key, value in values.items():
-        old = getattr(base, key)
-        if is_dataclass(old):
-            value = configured(old, value, f"{name}.{key}")
-        elif isinstance(old, tuple) and isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(old, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(old):
-            raise ValueError(f"config: {name}.{key}: wanted {type(old).__name__}, got {value!r}")
-        changes[key] = value
+        where, old = f"{name}.{key}", getattr(base, key)
+        changes[key] = configured(old, value, where) if is_dataclass(old) else _typed(value, known[key], where)
     return replace(base, **changes)
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """A JSON value as a field's type has it: lists as tuples, whole numbers as floats where these are wanted."""
+    of, inner = get_origin(kind) or kind, get_args(kind)
+    if of is Any:
+        return value
+    if of is dict and type(value) is dict:
+        return {_typed(key, str, name): _typed(item, inner[1], f"{name}.{named(key)}") for key, item in value.items()}
+    if of is tuple and type(value) in (list, tuple):
+        kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) != len(value):
+            raise ValueError(f"config: {name}: wanted {len(kinds)} values, got {shown(value)}")
+        return tuple(_typed(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if of is float and type(value) in (int, float):
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise ValueError(f"config: {name}: wanted a finite number, got {value}")
+        return value
+    if type(value) is str and len(value) > LONGEST_TEXT:
+        raise ValueError(f"config: {name}: wanted at most {LONGEST_TEXT} characters, got {len(value)}")
+    if type(value) is not of:
+        raise ValueError(f"config: {name}: wanted {of.__name__}, got {shown(value)}")
+    return value
 
 
 def init_of(init: Path | None, given: dict[str, Any]) -> Path | None:
     """`init`, or else the one in a configuration that is a run's own record. Raises ValueError where that is no path."""
     found = given.get("init")
     if not isinstance(found, str | None):
-        raise ValueError(f"config: init: wanted a path, got {found!r}")
+        raise ValueError(f"config: init: wanted a path, got {shown(found)}")
     return Path(found) if init is None and found else init

@@ -1,7 +1,8 @@
 """The one training loop: schedules, optimisers, logs, checkpoints, exact resume. What is learned is a `Learner`'s business.
 
 A run lives in one folder: `config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`,
-`checkpoints/<update>/rank<i>.safetensors` (the newest two) and, at its end, `model.safetensors`.
+`checkpoints/<update>/rank<i>.safetensors` (the newest two) and, at its end, `model.safetensors`. One process, or one group, is
+at work there at a time: it holds the lock on `.lock`, which ends with it.
 
 Starting the same command again continues it from its newest checkpoint, bit for bit, its log too. It may also go on
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
 from icrl.training.process import rank, world_size
 from icrl.training.run import Run
@@ -130,10 +133,32 @@ def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) 
         run.forget_after(-1)  # what a run logged that was killed before its first checkpoint
         return {}
     state, processes, own = found
+    try:
+        _restore(learner, optimizers, state, processes, own)
+    except checkpoint.MALFORMED as e:
+        raise ValueError(f"checkpoint: {run.newest()} does not fit this run ({checkpoint.why(e)})") from e
     run.forget_after(state["update"])
+    return state
+
+
+def _restore(
+    learner: Learner, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], processes: int, own: bool
+) -> None:
+    """Give the learner and the optimisers what a checkpoint holds. Raises one of `checkpoint.MALFORMED` for anything else."""
+    if not all(type(x) in (int, float) for x in (state.get("seconds", 0.0), *state.get("sums", {}).values())):
+        raise ValueError("seconds, sums: wanted numbers")
     learner.model.load_state_dict(state["model"])
     for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
+        for here, there in zip(optimizer.param_groups, s["param_groups"], strict=True):  # another torch may have others
+            for name in {*here} & {*there} | {"params", "lr", "base_lr"}:
+                kinds = {_kind(here[name]), _kind(there[name])} - {"NoneType"}
+                if len(kinds) > 1:
+                    raise ValueError(f"optimizers: {name}: wanted {_kind(here[name])}, got {_kind(there[name])}")
         optimizer.load_state_dict(s)
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"optimizers: {name}: wanted {list(parameter.shape)}, got {list(value.shape)}")
     if processes == world_size():
         learner.load_state_dict(state["learner"])
     elif isinstance(learner, Redistributed):
@@ -145,27 +170,36 @@ def _go_on(run: Run, learner: Learner, optimizers: list[torch.optim.Optimizer]) 
     device = next(learner.model.parameters()).device
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
-    return state
+
+
+def _kind(value: Any) -> str:
+    """The type of an optimiser's setting; a checkpoint has lists for tuples, and numbers may be whole."""
+    return {"tuple": "list", "int": "float"}.get(type(value).__name__, type(value).__name__)
 
 
 def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
     """Train to `config.updates` updates, or on from where a run in `out` stopped; returns the model's file.
 
     Raises:
-        ValueError: `out` holds a run with another configuration, or a damaged checkpoint; or there are several processes
+        ValueError: `out` holds a run with another configuration, or a damaged checkpoint, or another process is at work
+            there; or there are several processes
             and the learner's `forward` does not average their gradients. FloatingPointError: the gradient is not finite.
     """
     if world_size() > 1 and not isinstance(getattr(learner, "forward", None), DistributedDataParallel):
         raise ValueError(f"torchrun: this learner trains in one process, got {world_size()}")
     record = {"loop": asdict(config), "world_size": world_size(), **learner.config()}
-    run = Run(out, record, getattr(learner, "upgraded", dict))
+    with closing(Run(out, record, getattr(learner, "upgraded", dict))) as run:
+        return _train(learner, config, run)
+
+
+def _train(learner: Learner, config: LoopConfig, run: Run) -> Path:
     made = optimizers(learner, config)
     parameters = list(learner.model.parameters())
     device = parameters[0].device
     state = _go_on(run, learner, made)
     update, seconds = state.get("update", 0), state.get("seconds", 0.0)
     if state and rank() == 0:
-        print(f"resuming {out} at update {update} of {config.updates}")
+        print(f"resuming {run.folder} at update {update} of {config.updates}")
     run.begin(update, device)
 
     sums = _Sums(state.get("sums", {}))
@@ -214,7 +248,7 @@ def train(learner: Learner, config: LoopConfig, out: Path) -> Path:
                         **({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
                     },
                 )
-    path = out / "model.safetensors"
+    path = run.folder / "model.safetensors"
     if rank() == 0:
         learner.save_model(path, updates=update, seconds=round(seconds, 1), world_size=world_size())
     return path

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,15 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def of_the_first(value: Any) -> Any:
+    """Rank 0's value, in every process of the group, which must all ask for it."""
+    if not dist.is_initialized():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def wait_for_all() -> None:

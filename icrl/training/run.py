@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,18 @@ import torch
 from torch import Tensor
 
 from icrl.extras import versions
-from icrl.files import append_text, write_json, write_text
+from icrl.files import LOCK, append_text, locked, name_folder, sync_file, write_bytes, write_json
+from icrl.reading import named, read_json, shown
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, changes
-from icrl.training.process import machine, rank, wait_for_all
+from icrl.training.process import machine, of_the_first, rank, wait_for_all
 
 FREE = {"loop.updates", "loop.device", "loop.threads", "loop.compile", "world_size"}
 """What may differ when a run goes on: settings that say how far and on what it trains."""
 
 
 class Run:
-    """A training run's folder.
+    """A training run's folder, held for this process (with several, for the group) until it is closed or its process ends.
 
     Args:
         folder: a new one, an empty one, or that of a run, which then goes on.
@@ -31,7 +34,7 @@ class Run:
         upgraded: brings a record that an earlier version wrote to today's form.
     Raises:
         ValueError: the folder is not empty and holds no run, or a run of another configuration: what differs is named, with
-            both values.
+            both values; or another process is at work there.
     """
 
     def __init__(
@@ -40,22 +43,49 @@ class Run:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         record = folder / "config.json"
         self.config = config = json.loads(json.dumps(config, default=str))
-        cut_short = record.with_name(record.name + ".part")  # a first record that a kill cut short
-        if not record.exists() and folder.exists() and any(p != cut_short for p in folder.iterdir()):
+        begun = {LOCK, record.name + ".part"}  # what a kill before the first record leaves
+        others = folder.is_dir() and any(p.name not in begun for p in folder.iterdir())
+        if others and not record.exists():
             raise ValueError(f"out: {folder} is not empty and holds no run (no config.json); choose another")
+        self._held = ExitStack()
+        if refused := of_the_first(self._hold() if rank() == 0 else ""):
+            raise ValueError(refused)
+        try:
+            self._enter(record, upgraded)
+        except BaseException:
+            self._held.close()
+            raise
+        self._board: Any = None
+        self._purge: int | None = None
+
+    def _hold(self) -> str:
+        """Lock the folder; what is against it."""
+        try:
+            self._held.enter_context(locked(self.folder, wait=False))
+        except (ValueError, OSError) as e:
+            return str(e)
+        return ""
+
+    def _enter(self, record: Path, upgraded: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         goes_on = record.exists() and self.newest() is not None
         if goes_on:
-            self._compare(upgraded(_read(record)))
+            try:
+                self._compare(upgraded(_read(record)))
+            except (AttributeError, LookupError, TypeError) as e:  # its values are of other types
+                raise ValueError(f"out: {record} is damaged ({checkpoint.why(e)})") from e
         wait_for_all()  # every process has looked at the folder as it was found
         if rank() == 0:
             for part in self.checkpoints.glob("*.part"):  # of a save that a kill cut short, perhaps of more processes
                 shutil.rmtree(part)
             if not goes_on:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(record, config)
+                write_json(record, self.config)
         wait_for_all()
-        self._board: Any = None
-        self._purge: int | None = None
+
+    def close(self) -> None:
+        """Let the folder go, with all that was logged in it."""
+        with self._held:
+            if self._board:
+                self._board.close()
 
     def _compare(self, old: dict[str, Any]) -> None:
         """Refuse another configuration; say what is free to differ and does."""
@@ -90,7 +120,9 @@ class Run:
             return
         write_json(self.folder / "config.json", self.config)
         path = self.folder / "versions.json"
-        entries: list[dict[str, Any]] = _read(path, []) if path.exists() else []
+        entries: list[dict[str, Any]] = _read(path, list) if path.exists() else []
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"out: {path} is damaged (wanted objects)")
         now = {**versions(), **machine(device)}
         if entries:
             last = {name: value for name, value in entries[-1].items() if name != "update"}
@@ -110,7 +142,9 @@ class Run:
         checkpoint.save(part / f"rank{rank()}.safetensors", tensors, facts)
         wait_for_all()
         if rank() == 0:
-            part.replace(final)
+            if (log := self.folder / "metrics.jsonl").exists():
+                sync_file(log)  # the rows up to this update are not logged again
+            name_folder(part, final)
             for old in [*self._whole()[:-2], *self.checkpoints.glob("*.part")]:
                 shutil.rmtree(old)
         wait_for_all()
@@ -126,17 +160,27 @@ class Run:
         processes = len(list(newest.glob("rank*.safetensors")))
         own = rank() < processes
         try:
-            tensors, facts = checkpoint.load(newest / f"rank{rank() if own else 0}.safetensors")
+            path = newest / f"rank{rank() if own else 0}.safetensors"
+            tensors, facts = checkpoint.load(path)
+            try:
+                state = checkpoint.unflatten("run", tensors, facts)
+                if type(state["update"]) is not int or state["update"] != int(newest.name):
+                    raise ValueError(f"update: wanted {int(newest.name)}, got {shown(state['update'])}")
+            except checkpoint.MALFORMED as e:
+                raise ValueError(f"checkpoint: {path} is damaged ({checkpoint.why(e)})") from e
         except ValueError as e:
             raise ValueError(f"{e}; delete {newest} to go on from the checkpoint before it") from e
-        return checkpoint.unflatten("run", tensors, facts), max(1, processes), own
+        return state, max(1, processes), own
 
     def forget_after(self, update: int) -> None:
         """Drop logged rows that the run will log again, and one that a kill cut short."""
         log = self.folder / "metrics.jsonl"
         self._purge = update + 1
+        if log.is_dir():
+            raise ValueError(f"out: {log} is damaged (it is a folder)")
         if rank() == 0 and log.exists():
-            write_text(log, "".join(f"{line}\n" for line in log.read_text().splitlines() if _logged(line) <= update))
+            rows = log.read_bytes().split(b"\n")
+            write_bytes(log, b"".join(row + b"\n" for row in rows if _logged(row) <= update))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.jsonl, and to TensorBoard's files where that is installed; rank 0's alone."""
@@ -164,23 +208,17 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    return f"{name}: {old!r} in the run, {new!r} given"
+    return f"{named(name)}: {shown(old)} in the run, {shown(new)} given"
 
 
-def _read(path: Path, kind: Any = None) -> Any:
+def _read(path: Path, kind: type = dict) -> Any:
+    return read_json(path, kind, "out: {path} is damaged ({why})")
+
+
+def _logged(row: bytes) -> float:
+    """The update of a logged row; infinity for one that a kill or a full disk cut short, or that a power cut left unwritten."""
     try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"out: {path} is damaged ({e})") from e
-    wanted = dict if kind is None else type(kind)
-    if not isinstance(found, wanted):
-        raise ValueError(f"out: {path} is damaged (it holds {type(found).__name__}, wanted {wanted.__name__})")
-    return found
-
-
-def _logged(line: str) -> float:
-    """The update of a logged row; infinity for a row cut short."""
-    try:
-        return json.loads(line)["update"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        update = json.loads(row.decode())["update"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return update if type(update) is int else math.inf

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import icrl_kernels
-from icrl.data.shards import SHARD_BYTES, DataSet, Field, ShardReader, Written, write_shards
+from icrl.data.shards import INDEX, SHARD_BYTES, DataSet, Field, ShardReader, Written, shard_path, write_shards
 from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tasks import TabularTasks
@@ -132,6 +132,12 @@ class TaskShards:
 
     def __init__(self, folder: Path | str, *, full: bool = False) -> None:
         self.reader = ShardReader(folder, kind=TASKS, full=full)
+        dataset = self.reader.dataset
+        seen = "emission" in dataset.fields
+        self.reader.require({**WINDOWS, **REST, **(EMISSION if seen else {})}, "SAKO" if seen else "SA")
+        self._action_tokens = dataset.config.get("action_tokens", 1)
+        if type(self._action_tokens) is not int:
+            raise ValueError(f"{Path(folder) / INDEX}: damaged (its action_tokens are malformed)")
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -146,11 +152,14 @@ class TaskShards:
             name: found[name].long() if found[name].dtype in (torch.int16, torch.int32) else found[name]
             for name in REST
         }
-        config = self.reader.dataset.config
+        sizes = self.reader.dataset.sizes
         if "emission" in found:
-            rest |= {"emission": found["emission"], "action_tokens": config["action_tokens"]}
-        ids = config["num_observations"] if "emission" in found else config["num_states"][1]
-        return TabularTasks(transition=transition, reward=found["reward"], **rest, num_observations=ids).validate()
+            rest |= {"emission": found["emission"], "action_tokens": self._action_tokens}
+        ids = sizes["O"] if "emission" in found else sizes["S"]
+        try:
+            return TabularTasks(transition=transition, reward=found["reward"], **rest, num_observations=ids).validate()
+        except ValueError as e:
+            raise ValueError(f"{shard_path(self.reader.folder, shard)}: {e}") from e
 
     def __iter__(self) -> Iterator[TabularTasks]:
         return (self.shard(i) for i in range(self.reader.dataset.num_shards))

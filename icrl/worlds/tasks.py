@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from icrl.files import checksum
+from icrl.files import write_bytes
+from icrl.reading import TensorFile, check_seal, sealed, shown
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
 from icrl_kernels.tabular import counter_rng
@@ -492,38 +492,34 @@ class TabularTasks:
             "version": VERSION,
             "num_observations": str(self.num_observations),
             "action_tokens": str(self.action_tokens),
-            "crc32": str(checksum(tensors)),
         }
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_bytes(Path(path), save(tensors, sealed(tensors, metadata)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TabularTasks:
-        """Read what `save` wrote. FileNotFoundError without the file; ValueError if it is anything else or damaged."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no task file {os.fspath(path)}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{os.fspath(path)}: damaged or not a safetensors file ({error})") from error
+        """Read a copy of what `save` wrote: what happens to the file later changes nothing.
+
+        FileNotFoundError without the file; ValueError, which names it, if it is anything else or damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no task file {path}")
+        with TensorFile(path) as file:
+            tensors, metadata = file.tensors(), file.metadata
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{os.fspath(path)}: holds no TabularTasks (format {metadata.get('format')!r})")
+            raise ValueError(f"{path}: holds no TabularTasks (format {shown(metadata.get('format'))})")
         if metadata.get("version") not in ("1", VERSION):
-            raise ValueError(
-                f"{os.fspath(path)}: version {metadata.get('version')!r}, this code reads '1' to {VERSION!r}"
-            )
+            raise ValueError(f"{path}: version {shown(metadata.get('version'))}, this code reads '1' to {VERSION!r}")
         names = set(LAYOUT) - {"transition"} | {*PARTS} if PARTS[0] in tensors else set(LAYOUT)
-        if tensors.keys() - {"emission"} != names or metadata.get("crc32") != str(checksum(tensors)):
-            raise ValueError(f"{os.fspath(path)}: damaged (its tensors are not those that were saved)")
-        ids, tokens = int(metadata["num_observations"]), int(metadata.get("action_tokens", 1))
-        return cls(**_fields(tensors), num_observations=ids, action_tokens=tokens).validate().to(device)
+        if tensors.keys() - {"emission"} != names:
+            raise ValueError(f"{path}: damaged (its tensors are not those that were saved)")
+        check_seal(path, tensors, metadata, {"format", "version", "num_observations", "action_tokens"})
+        try:
+            ids, tokens = _count(metadata, "num_observations"), _count(metadata, "action_tokens", "1")
+            tasks = cls(**_fields(tensors), num_observations=ids, action_tokens=tokens).validate()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged ({error})") from error
+        return tasks.to(device)
 
     # --- other libraries ----------------------------------------------------------------------------------------------
 
@@ -562,6 +558,14 @@ class TabularTasks:
         for name in types.keys() & fields.keys():
             fields[name] = torch.as_tensor(np.asarray(fields[name])).to(types[name])[None]
         return cls(**fields).validate()
+
+
+def _count(metadata: dict[str, str], name: str, default: str = "") -> int:
+    """A whole number in a file's metadata."""
+    text = metadata.get(name, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63):
+        raise ValueError(f"{name}: wanted a number, got {shown(text)}")
+    return int(text)
 
 
 def _task(bad: Tensor) -> int:

@@ -114,10 +114,17 @@ class Teacher:
         tensors, facts = checkpoint.load(path)
         wanted = identity(self.source)
         if facts.get("teacher") != wanted:
-            old = facts.get("teacher") or {}
+            found = facts.get("teacher")
+            old = found if isinstance(found, dict) else {}
             changed = ", ".join(f"{k} {old.get(k)!r}, not {v!r}" for k, v in wanted.items() if old.get(k) != v)
             raise ValueError(f"teacher: {path} is another teacher's: {changed or 'of an older version'}")
         check_versions(f"teacher: {path}", facts.get("versions"), packages(self.source), say=say)
+        try:
+            self._restore(tensors, facts)
+        except checkpoint.MALFORMED as e:
+            raise ValueError(f"teacher: {path} does not fit this teacher ({checkpoint.why(e)})") from e
+
+    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         names = ("policy", "policy.optimizer")
         self._ppo.set_parameters({name: checkpoint.unflatten(name, tensors, facts) for name in names}, device="cpu")
         for name, moments in (("observations", self._normal.obs_rms), ("rewards", self._normal.ret_rms)):
@@ -125,6 +132,10 @@ class Teacher:
             moments.count = facts[f"{name}.count"]
         self.iteration, self.returns = facts["iteration"], list(facts["returns"])
         self._ppo.num_timesteps = self.iteration * self.source.horizon * self._told.num_envs
+
+
+EPISODES = {"states", "actions", "rewards", "next_states"}
+"""The tensors of a file of episodes."""
 
 
 def identity(source: MujocoData) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def gather(source: MujocoData, folder: Path) -> tuple[Trajectories, dict[str, An
             wanted = {**identity(source), "checkpoint": c, "each": each}
             if path.exists():
                 part, facts = checkpoint.load(path)
-                if facts.get("episodes") != wanted:
+                if facts.get("episodes") != wanted or part.keys() != EPISODES:
                     raise ValueError(f"teacher: {path} was gathered otherwise; delete it, or choose another folder")
                 check_versions(f"teacher: {path}", facts.get("versions"), packages(source), say=False)
             else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
-from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.method import Metrics, Spaces, deviation, head
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkState
 
@@ -54,7 +54,7 @@ class DICP(HistoryMethod):
     def prepare(self, data: Trajectories) -> None:
         super().prepare(data)
         self._returns = data.returns_to_go(self.config.discount)
-        self.return_scale.copy_(self._returns.std().clamp_min(1e-6))
+        self.return_scale.copy_(deviation(self._returns))
 
     def predict(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reward [...], return after it in deviations [...], and change of the normalised state [...,S]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.method import Metrics, Spaces, deviation, head
 from icrl.offline.prompt import Batch, PromptConfig, PromptMethod, PromptTrunk
 from icrl.offline.trajectories import Trajectories
 
@@ -46,7 +46,7 @@ class DIT(PromptMethod):
     def prepare(self, data: Trajectories) -> None:
         super().prepare(data)
         returns = data.returns_to_go(self.config.discount)
-        self._returns = (returns - returns.mean()) / returns.std().clamp_min(1e-6)
+        self._returns = (returns - returns.mean()) / deviation(returns)
 
     def objective(self, data: Trajectories, batch: Batch) -> tuple[Tensor, Metrics]:
         c = self.config

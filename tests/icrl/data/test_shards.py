@@ -71,10 +71,11 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_shards as here
+from icrl import files
 from icrl.data import shards
 
-def killed_while_writing(file, synced=shards.sync):
-    if "00003" in file.name:  # half of the bytes have reached the disk
+def killed_while_writing(file, synced=files.sync):
+    if "00003" in os.readlink(f"/proc/self/fd/{file.fileno()}"):  # half of the bytes have reached the disk
         file.flush()
         file.truncate(os.fstat(file.fileno()).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -98,7 +99,7 @@ def in_company(first, count):
 
 how = sys.argv[3]
 if how == "writing":
-    shards.sync = killed_while_writing
+    files.sync = killed_while_writing
 elif how == "naming":
     os.replace = killed_before_the_name
 elif how == "indexing":

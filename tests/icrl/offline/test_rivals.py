@@ -1,5 +1,6 @@
 """S-ICQL's rivals: each loss against a hand-computed case, and acting by the same function that was trained."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -12,12 +13,13 @@ from test_trajectories import small
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from icrl.cli import main
 from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.few_shot import few_shot
 from icrl.offline.history import History, HistoryConfig
 from icrl.offline.iql import IQL, iql_losses
 from icrl.offline.learner import METHODS, make_method
-from icrl.offline.method import MethodConfig, Spaces
+from icrl.offline.method import MethodConfig, Spaces, deviation
 from icrl.offline.methods.dicp import DICP, DICPConfig
 from icrl.offline.methods.ic_iql import ICIQL
 from icrl.offline.methods.idt import IDTConfig, sort_episodes
@@ -369,3 +371,24 @@ def test_imagination_leaves_the_agents_memory_alone(room, mixer):
 def test_few_shot_refuses_no_episodes(room):
     with pytest.raises(ValueError, match="episodes: wanted at least 1, got 0"):
         few_shot(make("ad", room), ROOM.environments(), 0)
+
+
+@pytest.mark.parametrize(("values", "wanted"), [([3.0], 1.0), ([2.0, 2.0], 1e-6), ([0.0, 2.0], 2**0.5)])
+def test_the_deviation_of_few_values(values, wanted):
+    assert float(deviation(torch.tensor(values))) == pytest.approx(wanted)
+
+
+ONE = {"dpt": {}, "dit": {}, "sicql": {"stride": 1}, "idt": {"episodes": 1, "span": 1}}
+ONE |= {name: {"episodes": 1} for name in ("ad", "dicp", "ic_iql")}
+
+
+@pytest.mark.parametrize("method", ONE)
+def test_one_step_of_one_episode_of_one_task(method, tmp_path):
+    loop = {"updates": 1, "checkpoint_every": 1, "evaluate_every": 1, "device": "cpu"}
+    trunk = {"width": 16, "layers": 1, "heads": 1}
+    run = {"data": {"size": 4, "horizon": 1, "train_goals": 1, "episodes": 1, "history": 1}, "judged_episodes": 1}
+    run |= {"settings": {"batch": 1, "trunk": trunk, **ONE[method]}, "world_model": {"window": 1}}
+    run |= {"loop": loop, "world_loop": loop, "world_batch": 1}
+    (tmp_path / "c.json").write_text(json.dumps(run))
+    args = ["train", "offline", "--method", method, "--config", tmp_path / "c.json", "--out", tmp_path / "run"]
+    assert main([*map(str, args), "--evaluate", "1"]) == 0

@@ -1,6 +1,5 @@
 """S-ICQL's commands end to end on a tiny room: training, the suite, its table and picture, and refusals."""
 
-import fcntl
 import json
 import os
 import signal
@@ -14,6 +13,8 @@ import pytest
 import torch
 
 from icrl.cli import main
+from icrl.files import locked
+from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.experiment import Experiment, OfflineRun
 from icrl.offline.jobs import Job, _end_with_parent, run_jobs
 from icrl.offline.presets import titles
@@ -138,15 +139,14 @@ def test_a_suite_that_is_killed_leaves_no_process_and_its_folder_free(config, tm
     while any(Path(f"/proc/{child}/cmdline").exists() for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(out, wait=False):
+        pass
 
 
 def test_a_suite_is_not_for_two_processes(config, tmp_path, capsys):
     out = tmp_path / "suite"
     out.mkdir()
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(out):
         assert main(["eval", "sicql", "--out", str(out), "--config", str(config), "--methods", "ad"]) == 2
     assert "another process is at work" in capsys.readouterr().err
 
@@ -170,6 +170,16 @@ def test_train_offline_trains_its_own_world_model(config, tmp_path, capsys):
     assert (tmp_path / "run-world_model" / "model.safetensors").exists()
     assert len(json.loads((tmp_path / "run" / "few_shot.json").read_text())["returns"]) == 2
     assert "return" in capsys.readouterr().out
+
+
+def test_a_world_model_that_cannot_be_written_is_refused_before_data_are_gathered(
+    config, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "run-world_model").write_text("old")
+    monkeypatch.setattr(DarkRoomData, "train_data", lambda self: pytest.fail("gathered"))
+    assert main(["train", "offline", "--out", str(tmp_path / "run"), "--config", str(config)]) == 2
+    assert f"cannot write {tmp_path / 'run-world_model'} (Not a directory)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_reads_collected_data(config, tmp_path, capsys):

@@ -17,6 +17,7 @@ import icrl.training.run as training_run
 from icrl.cli import main
 from icrl.data.shards import batch_rows
 from icrl.extras import versions
+from icrl.files import locked
 from icrl.offline.experiment import OfflineRun
 from icrl.omnirl.distill import DPDConfig
 from icrl.omnirl.model import OmniRL, OmniRLConfig
@@ -382,6 +383,16 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     assert "world_size: 1 in the run, 2 given" in said[0][0]
     for name in ("one", "two"):
         assert logged(tmp_path / name)[-1]["update"] == 8
+
+
+def test_a_group_is_refused_where_another_process_is_at_work(tmp_path):
+    with locked(tmp_path / "run"):
+        codes, said = torchrun("train", "omnirl", "--out", tmp_path / "run", "--device", "cpu")
+    assert codes == [2, 2], said
+    for _, err in said:
+        assert err.splitlines()[-1] == f"icrl: out: another process is at work in {tmp_path / 'run'}"
+        assert "Traceback" not in err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_streams_go_on_with_other_processes_without_a_row_twice(tmp_path):
