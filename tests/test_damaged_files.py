@@ -35,7 +35,8 @@ def refused(outcomes):
 def test_hundreds_of_damaged_files(tmp_path):
     outcomes = judged(tmp_path, 351, 0)  # each way to damage a file, of each kind
     assert all(sum(kind.values()) == 13 for kind in outcomes.values())
-    assert all(kind.get("refused", 0) >= 5 for kind in outcomes.values())
+    assert all(kind.get("refused", 0) for kind in outcomes.values())
+    assert refused(outcomes) > 250
 
 
 @pytest.mark.slow
