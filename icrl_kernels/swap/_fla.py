@@ -76,7 +76,7 @@ def _linear(
     return o.to(dtype), _state(final, v_first)
 
 
-def _delta(
+def delta(
     *,
     q: Tensor,
     k: Tensor,
@@ -211,12 +211,12 @@ def _dplr(*, q: Tensor, gk: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]
 
 
 FUNCTIONS: dict[str, dict[str, Function]] = {
-    "delta_rule": {"chunk_delta_rule": _delta, "fused_recurrent_delta_rule": _delta},
-    "gated_delta_rule": {"chunk_gated_delta_rule": _delta, "fused_recurrent_gated_delta_rule": _delta},
+    "delta_rule": {"chunk_delta_rule": delta, "fused_recurrent_delta_rule": delta},
+    "gated_delta_rule": {"chunk_gated_delta_rule": delta, "fused_recurrent_gated_delta_rule": delta},
     "generalized_delta_rule": {"chunk_dplr_delta_rule": _dplr, "fused_recurrent_dplr_delta_rule": _dplr},
     "gla": {"chunk_gla": _linear, "fused_recurrent_gla": _linear},
     "gsa": {"chunk_gsa": _gsa, "fused_recurrent_gsa": _gsa},
-    "kda": {"chunk_kda": _delta, "fused_recurrent_kda": _delta},
+    "kda": {"chunk_kda": delta, "fused_recurrent_kda": delta},
     "rwkv7": {
         "chunk_rwkv7": _rwkv7,
         "fused_recurrent_rwkv7": _rwkv7,
