@@ -147,10 +147,10 @@ def _namespaces(package: str | None) -> Iterator[tuple[str | None, dict[str, Any
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and package in (None, name.split(".")[0]):
             yield name, vars(module)
-    for layer in gc.get_objects():
-        if issubclass(kind := type(layer), nn.Module):
-            if package is None or any(c.__module__.split(".")[0] == package for c in kind.__mro__):
-                yield None, vars(layer)
+    layers = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
+    for layer in layers:
+        if package is None or any(c.__module__.split(".")[0] == package for c in type(layer).__mro__):
+            yield None, vars(layer)
 
 
 def _adaptor(theirs: FunctionType, function: Function) -> FunctionType:

@@ -257,7 +257,7 @@ def test_packed_sequences_are_separate_ones(transformers, model_type):
 
     with swap.install("transformers"):
         if model_type in MIXED:
-            with pytest.raises(ValueError, match=f"cu_seqlens|cu_seq_lens_q: .*{model_type}"):
+            with pytest.raises(ValueError, match=rf"(cu_seqlens|cu_seq_lens_q): .*{model_type}"):
                 model(tokens, use_cache=False, **packed)
             return
         alone = torch.cat([model(piece, use_cache=False)[0] for piece in tokens.split(LENGTHS, 1)], 1)
@@ -333,7 +333,7 @@ def test_functions_chosen_when_a_model_was_built(transformers, monkeypatch):
         model.append(copy.deepcopy(model[0]))
         assert [chosen(layer) for layer in model] == [ours] * 4
         torch.testing.assert_close(model[0].chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0], plain)
-        with pytest.raises(ValueError, match="cu_seqlens: .*this version of transformers does not keep packed"):
+        with pytest.raises(ValueError, match=r"cu_seqlens: .*this version of transformers does not keep packed"):
             model[0].chunk_gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=packing()[0])
     assert [chosen(layer) for layer in model] == [theirs] * 4
 
