@@ -113,10 +113,10 @@ _FUNCTIONS: dict[str, Function] = {
     "recurrent_kimi_delta_attention": _delta,
     "torch_chunk_gated_delta_rule": _delta,
     "torch_recurrent_gated_delta_rule": _delta,
-    # until 5.14 flash-linear-attention's own, where it serves
-    "chunk_gated_delta_rule": _fla.delta,
-    "fused_recurrent_gated_delta_rule": _fla.delta,
 }
+
+_FLA = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+"""What was flash-linear-attention's own until 5.14, where it served."""
 
 
 def find() -> Iterator[tuple[ModuleType, str, Function]]:
@@ -128,7 +128,11 @@ def find() -> Iterator[tuple[ModuleType, str, Function]]:
             convolution = vars(module).get("causal_conv1d_fn")
             old = hasattr(module, "is_fast_path_available")  # until 5.14: chosen when a model is built
             mixes = _OLD if old else _MIXES.get(model)
-            for name, function in _FUNCTIONS.items():
+            functions = dict(_FUNCTIONS)
+            for name in _FLA:
+                if (theirs := vars(module).get(name)) is not None:
+                    functions[name] = _fla.adapted(name, theirs, _fla.delta)
+            for name, function in functions.items():
                 yield module, name, function if mixes is None else functools.partial(_unpacked, mixes, function)
             if mixes is None and isinstance(convolution, FunctionType):
                 yield module, "causal_conv1d_fn", functools.partial(_convolution, convolution)
