@@ -407,6 +407,33 @@ def test_layers_compute_the_same(kind, triton_free, monkeypatch):
     assert_as_good_as_torch(our_decoded, decoded, exact_decoded, name="decoded")
 
 
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "gla" else pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS]
+)
+def test_packed_sequences_are_separate_ones(kind, fla):
+    """Its layers keep their short convolutions and token shifts apart themselves, in Triton kernels; our ops do with them."""
+    name, module, sizes, _ = LAYERS[kind]
+    module = importlib.import_module(f"fla.layers.{module}")
+    torch.manual_seed(0)
+    layer = getattr(module, name)(hidden_size=64, layer_idx=0, **sizes)
+    for p in layer.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    lengths = [5, 1, 3, 9]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    x = torch.randn(1, sum(lengths), 64)
+    with swap.install("fla"):
+        packed = layer(x, cu_seqlens=cu_seqlens)[0]
+        alone = torch.cat([layer(piece)[0] for piece in x.split(lengths, 1)], 1)
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+        weight = torch.randn_like(packed)
+        gradients = [
+            torch.autograd.grad((o * weight).sum(), list(layer.parameters()), allow_unused=True)
+            for o in (packed, alone)
+        ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_uninstall_restores_exactly():
     modules = [importlib.import_module(f"fla.layers.{m}") for m in ("gla", "gated_deltanet", "rwkv7", "raven", "yoco")]
     before = [dict(vars(m)) for m in modules]
