@@ -159,17 +159,13 @@ def _adaptor(theirs: FunctionType, function: Function) -> FunctionType:
     `function` gets every argument by name, their defaults included: orders and defaults are those of their version.
     """
     parameters = inspect.signature(theirs).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    positional = [p.name for p in named if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    defaults = {p.name: p.default for p in named if p.default is not p.empty}
-    needed = {p.name for p in named} - defaults.keys()
-    known = None if any(p.kind == p.VAR_KEYWORD for p in parameters) else {p.name for p in named}
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
-    @functools.wraps(theirs)  # its name and module too, which tell what is installed where
+    @functools.wraps(theirs)
     def ours(*args, **kwargs):
         given = dict(zip(positional, args, strict=False))
-        unlike = len(args) > len(positional) or given.keys() & kwargs.keys() or needed - given.keys() - kwargs.keys()
-        if unlike or (known is not None and kwargs.keys() - known):
+        if len(args) > len(positional) or given.keys() & kwargs.keys():
             return theirs(*args, **kwargs)  # raises what Python raises
         return function(**{**defaults, **given, **kwargs})
 

@@ -40,9 +40,13 @@ def adapted(name: str, theirs: Function, function: Function) -> Function:
     """`function` for the arguments that theirs reads, its outputs of the dtype that theirs have."""
     parameters = inspect.signature(theirs).parameters
     read = {*parameters, *_HINTS, *_READ.get(name, ())}
-    turns = "state_v_first" in parameters
+    needed = {p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    turns = takes_more and "state_v_first" in parameters
 
     def adapter(**arguments: Any) -> tuple[Tensor, Any]:
+        if needed - arguments.keys() or not (takes_more or arguments.keys() <= parameters.keys()):
+            return theirs(**arguments)  # raises what Python raises
         if turns and "transpose_state_layout" in arguments:
             if arguments.get("state_v_first"):
                 raise ValueError("transpose_state_layout: wanted state_v_first, its new name, alone, got both")
