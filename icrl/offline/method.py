@@ -7,7 +7,9 @@ are drawn on the CPU, by torch's global generator there.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -187,8 +189,23 @@ class Head(nn.Sequential):
 
 def head(width: int, outputs: int) -> Head:
     """A readout with two hidden layers; its last layer starts small."""
-    first, second = nn.Linear(width, width), nn.Linear(width, width)
+    first, second = layers.Linear(width, width), layers.Linear(width, width)
     return Head(first, nn.ReLU(), second, nn.ReLU(), layers.Linear(width, outputs).start(_small))
+
+
+def target_of(net: nn.ModuleList) -> nn.ModuleList:
+    """A copy to follow the net's weights, which its first weights are, after `reset_parameters` too; no gradients."""
+    target = deepcopy(net).requires_grad_(False)
+    for layer, online in zip(target.modules(), net.modules(), strict=True):
+        if isinstance(layer, layers.Linear):
+            layer.start(partial(_as, online=online))
+    return target
+
+
+@torch.no_grad()
+def _as(layer: nn.Linear, online: nn.Linear) -> None:
+    layer.weight.copy_(online.weight)
+    layer.bias.copy_(online.bias)
 
 
 def _small(layer: nn.Linear) -> None:

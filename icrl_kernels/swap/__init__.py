@@ -76,7 +76,8 @@ def install(package: str) -> Installed:
     functions the recurrence is computed in float32 whatever the inputs' dtype, states are float32, outputs have the
     query's dtype and `chunk_size` changes nothing. Packed sequences (`cu_seq_lens_q`, with or without `seq_idx`), which
     its torch functions refuse or mix, are kept apart, in the short convolution too. They are refused where another part
-    of a model reads across them: in GLM-5-Next, in Qwen4-Exp, and in versions of transformers before 5.15.
+    of a model reads across them: in GLM-5-Next, in Qwen4-Exp, and in transformers 5.10 to 5.14 (older ones tell their
+    functions nothing of packing, with the swap or without).
 
     "fla" (flash-linear-attention, tested with 0.6.0): the sequence-mixing functions of its layers and models: GLA and
     simple GLA (and what is made of it: linear attention, retention, lightning attention), the delta rule, gated or not,

@@ -73,6 +73,10 @@ def test_reset_after_the_meta_device(case):
     for how in (reset, lambda m: m.apply(lambda p: p.reset_parameters() if p._parameters or p._buffers else None)):
         module = emptied(make)
         how(module)
+        if hasattr(module, "target_q"):
+            assert all(
+                torch.equal(a, b) for a, b in zip(module.target_q.parameters(), module.q.parameters(), strict=True)
+            )
         for name, t in tensors(module).items():
             drawn = torch.stack([s[name] for s in several]).double()
             if (drawn == drawn[0]).all():
