@@ -148,10 +148,14 @@ def _namespaces(package: str | None) -> Iterator[tuple[str | None, dict[str, Any
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and package in (None, name.split(".")[0]):
             yield name, vars(module)
-    layers = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
-    for layer in layers:
-        if package is None or any(c.__module__.split(".")[0] == package for c in type(layer).__mro__):
-            yield None, vars(layer)
+    kinds, more = {nn.Module}, [nn.Module]
+    while more:
+        more = [kind for parent in more for kind in type.__subclasses__(parent) if kind not in kinds]
+        kinds.update(more)
+    if package is not None:
+        kinds = {kind for kind in kinds if any(c.__module__.split(".")[0] == package for c in kind.__mro__)}
+    for layer in [x for x in gc.get_objects() if type(x) in kinds]:
+        yield None, vars(layer)
 
 
 def _adaptor(theirs: FunctionType, function: Function) -> FunctionType:

@@ -143,12 +143,10 @@ def test_models_compute_the_same(transformers, model_type, monkeypatch):
 @pytest.mark.parametrize("T", [1, 70])
 def test_functions_compute_the_same(transformers, T, dtype):
     """Each function of each model, with a state and a gradient through all that has one."""
-    found = 0
-    for module, name, _ in swap._transformers.find():
-        theirs = getattr(module, name, None)
-        if theirs is None or "conv" in name:
-            continue
-        found += 1
+    found = [(m, n, getattr(m, n)) for m, n, _ in swap._transformers.find() if hasattr(m, n) and "conv" not in n]
+    assert len(found) == 16
+    installed = swap.install("transformers")
+    for module, name, theirs in found:
         kimi = "kimi" in name
         inputs = delta_inputs(T=T, Hk=4 if kimi else 2, channel=kimi, dtype=dtype)
 
@@ -165,17 +163,16 @@ def test_functions_compute_the_same(transformers, T, dtype):
             (o.sin().sum() + final.cos().sum()).backward()
             return o.detach(), final.detach(), *(t.grad for t in tensors)
 
-        with swap.install("transformers") as installed:
-            assert f"{module.__name__}.{name}" in installed.names
-            ours = run(getattr(module, name), inputs)
-            with torch.no_grad():
-                *most, state = inputs
-                kept = state.clone()
-                decoded = getattr(module, name)(
-                    *most, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-                )
-                assert torch.equal(state, kept)
-                assert getattr(module, name)(*most, initial_state=state)[1] is None
+        assert f"{module.__name__}.{name}" in installed.names
+        ours = run(getattr(module, name), inputs)
+        with torch.no_grad():
+            *most, state = inputs
+            kept = state.clone()
+            decoded = getattr(module, name)(
+                *most, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+            )
+            assert torch.equal(state, kept)
+            assert getattr(module, name)(*most, initial_state=state)[1] is None
         plain = run(theirs, inputs)
         with Wide():
             exact = run(theirs, [t.double() for t in inputs])
@@ -186,7 +183,6 @@ def test_functions_compute_the_same(transformers, T, dtype):
         for a, b, c in zip(decoded, plain[:2], exact[:2], strict=True):
             assert a.dtype == b.dtype
             assert_as_good_as_torch(a, b, c, name=f"{module.__name__}.{name} without gradients")
-    assert found == 16
 
 
 def test_every_model_is_served(transformers):
