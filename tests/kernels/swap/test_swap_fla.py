@@ -217,17 +217,17 @@ def test_functions_compute_the_same(case, T, dtype):
     inputs, state = make(case, T, dtype)
     double = {name: t.double() for name, t in inputs.items()}
     wide_state = tuple(t.double() for t in state) if isinstance(state, tuple) else state.double()
+    swap.install("fla")
     for grad in (True, False):
         for name in names:
             plain = run(naive(name), inputs, state, grad, **options)
             with Wide():
                 exact = run(naive(name), double, wide_state, grad, **options)
-            with swap.install("fla"):
-                function = getattr(module_of(name), name)
-                ours = run(function, inputs, state, grad, **options)
-                if not isinstance(state, tuple) and "state_v_first" in function.__wrapped__.__code__.co_varnames:
-                    turned = run(function, inputs, state.mT.contiguous(), False, state_v_first=True, **options)
-                    assert torch.equal(turned[1].mT, run(function, inputs, state, False, **options)[1])
+            function = getattr(module_of(name), name)
+            ours = run(function, inputs, state, grad, **options)
+            if not isinstance(state, tuple) and "state_v_first" in function.__wrapped__.__code__.co_varnames:
+                turned = run(function, inputs, state.mT.contiguous(), False, state_v_first=True, **options)
+                assert torch.equal(turned[1].mT, run(function, inputs, state, False, **options)[1])
             for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
                 assert a.dtype == b.dtype
                 assert_as_good_as_torch(a, b, c, name=f"{name} {i}")
