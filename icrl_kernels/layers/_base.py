@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from icrl_kernels import _checks
@@ -52,7 +51,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy the whole value into a parameter, which FSDP2 may keep in shards."""
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "placements"):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor  # takes a second
+
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
 
