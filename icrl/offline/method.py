@@ -197,7 +197,7 @@ def target_of(net: nn.ModuleList) -> nn.ModuleList:
     """A copy to follow the net's weights, which its first weights are, after `reset_parameters` too; no gradients."""
     target = deepcopy(net).requires_grad_(False)
     for layer, online in zip(target.modules(), net.modules(), strict=True):
-        if isinstance(layer, layers.Linear):
+        if isinstance(layer, layers.Linear) and isinstance(online, nn.Linear):
             layer.start(partial(_as, online=online))
     return target
 

@@ -52,8 +52,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy the whole value into a parameter, which FSDP2 may keep in shards."""
     if hasattr(parameter, "placements"):  # a DTensor
-        from torch.distributed.tensor import distribute_tensor  # takes a second
+        from torch.distributed.tensor import DTensor, distribute_tensor  # takes half a second
 
+        assert isinstance(parameter, DTensor)
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
 
