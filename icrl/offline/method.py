@@ -7,7 +7,9 @@ are drawn on the CPU, by torch's global generator there.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkConfig
+from icrl_kernels import layers
 
 if TYPE_CHECKING:
     from icrl.offline.world_model import WorldModel
@@ -87,8 +90,14 @@ class Method(nn.Module):
     def __init__(self, config: Any, spaces: Spaces) -> None:
         super().__init__()
         self.config, self.spaces = config, spaces
-        self.register_buffer("mean", torch.zeros(spaces.state_size))
-        self.register_buffer("std", torch.ones(spaces.state_size))
+        self.register_buffer("mean", torch.empty(spaces.state_size))
+        self.register_buffer("std", torch.empty(spaces.state_size))
+        Method.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Give first values to the parameters and buffers that are no submodule's; `prepare` then takes the data's."""
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.std)
 
     @classmethod
     def make(cls, config: Any, spaces: Spaces, world_model: WorldModel | None = None) -> Method:
@@ -185,10 +194,28 @@ class Head(nn.Sequential):
 
 def head(width: int, outputs: int) -> Head:
     """A readout with two hidden layers; its last layer starts small."""
-    net = Head(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
-    nn.init.normal_(net[-1].weight, std=0.02)  # pyright: ignore[reportArgumentType]
-    nn.init.zeros_(net[-1].bias)  # pyright: ignore[reportArgumentType]
-    return net
+    first, second = layers.Linear(width, width), layers.Linear(width, width)
+    return Head(first, nn.ReLU(), second, nn.ReLU(), layers.Linear(width, outputs).start(_small))
+
+
+def target_of(net: nn.ModuleList) -> nn.ModuleList:
+    """A copy to follow the net's weights, which its first weights are, after `reset_parameters` too; no gradients."""
+    target = deepcopy(net).requires_grad_(False)
+    for layer, online in zip(target.modules(), net.modules(), strict=True):
+        if isinstance(layer, layers.Linear) and isinstance(online, nn.Linear):
+            layer.start(partial(_as, online=online))
+    return target
+
+
+@torch.no_grad()
+def _as(layer: nn.Linear, online: nn.Linear) -> None:
+    layer.weight.copy_(online.weight)
+    layer.bias.copy_(online.bias)
+
+
+def _small(layer: nn.Linear) -> None:
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
 
 
 class Episode:

@@ -12,6 +12,7 @@ query sees it. So `read` is the last output of a full pass over [prompt[:n], que
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ class Softmax(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv_proj = nn.Linear(width, 3 * width)
-        self.o_proj = nn.Linear(width, width)
+        self.qkv_proj = layers.Linear(width, 3 * width)
+        self.o_proj = layers.Linear(width, width)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -135,7 +136,7 @@ class Block(nn.Module):
         super().__init__()
         self.mix_norm, self.mlp_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.mixer = make_mixer(c)
-        self.mlp_in, self.mlp_out = nn.Linear(c.width, 4 * c.width), nn.Linear(4 * c.width, c.width)
+        self.mlp_in, self.mlp_out = layers.Linear(c.width, 4 * c.width), layers.Linear(4 * c.width, c.width)
 
     def mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
@@ -153,6 +154,15 @@ class TrunkState(NamedTuple):
     length: int  # tokens so far
 
 
+torch.serialization.add_safe_globals([TrunkState])  # torch.load with weights_only makes it
+
+
+def _normal(layer: nn.Linear, std: float) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 class Trunk(nn.Module):
     """Blocks with learned positions: 1.. for tokens, 0 for queries (only softmax needs positions; recurrences have none).
 
@@ -167,13 +177,20 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.positions = None
         if config.mixer == "softmax":
-            self.positions = nn.Parameter(0.02 * torch.randn(positions + 1, config.width))
+            self.positions = nn.Parameter(torch.empty(positions + 1, config.width))
+        self.reset_parameters()
         depth = (2 * config.layers) ** -0.5
-        for name, p in self.named_parameters():
-            if p.ndim == 2 and ("qkv_proj" in name or "o_proj" in name or "mlp_" in name):
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 * (depth if "o_proj" in name or "mlp_out" in name else 1.0))
-            elif "bias" in name and "norm" not in name and "mixer.mixer" not in name:
-                nn.init.zeros_(p)
+        gains = {"qkv_proj": 1.0, "o_proj": depth, "mlp_in": 1.0, "mlp_out": depth}
+        for name, layer in self.named_modules():
+            gain = gains.get(name.rpartition(".")[2])
+            if gain is not None and isinstance(layer, layers.Linear):
+                layer.start(partial(_normal, std=layer.in_features**-0.5 * gain))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give first values to the parameters that are no submodule's: the positions."""
+        if self.positions is not None:
+            self.positions.normal_().mul_(0.02)
 
     def _placed(self, x: Tensor, begin: int) -> Tensor:
         if self.positions is None:

@@ -87,8 +87,10 @@ class WorldModel(nn.Module):
         self.environment, self.state_size, self.action_size = environment, state_size, action_size
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.zeros(state_size) if mean is None else mean.clone())
-        self.register_buffer("std", torch.ones(state_size) if std is None else std.clone())
+        self._moments = mean, std
+        self.register_buffer("mean", torch.empty(state_size) if mean is None else mean.clone())
+        self.register_buffer("std", torch.empty(state_size) if std is None else std.clone())
+        self.reset_parameters()
         self.embed_state, self.embed_action = nn.Linear(state_size, c.size), nn.Linear(action_size, c.size)
         self.embed_reward = nn.Linear(1, c.size)
         if c.encoder == "gru":
@@ -100,6 +102,14 @@ class WorldModel(nn.Module):
         self.decode_state, self.decode_action = nn.Linear(state_size, c.size), nn.Linear(action_size, c.size)
         self.reward_decoder = mlp(4 * c.size, c.hidden, 1)
         self.state_decoder = mlp(3 * c.size, c.hidden, state_size)
+
+    def reset_parameters(self) -> None:
+        """Give first values to the buffers; the parameters are submodules'."""
+        for buffer, given, otherwise in zip((self.mean, self.std), self._moments, (0.0, 1.0), strict=True):
+            if given is None:
+                buffer.fill_(otherwise)
+            else:
+                buffer.copy_(given)
 
     @classmethod
     def of(cls, config: WorldModelConfig, data: Trajectories) -> WorldModel:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ from icrl.omnirl.tags import START, TAGS
 from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import configured
-from icrl_kernels import gla, gla_step
+from icrl_kernels import gla, gla_step, layers
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class State(NamedTuple):
         return State(self.transition.detach(), [x.detach() for x in self.values], *(x.detach() for x in rest))
 
 
+torch.serialization.add_safe_globals([State])  # torch.load with weights_only makes it
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]  # q, k, v, g, state
 
 
@@ -123,12 +126,14 @@ def _normed(x: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 
 
-def _linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=bias)
+def _normal(layer: nn.Linear, std: float) -> None:
     nn.init.normal_(layer.weight, std=std)
-    if bias:
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-    return layer
+
+
+def _linear(inputs: int, outputs: int, std: float, bias: bool = False) -> layers.Linear:
+    return layers.Linear(inputs, outputs, bias=bias).start(partial(_normal, std=std))
 
 
 def _compared(x: Tensor, known: Tensor) -> Tensor:
@@ -178,12 +183,12 @@ class OmniRL(nn.Module):
         """Whether it has been said that they are not today's."""
         d, width, G = c.action_width, c.state_width, c.policies
         self.discounts: Tensor
-        self.register_buffer("discounts", torch.tensor(c.policy_discounts), persistent=False)
+        self.register_buffer("discounts", torch.empty(G), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(7, width, 0.5, bias=True)
-        rate = math.log(c.write_rate / (1 - c.write_rate))
-        self.write_rate = nn.Parameter(torch.full((c.layers,), rate))
-        self.bonus = nn.Parameter(torch.tensor([0.0] * len(c.discounts) + [0.2]))  # of rarely tried actions, a policy
+        self.write_rate = nn.Parameter(torch.empty(c.layers))
+        self.bonus = nn.Parameter(torch.empty(G))  # of rarely tried actions, a policy
+        self.reset_parameters()
         self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(c.layers))
         self.read = nn.ModuleList(
             _linear(c.value_width + 1 + 4 * G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers)
@@ -192,6 +197,13 @@ class OmniRL(nn.Module):
         self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+
+    def reset_parameters(self) -> None:
+        """Give first values to the parameters and buffers that are no submodule's."""
+        c = self.config
+        nn.init.constant_(self.write_rate, math.log(c.write_rate / (1 - c.write_rate)))
+        for tensor, values in ((self.bonus, (*(0.0 for _ in c.discounts), 0.2)), (self.discounts, c.policy_discounts)):
+            layers.fill(tensor, torch.tensor(values, dtype=tensor.dtype, device=tensor.device))
 
     @property
     def device(self) -> torch.device:

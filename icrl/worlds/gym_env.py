@@ -157,19 +157,19 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """N environments, the i-th over the i-th of N tasks, stepped together by `icrl_kernels.rollout_step`.
 
     Each has its own stream: `reset(seed=k)` gives environment i the seed k + i, and its trajectory then depends on that
-    seed and its actions alone. Rewards are float32. Infos hold the inner `state` [N]; with SAME_STEP, where episodes
-    ended, `final_obs` and `_final_obs` (the mask), as Gymnasium has it. Observations are [N], or [N,K] for several
-    observation tokens, and actions [N] or [N,D], as `TabularEnv` has them.
+    seed and its actions alone. Rewards are float32. Observations are [N], or [N,K] for several observation tokens, and
+    actions [N] or [N,D], as `TabularEnv` has them.
+
+    Infos are as those of Gymnasium's own vector environments: the inner `state` [N] and its mask `_state`; with
+    SAME_STEP, where episodes ended, `final_obs` (None where none did) and `final_info`, with their masks.
 
     Args:
-        tasks: a batch of tasks. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its action) or
-            SAME_STEP.
+        tasks: a batch of tasks. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its action), SAME_STEP,
+            or DISABLED, where `reset(options={"reset_mask": ...})` must follow an end.
     """
 
     def __init__(self, tasks: TabularTasks, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> None:
         mode = AutoresetMode(autoreset_mode)
-        if mode == AutoresetMode.DISABLED:
-            raise ValueError("autoreset_mode: wanted NEXT_STEP or SAME_STEP, got DISABLED")
         if not len(tasks):
             raise ValueError("tasks: wanted at least one task, got none")
         self.tasks = tasks.validate().to("cpu")
@@ -181,7 +181,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         own = self.tasks.num_actions.numpy()
         D = tasks.action_tokens
         self.action_space = spaces.MultiDiscrete(own if D == 1 else np.repeat(own[:, None], D, 1))
-        self._same_step = mode == AutoresetMode.SAME_STEP
+        self._mode = mode
         self._tables = self.tasks.tables()
         self._keys: torch.Tensor | None = None
         self._state: RolloutState | None = None
@@ -190,14 +190,17 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode everywhere.
+        """Start an episode everywhere, or where a mask says.
 
         Args:
             seed: an int, or an int or None for each environment; None goes on from the environment's last seed, or from
                 fresh entropy where there was none.
+            options: {"reset_mask": [N] bool, a numpy array}: the other environments go on, and their observations are
+                the last ones.
         """
-        if options:
-            raise ValueError(f"options: wanted none, got {sorted(options)}")
+        if options and (unknown := set(options) - {"reset_mask"}):
+            raise ValueError(f"options: wanted 'reset_mask' only, got {sorted(unknown)}")
+        mask = self._reset_mask((options or {}).get("reset_mask"))
         if seed is None:
             seeds: list[int | None] = [None] * self.num_envs
         elif isinstance(seed, (int, np.integer)):
@@ -212,10 +215,36 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         following = counter_rng.mix(self._keys + counter_rng.GOLDEN)
         given = torch.tensor([s is not None for s in seeds], device="cpu")
         wanted = counter_rng.keys_of(0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds], device="cpu"))
-        self._keys = torch.where(given, wanted, following)
-        self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
-        self._asleep.zero_()
-        return self._observe(self._state.state), {"state": self._state.state.numpy().copy()}
+        self._keys = torch.where(mask, torch.where(given, wanted, following), self._keys)
+        fresh = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
+        if self._state is None or mask.all():
+            self._state = fresh
+            self._seen = self._observe(fresh.state)
+        else:
+            for old, new in zip(self._state, fresh, strict=True):
+                if len(old):  # a learner's tensors are empty
+                    old[mask] = new[mask]
+            again = mask.numpy()
+            self._seen = self._seen.copy()
+            self._seen[again] = self._observe(self._state.state)[again]
+        self._asleep = self._asleep & ~mask
+        info = {"state": fresh.state.where(mask, 0).numpy(), "_state": mask.numpy()}
+        return self._seen.copy(), info
+
+    def _reset_mask(self, mask: Any) -> torch.Tensor:
+        """Which environments to reset: all where it is None."""
+        if mask is None:
+            return torch.ones(self.num_envs, dtype=torch.bool, device="cpu")
+        name = "options['reset_mask']"
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:  # what Gymnasium raises
+            given = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise TypeError(f"{name}: wanted a numpy array of bool, got {given}")
+        if mask.shape != (self.num_envs,) or not mask.any():
+            given = list(mask.shape) if mask.shape != (self.num_envs,) else "none"
+            raise ValueError(f"{name}: wanted shape [{self.num_envs}] and at least one True, got {given}")
+        if self._state is None and not mask.all():
+            raise RuntimeError("reset: wanted a reset of all environments before one of some")
+        return torch.from_numpy(mask.copy())
 
     def _observe(self, states: torch.Tensor, ended: torch.Tensor | None = None) -> np.ndarray:
         """What is seen in them; those `ended` have a step's number of their own, ~t where its simulator's was t."""
@@ -243,6 +272,12 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"actions: out of range, first in environment {i}: wanted 0 to {int(self.tasks.num_actions[i]) - 1}, "
                 f"got {int(actions[i, d])}"
             )
+        if self._mode == AutoresetMode.DISABLED and self._asleep.any():
+            over = self._asleep.nonzero()[:, 0].tolist()
+            raise RuntimeError(
+                f"step: the episodes of environments {over[:8]}{' and others' * (len(over) > 8)} have ended, reset them "
+                "first, by options={'reset_mask': ...}"
+            )
         # the next episode of those asleep has begun already, within the step that ended the last one: it waits
         reward, done, moved = self._act(actions[:, 0], self._asleep)
         if actions.shape[1] > 1:
@@ -255,16 +290,21 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             reward = total.float()
         ended = done > 0
         info: dict[str, Any] = {}
-        if self._same_step:
+        if self._mode == AutoresetMode.SAME_STEP:
             shown = self._state.state.clone()
-            seen = self._observe(shown)
+            self._seen = self._observe(shown)
             if ended.any():
-                info = {"final_obs": self._observe(moved, ended), "_final_obs": ended.numpy()}
+                last, over = self._observe(moved, ended), ended.numpy()
+                final = np.full(self.num_envs, None, dtype=object)
+                for i in over.nonzero()[0]:
+                    final[i] = last[i]
+                of_final = {"state": moved.where(ended, 0).numpy(), "_state": over.copy()}
+                info = {"final_obs": final, "_final_obs": over, "final_info": of_final, "_final_info": over.copy()}
         else:
-            shown, seen = moved, self._observe(moved, ended)
+            shown, self._seen = moved, self._observe(moved, ended)
             self._asleep = ended
-        info["state"] = shown.numpy()
-        return seen, reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
+        info |= {"state": shown.numpy(), "_state": np.ones(self.num_envs, dtype=np.bool_)}
+        return self._seen.copy(), reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
 
     def _act(self, actions: torch.Tensor, waits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reward, done and state of one action each; where it `waits`, 0, 0 and the state that it is in."""

@@ -7,11 +7,11 @@ with torch.no_grad():
     y, state = mixer.step(token, state)               # token [B, 256]; state changes in place
 """
 
-from icrl_kernels.layers._base import State, TokenMixer
+from icrl_kernels.layers._base import Linear, State, TokenMixer, fill
 from icrl_kernels.layers.delta import KDA, GatedDeltaNet
 from icrl_kernels.layers.gla import GLA
 from icrl_kernels.layers.gsa import GSA
 from icrl_kernels.layers.linear_attention import LinearAttention
 from icrl_kernels.layers.rwkv7 import RWKV7
 
-__all__ = ["GLA", "GSA", "KDA", "RWKV7", "GatedDeltaNet", "LinearAttention", "State", "TokenMixer"]
+__all__ = ["GLA", "GSA", "KDA", "RWKV7", "GatedDeltaNet", "Linear", "LinearAttention", "State", "TokenMixer", "fill"]

@@ -40,9 +40,49 @@ class State(NamedTuple):
         return self._map(lambda t: t.to(device))
 
 
+torch.serialization.add_safe_globals([State])  # torch.load with weights_only makes it
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums, gates and states of a layer of this dtype are kept in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy the whole value into a parameter, which FSDP2 may keep in shards."""
+    if hasattr(parameter, "placements"):  # a DTensor
+        from torch.distributed.tensor import DTensor, distribute_tensor  # takes half a second
+
+        assert isinstance(parameter, DTensor)
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def orthogonal(layer: nn.Linear, gain: float) -> None:
+    """As nn.init.orthogonal_, which knows no half precision."""
+    weight = torch.empty(layer.weight.shape, dtype=wide(layer.weight.dtype), device=layer.weight.device)
+    fill(layer.weight, nn.init.orthogonal_(weight, gain=gain))
+
+
+def zeros(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose first weights are those of `begin`, where `start` was given one, after `reset_parameters` too."""
+
+    begin: Callable[[nn.Linear], None] | None = None
+
+    def start(self, begin: Callable[[nn.Linear], None]) -> Self:
+        self.begin = begin
+        begin(self)
+        return self
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.begin is not None:
+            self.begin(self)
 
 
 def at_least_one(**sizes: int) -> None:
@@ -107,8 +147,15 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, size: int, bias: bool = False) -> None:
         super().__init__()
         at_least_one(conv_size=size)
-        self.weight = nn.Parameter(torch.empty(channels, 1, size).uniform_(-1, 1) * size**-0.5)
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.weight = nn.Parameter(torch.empty(channels, 1, size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.uniform_(-1, 1).mul_(self.weight.shape[2] ** -0.5)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, size={self.weight.shape[2]}, bias={self.bias is not None}"
@@ -147,7 +194,12 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.gate = eps, gate
-        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.weight = nn.Parameter(torch.empty(size)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, gate={getattr(self.gate, '__name__', None)}"
@@ -174,7 +226,18 @@ class TokenMixer(nn.Module):
     """
 
     hidden_size: int
-    o_proj: nn.Linear
+    o_proj: Linear
+
+    def reset_parameters(self) -> None:
+        """Give all parameters first values, those of submodules too: what a mixer built on the meta device wants after
+        `to_empty`. Parameters may be shards (FSDP2)."""
+        for module in self.modules():
+            if module is not self and isinstance(reset := getattr(module, "reset_parameters", None), Callable):
+                reset()
+        self._start()
+
+    def _start(self) -> None:
+        """Give first values to the parameters that are no submodule's."""
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before the first token of `batch` sequences: zeros."""

@@ -9,16 +9,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, expanded, fla_conv, multiple, wide
+from icrl_kernels.layers._base import (
+    ConvolvedMixer,
+    Linear,
+    RMSNorm,
+    at_least_one,
+    expanded,
+    fill,
+    fla_conv,
+    multiple,
+    wide,
+)
 from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 from icrl_kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
 GATES = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
 
 
-def _time_steps(size: int) -> Tensor:
+def _rand(parameter: Tensor) -> Tensor:
+    return torch.rand(parameter.shape, dtype=wide(parameter.dtype), device=parameter.device)
+
+
+def _time_steps(parameter: Tensor) -> Tensor:
     """Biases whose softplus is log-uniform between 0.001 and 0.1, as Mamba's."""
-    steps = torch.exp(torch.rand(size) * math.log(100)) * 1e-3
+    steps = torch.exp(_rand(parameter) * math.log(100)) * 1e-3
     return steps + torch.log(-torch.expm1(-steps))
 
 
@@ -51,7 +65,7 @@ class _DeltaRule(ConvolvedMixer):
         K, V = num_heads * head_dim, num_v_heads * self.head_v_dim
         self._make_qkv(K, K, V, use_short_conv, conv_size, conv_bias)
         self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.o_proj = nn.Linear(V, hidden_size, bias=False)
+        self.o_proj = Linear(V, hidden_size, bias=False)
 
     @classmethod
     def _fla_options(cls, layer: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -176,11 +190,16 @@ class GatedDeltaNet(_DeltaRule):
         )
         self.use_gate = use_gate
         self.a_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
-        self.A_log = nn.Parameter((16 * (1 - torch.rand(self.num_v_heads))).log())
-        self.dt_bias = nn.Parameter(_time_steps(self.num_v_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
+        self._start()
         if use_gate:
             self.g_proj = nn.Linear(hidden_size, self.num_v_heads * self.head_v_dim, bias=False)
         self.o_norm = RMSNorm(self.head_v_dim, norm_eps, GATES[output_gate_activation] if use_gate else None)
+
+    def _start(self) -> None:
+        fill(self.A_log, (16 * (1 - _rand(self.A_log))).log())
+        fill(self.dt_bias, _time_steps(self.dt_bias))
 
     @classmethod
     def _fla_options(cls, layer: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -249,9 +268,16 @@ class KDA(_DeltaRule):
         H, K, V = self.num_v_heads, self.head_k_dim, self.head_v_dim
         self.f_proj = nn.Sequential(nn.Linear(hidden_size, V, bias=False), nn.Linear(V, H * K, bias=False))
         self.g_proj = nn.Sequential(nn.Linear(hidden_size, V, bias=False), nn.Linear(V, H * V))
-        self.A_log = nn.Parameter(torch.zeros(H) if lower_bound is not None else (1 + 15 * torch.rand(H)).log())
-        self.dt_bias = nn.Parameter(_time_steps(H * K))
+        self.A_log, self.dt_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H * K))
+        self._start()
         self.o_norm = RMSNorm(V, norm_eps, torch.sigmoid)
+
+    def _start(self) -> None:
+        if self.lower_bound is None:
+            fill(self.A_log, (1 + 15 * _rand(self.A_log)).log())
+        else:
+            nn.init.zeros_(self.A_log)
+        fill(self.dt_bias, _time_steps(self.dt_bias))
 
     @classmethod
     def _fla_name(cls) -> str:

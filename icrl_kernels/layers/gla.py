@@ -7,7 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, fla_conv, fla_norm, head_dims, refuse, wide
+from icrl_kernels.layers._base import (
+    ConvolvedMixer,
+    Linear,
+    RMSNorm,
+    at_least_one,
+    fla_conv,
+    fla_norm,
+    head_dims,
+    refuse,
+    wide,
+)
 from icrl_kernels.linear_attention.gla import gla, gla_step
 
 
@@ -74,7 +84,7 @@ class GLA(ConvolvedMixer):
             self.g_norm_swish_gate = RMSNorm(V, norm_eps, F.silu, elementwise_affine)
         else:
             self.g_norm = RMSNorm(V, norm_eps, None, elementwise_affine)
-        self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
+        self.o_proj = Linear(num_heads * V, hidden_size, bias=False)
 
     @classmethod
     def _fla_name(cls) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, fla_conv, head_dims, refuse, wide
+from icrl_kernels.layers._base import ConvolvedMixer, Linear, RMSNorm, at_least_one, fla_conv, head_dims, refuse, wide
 from icrl_kernels.layers.linear_attention import T2R
 from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 from icrl_kernels.linear_attention.gsa import gsa, gsa_step
@@ -73,7 +73,7 @@ class GSA(ConvolvedMixer):
         self._make_qkv(num_heads * K, num_kv_heads * K, num_kv_heads * V, use_short_conv, conv_size, conv_bias)
         self.f_proj = nn.Linear(hidden_size, num_kv_heads * M, bias=False)
         self.g_norm = RMSNorm(hidden_size, norm_eps, None, elementwise_affine)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = Linear(hidden_size, hidden_size, bias=False)
 
     @classmethod
     def _fla_name(cls) -> str:

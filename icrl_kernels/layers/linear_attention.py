@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels.layers._base import RMSNorm, TokenMixer, fla_norm, head_dims, refuse, wide
+from icrl_kernels.layers._base import Linear, RMSNorm, TokenMixer, fill, fla_norm, head_dims, refuse, wide
 from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 from icrl_kernels.linear_attention.gla import gla, gla_step
 
@@ -27,14 +27,17 @@ class ElementwiseProduct(nn.Module):
         return self.layer1(x) * self.layer2(x)
 
 
+def _identity(layer: nn.Linear) -> None:
+    fill(layer.weight, torch.eye(layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    nn.init.zeros_(layer.bias)
+
+
 class Hedgehog(nn.Module):
     """φ(x) = softmax([2z, −2z]), z = W x + b, W the identity at first (Zhang et al. 2024). Twice as many features."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(size, size)
-        nn.init.eye_(self.layer.weight)
-        nn.init.zeros_(self.layer.bias)
+        self.layer = Linear(size, size).start(_identity)
 
     def forward(self, x: Tensor) -> Tensor:
         z = 2 * self.layer(x)
@@ -137,7 +140,7 @@ class LinearAttention(TokenMixer):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * K, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * V, bias=False)
         self.norm = RMSNorm(V, norm_eps, None, elementwise_affine) if output_norm == "rmsnorm" else nn.Identity()
-        self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
+        self.o_proj = Linear(num_heads * V, hidden_size, bias=False)
 
     @classmethod
     def _fla_options(cls, layer: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,34 +12,84 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icrl_kernels import _checks
-from icrl_kernels.layers._base import State, TokenMixer, at_least_one, history, multiple, wide
+from icrl_kernels.layers._base import (
+    Linear,
+    State,
+    TokenMixer,
+    at_least_one,
+    fill,
+    history,
+    multiple,
+    orthogonal,
+    wide,
+    zeros,
+)
 from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 from icrl_kernels.linear_attention.rwkv7 import rwkv7, rwkv7_step
 
 SHIFTS = "rwkvag"  # what each has its own mixture of the token and the one before it for
 
 
-class LowRank(nn.Module):
-    """W_2 f(W_1 x) + b. At first W_1 is 0, and so the result is b."""
+def _channels(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, dtype=torch.float32, device=device)
 
-    def __init__(self, size: int, outputs: int, rank: int, activation: nn.Module, bias: bool = True) -> None:
+
+def _zigzag(size: int, head_dim: int, device: torch.device) -> Tensor:
+    """From −1 to 1 over each head's channels, flat in the middle."""
+    z = (_channels(size, device) % head_dim - (head_dim - 1) / 2) / max(0.5, (head_dim - 1) / 2)
+    return z * z.abs()
+
+
+def _decay_bias(bias: Tensor, head_dim: int, depth: float) -> Tensor:
+    ramp = _channels(len(bias), bias.device) / max(1, len(bias) - 1)
+    return 6 * ramp ** (1 + depth**0.3) - 5.5 + 2.5 * _zigzag(len(bias), head_dim, bias.device)
+
+
+def _rate_bias(bias: Tensor, head_dim: int) -> Tensor:
+    ramp = _channels(len(bias), bias.device) / max(1, len(bias) - 1)
+    return 0.3 * _zigzag(len(bias), head_dim, bias.device) + 0.4 * (ramp - 0.5) - 0.19
+
+
+def _value_bias(bias: Tensor) -> Tensor:
+    return 0.73 - 0.4 * (torch.linspace(0, 1, len(bias), dtype=torch.float32, device=bias.device) - 0.5)
+
+
+def _start_outputs(layer: nn.Linear, gain: float, bias: Callable[[Tensor], Tensor] | None) -> None:
+    orthogonal(layer, gain)
+    if bias is not None:
+        fill(layer.bias, bias(layer.bias))
+
+
+class LowRank(nn.Module):
+    """W_2 f(W_1 x) + b. At first W_1 is 0, and so the result is b, which `bias` gives."""
+
+    def __init__(
+        self, size: int, outputs: int, rank: int, activation: nn.Module, bias: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.lora = nn.Sequential(nn.Linear(size, rank, bias=False), activation, nn.Linear(rank, outputs, bias=bias))
-        nn.init.zeros_(self.lora[0].weight)  # pyright: ignore[reportArgumentType]
-        nn.init.orthogonal_(self.lora[2].weight, gain=0.1 * math.sqrt(max(1, rank / outputs)))  # pyright: ignore
+        first, last = Linear(size, rank, bias=False), Linear(rank, outputs, bias=bias is not None)
+        self.lora = nn.Sequential(first.start(zeros), activation, last)
+        gain = 0.1 * math.sqrt(max(1, rank / outputs))
+        last.start(partial(_start_outputs, gain=gain, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lora(x)
 
 
 class HeadNorm(nn.Module):
-    """Each head's channels, of mean 0 and variance 1, times weight plus bias; float32 in and out."""
+    """Each head's channels, of mean 0 and variance 1, times weight plus bias; float32 in and out. All weights are `weight` at first."""
 
-    def __init__(self, size: int, eps: float, affine: bool) -> None:
+    def __init__(self, size: int, eps: float, affine: bool, weight: float) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(size)) if affine else None
+        self.eps, self.first_weight = eps, weight
+        self.weight = nn.Parameter(torch.empty(size)) if affine else None
+        self.bias = nn.Parameter(torch.empty(size)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None and self.bias is not None:
+            nn.init.constant_(self.weight, self.first_weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H, V] to [..., H V]."""
@@ -109,55 +161,44 @@ class RWKV7(TokenMixer):
                 return given
             return max(32, 32 * round(times * hidden_size**0.5 / 32))
 
-        factor = head_dim / 64
+        factor, depth = head_dim / 64, layer_idx / max(1, num_layers - 1)
+        self._rest = 1 - layer_idx / num_layers
         for name in SHIFTS:
-            setattr(self, f"x_{name}", nn.Parameter(torch.zeros(1, 1, hidden_size)))
-        self.k_k = nn.Parameter(torch.zeros(hidden_size))
-        self.k_a = nn.Parameter(torch.zeros(hidden_size))
-        self.r_k = nn.Parameter(torch.zeros(H, head_dim))
-        self.r_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
+            setattr(self, f"x_{name}", nn.Parameter(torch.empty(1, 1, hidden_size)))
+        self.k_k = nn.Parameter(torch.empty(hidden_size))
+        self.k_a = nn.Parameter(torch.empty(hidden_size))
+        self.r_k = nn.Parameter(torch.empty(H, head_dim))
+        self._start()
+        self.r_proj = Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = Linear(hidden_size, value_dim, bias=False)
+        self.o_proj = Linear(value_dim, hidden_size, bias=False)
         decay = rank(decay_low_rank_dim, 2.5 * factor, "decay_low_rank_dim")
-        self.w_lora = LowRank(hidden_size, hidden_size, decay, nn.Tanh())
+        self.w_lora = LowRank(
+            hidden_size, hidden_size, decay, nn.Tanh(), partial(_decay_bias, head_dim=head_dim, depth=depth)
+        )
         if layer_idx:
             values = rank(v_low_rank_dim, 1.7 * factor, "v_low_rank_dim")
-            self.v_lora = LowRank(hidden_size, value_dim, values, nn.Identity())
+            self.v_lora = LowRank(hidden_size, value_dim, values, nn.Identity(), _value_bias)
         rate = rank(a_low_rank_dim, 2.5 * factor, "a_low_rank_dim")
-        self.a_lora = LowRank(hidden_size, hidden_size, rate, nn.Identity())
+        self.a_lora = LowRank(hidden_size, hidden_size, rate, nn.Identity(), partial(_rate_bias, head_dim=head_dim))
         gate = rank(gate_low_rank_dim, 5, "gate_low_rank_dim")
-        self.g_lora = LowRank(hidden_size, value_dim, gate, nn.Sigmoid(), bias=False)
-        self.g_norm = HeadNorm(value_dim, head_dim * norm_eps, elementwise_affine)
-        self._initialize(num_layers)
-
-    @torch.no_grad()
-    def _initialize(self, num_layers: int) -> None:
-        """RWKV-7's own initial weights, which depend on the channel and on the layer's depth."""
-        D, K = self.hidden_size, self.head_k_dim
-        depth, rest = self.layer_idx / max(1, num_layers - 1), 1 - self.layer_idx / num_layers
-        channel = torch.arange(D, dtype=torch.float32)
-        ramp = channel / max(1, D - 1)
-        zigzag = (channel % K - (K - 1) / 2) / max(0.5, (K - 1) / 2)
-        zigzag = zigzag * zigzag.abs()
-        for name, power in zip(SHIFTS, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
-            getattr(self, f"x_{name}").copy_(1 - (channel / D) ** (power * rest))
-        self.k_k.copy_(0.71 - 0.1 * (ramp - 0.5))
-        self.k_a.fill_(1.02)
-        self.r_k.fill_(-0.04)
-        self._bias(self.w_lora).copy_(6 * ramp ** (1 + depth**0.3) - 5.5 + 2.5 * zigzag)
-        self._bias(self.a_lora).copy_(0.3 * zigzag + 0.4 * (ramp - 0.5) - 0.19)
-        if self.layer_idx:
-            self._bias(self.v_lora).copy_(0.73 - 0.4 * (torch.linspace(0, 1, self.value_dim) - 0.5))
-        if self.g_norm.weight is not None:
-            self.g_norm.weight.fill_(((self.layer_idx + 1) / num_layers) ** 0.7)
+        self.g_lora = LowRank(hidden_size, value_dim, gate, nn.Sigmoid())
+        weight = ((layer_idx + 1) / num_layers) ** 0.7
+        self.g_norm = HeadNorm(value_dim, head_dim * norm_eps, elementwise_affine, weight)
         for layer, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0)):
-            nn.init.orthogonal_(layer.weight, gain=gain)
-        nn.init.zeros_(self.o_proj.weight)
+            layer.start(partial(orthogonal, gain=gain))
+        self.o_proj.start(zeros)
 
-    @staticmethod
-    def _bias(lora: LowRank) -> Tensor:
-        return lora.lora[2].bias  # pyright: ignore[reportReturnType]
+    def _start(self) -> None:
+        """RWKV-7's own first values, which depend on the channel and on the layer's depth, as its submodules' do."""
+        D = self.hidden_size
+        for name, power in zip(SHIFTS, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
+            mixture = getattr(self, f"x_{name}")
+            fill(mixture, (1 - (_channels(D, mixture.device) / D) ** (power * self._rest)).view(1, 1, D))
+        fill(self.k_k, 0.71 - 0.1 * (_channels(D, self.k_k.device) / max(1, D - 1) - 0.5))
+        nn.init.constant_(self.k_a, 1.02)
+        nn.init.constant_(self.r_k, -0.04)
 
     @classmethod
     def _fla_name(cls) -> str:

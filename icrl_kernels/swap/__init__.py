@@ -1,7 +1,7 @@
 """Our ops in other people's code: `install` puts them where another library looks up its own, `uninstall` takes them out.
 
-A swap changes which function a module's global name stands for and nothing else, so it serves models built before it as
-well as after, and is undone exactly.
+A swap changes which function a module's global name, or an attribute of a model that was built before it, stands for and
+nothing else. It is undone exactly.
 
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
     from icrl_kernels import swap
@@ -27,9 +27,14 @@ or for a while:
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
+from collections.abc import Iterator
 from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
 
 from icrl_kernels.swap import _fla, _transformers
 from icrl_kernels.swap._ops import Function
@@ -38,8 +43,8 @@ __all__ = ["Installed", "install", "uninstall"]
 
 _PACKAGES = {"fla": _fla.find, "transformers": _transformers.find}
 
-_originals: dict[FunctionType, FunctionType] = {}
-"""Ours → theirs, of what is installed."""
+_originals: dict[FunctionType, tuple[str, FunctionType]] = {}
+"""Ours → the package and theirs, of what is installed."""
 
 
 class Installed:
@@ -66,23 +71,27 @@ def install(package: str) -> Installed:
     Args:
         package: "transformers" or "fla".
 
-    "transformers" (tested with 5.23): every model that computes the gated delta rule or Kimi Delta Attention
-    (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, ...): prefill, decoding and training. As with its own functions the
-    recurrence is computed in float32 whatever the inputs' dtype, states are float32, outputs have the query's dtype and
-    `chunk_size` changes nothing. Packed sequences (`cu_seqlens`), which its torch functions refuse, are kept apart.
+    "transformers" (tested with 4.57, 5.10, 5.17, 5.23 and 5.24): every model that computes the gated delta rule or Kimi
+    Delta Attention (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, ...): prefill, decoding and training. As with its own
+    functions the recurrence is computed in float32 whatever the inputs' dtype, states are float32, outputs have the
+    query's dtype and `chunk_size` changes nothing. Packed sequences (`cu_seq_lens_q`, with or without `seq_idx`), which
+    its torch functions refuse or mix, are kept apart, in the short convolution too. They are refused where another part
+    of a model reads across them: in GLM-5-Next, in Qwen4-Exp, and in transformers 5.10 to 5.14 (older ones tell their
+    functions nothing of packing, with the swap or without).
 
     "fla" (flash-linear-attention, tested with 0.6.0): the sequence-mixing functions of its layers and models: GLA and
     simple GLA (and what is made of it: linear attention, retention, lightning attention), the delta rule, gated or not,
     KDA, GSA and RWKV-7, chunked and recurrent. Gates and betas that its kernels compute themselves
     (`use_gate_in_kernel`, `use_beta_sigmoid_in_kernel`) are computed in torch.
 
-    Nothing else is replaced: convolutions, norms and feature maps stay what they are, in "fla" Triton kernels, which
-    want a GPU. In "transformers" they are torch, so that its models run on a CPU with flash-linear-attention installed,
-    whose kernels it would choose otherwise. Which backend of ours serves is "auto"'s choice: see each op's docstring for
-    what a GPU gets.
+    Nothing else is computed otherwise: convolutions, norms and feature maps stay what they are, in "fla" Triton kernels,
+    which want a GPU. In "transformers" they are torch, so that its models run on a CPU with flash-linear-attention
+    installed, whose kernels it would choose otherwise. Which backend of ours serves is "auto"'s choice: see each op's
+    docstring for what a GPU gets.
 
-    Installing what is installed changes nothing; modules imported since are not missed. A function that a program
-    imported by name into a module of its own is not replaced there.
+    Models are served that were built before as well as after. Installing what is installed changes nothing; modules
+    imported since are not missed. A function that a program imported by name into a module of its own is not replaced
+    there.
 
     Raises:
         ImportError: where the package is not there. ValueError: for a package not named above, or a version of it that
@@ -96,8 +105,8 @@ def install(package: str) -> Installed:
         theirs = vars(module).get(name)
         if isinstance(theirs, FunctionType) and theirs not in _originals and theirs not in ours:
             ours[theirs] = _adaptor(theirs, function)
-    names = _replace(package, ours)
-    _originals.update({new: old for old, new in ours.items()})
+    names = _replace(ours, package)
+    _originals.update({new: (package, old) for old, new in ours.items()})
     if not names and not _installed(package):
         version = getattr(sys.modules[package], "__version__", "of unknown version")
         raise ValueError(f"package: {package} {version} has none of the functions that are known here")
@@ -112,25 +121,41 @@ def uninstall(package: str | None = None) -> None:
 
 
 def _installed(package: str) -> list[FunctionType]:
-    return [f for f in _originals if f.__module__.split(".")[0] == package]
+    return [f for f, (p, _) in _originals.items() if p == package]
 
 
 def _restore(ours: list[FunctionType]) -> None:
-    undo = {f: _originals.pop(f) for f in ours if f in _originals}
-    for package in {f.__module__.split(".")[0] for f in undo}:
-        _replace(package, undo)
+    _replace({f: _originals.pop(f)[1] for f in ours if f in _originals})
 
 
-def _replace(package: str, new: dict[FunctionType, FunctionType]) -> list[str]:
-    """Rebind every global of the package's loaded modules that is a key of `new`: a function imported by name is one too."""
+def _replace(new: dict[FunctionType, FunctionType], package: str | None = None) -> list[str]:
+    """Rebind what is a key of `new`: of one package or everywhere. Returns the names of the globals."""
     names = []
-    for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == package and isinstance(module, ModuleType):
-            for name, value in list(vars(module).items()):
-                if isinstance(value, FunctionType) and value in new:
-                    setattr(module, name, new[value])
-                    names.append(f"{module_name}.{name}")
+    for where, variables in _namespaces(package):
+        for name, value in list(variables.items()):
+            if type(value) is FunctionType and value in new:  # isinstance would ask lazy objects for their class
+                variables[name] = new[value]
+                if where is not None:
+                    names.append(f"{where}.{name}")
     return names
+
+
+def _namespaces(package: str | None) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """The globals of loaded modules, with the module's name, and the attributes of torch modules, with None.
+
+    A function imported by name is a global too. Until 5.14, transformers' layers kept their functions as attributes.
+    """
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and package in (None, name.split(".")[0]):
+            yield name, vars(module)
+    kinds, more = {nn.Module}, [nn.Module]
+    while more:
+        more = [kind for parent in more for kind in type.__subclasses__(parent) if kind not in kinds]
+        kinds.update(more)
+    if package is not None:
+        kinds = {kind for kind in kinds if any(c.__module__.split(".")[0] == package for c in kind.__mro__)}
+    for layer in [x for x in gc.get_objects() if type(x) in kinds]:
+        yield None, vars(layer)
 
 
 def _adaptor(theirs: FunctionType, function: Function) -> FunctionType:
@@ -142,7 +167,7 @@ def _adaptor(theirs: FunctionType, function: Function) -> FunctionType:
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
-    @functools.wraps(theirs)  # its name and module too, which tell what is installed where
+    @functools.wraps(theirs)
     def ours(*args, **kwargs):
         given = dict(zip(positional, args, strict=False))
         if len(args) > len(positional) or given.keys() & kwargs.keys():

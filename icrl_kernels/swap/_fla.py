@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,47 @@ _HINTS = {
     *("checkpoint_level", "chunk_indices", "chunk_size", "cu_seqlens_cpu", "disable_recompute"),
     *("max_num_seqs", "safe_gate"),
 }
+
+
+# What functions with **kwargs read of them; they swallow the rest, which is refused here
+_READ = {"chunk_gated_delta_rule": ("A_log", "dt_bias", "use_gate_in_kernel"), "chunk_kda": ("A_log", "dt_bias")}
+
+# Where inputs differ in dtype, the outputs of these have v's; the others' have q's (or r's)
+_OF_V = {
+    *("chunk_gla", "chunk_gsa", "fused_recurrent_dplr_delta_rule", "fused_recurrent_gated_delta_rule"),
+    *("fused_mul_recurrent_rwkv7", "fused_recurrent_kda", "fused_recurrent_rwkv7"),
+}
+
+
+def adapted(name: str, theirs: Function, function: Function) -> Function:
+    """`function` for the arguments that theirs reads, its outputs of the dtype that theirs have."""
+    parameters = inspect.signature(theirs).parameters
+    read = {*parameters, *_HINTS, *_READ.get(name, ())}
+    needed = {p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    turns = takes_more and "state_v_first" in parameters
+
+    def adapter(**arguments: Any) -> tuple[Tensor, Any]:
+        if needed - arguments.keys() or not (takes_more or arguments.keys() <= parameters.keys()):
+            return theirs(**arguments)  # raises what Python raises
+        if turns and "transpose_state_layout" in arguments:
+            if arguments.get("state_v_first"):
+                raise ValueError("transpose_state_layout: wanted state_v_first, its new name, alone, got both")
+            arguments["state_v_first"] = arguments.pop("transpose_state_layout")
+            warnings.warn(
+                "`transpose_state_layout` is deprecated and renamed to `state_v_first`.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+        refuse(name, {n: value for n, value in arguments.items() if n not in read})
+        first = arguments["r" if "r" in arguments else "q"]
+        of_v = name in _OF_V
+        if name == "fused_recurrent_gsa":  # its decoding kernel's
+            of_v = one_token(arguments.get("cu_seqlens"), None, *(arguments[n] for n in ("q", "k", "v", "s")))
+        o, *rest = function(**{n: value for n, value in arguments.items() if n in read})
+        return o.to(arguments["v"].dtype if of_v else first.dtype), *rest
+
+    return adapter
 
 
 def _refuse(function: str, rest: dict[str, Any]) -> None:
@@ -58,25 +101,24 @@ def _linear(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     state_v_first: bool = False,
-    transpose_state_layout: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with no gate, g [B, T, H] or [B, T, H, K] (which the recurrent form calls gk), or g_gamma [H]."""
     _refuse("linear attention", rest)
     if sum(t is not None for t in (g, gk, g_gamma)) > 1:
         raise ValueError("g: wanted at most one of g, gk and g_gamma")
-    dtype, v_first = q.dtype, bool(state_v_first or transpose_state_layout)
     q, k, v = _widest(q, k, v)
     g = g if gk is None else gk
     if g_gamma is not None:
         g = g_gamma.float().expand(*k.shape[:3])
     shape = (k.shape[0], *k.shape[2:], v.shape[-1])
     tensors = (q, k, v, _wide(g, q))
-    o, final = run(gla, gla_step, tensors, shape, scale, _state(initial_state, v_first), output_final_state, cu_seqlens)
-    return o.to(dtype), _state(final, v_first)
+    state = _state(initial_state, state_v_first)
+    o, final = run(gla, gla_step, tensors, shape, scale, state, output_final_state, cu_seqlens)
+    return o, _state(final, state_v_first)
 
 
-def _delta(
+def delta(
     *,
     q: Tensor,
     k: Tensor,
@@ -96,12 +138,10 @@ def _delta(
     allow_neg_eigval: bool = False,
     cu_seqlens: Tensor | None = None,
     state_v_first: bool = False,
-    transpose_state_layout: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule with no gate, g [B, T, H] or [B, T, H, K] (gk): given, or computed here as their kernels do."""
     _refuse("the delta rule", rest)
-    dtype, v_first = q.dtype, bool(state_v_first or transpose_state_layout)
     q, k, v = _widest(q, k, v)
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias, lower_bound)
@@ -120,12 +160,12 @@ def _delta(
         _wide(g, q),
         _wide(beta, q),
         scale,
-        _state(initial_state, v_first),
+        _state(initial_state, state_v_first),
         output_final_state,
         cu_seqlens,
         use_qk_l2norm_in_kernel,
     )
-    return o.to(dtype), _state(final, v_first)
+    return o, _state(final, state_v_first)
 
 
 def _gate(g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
@@ -155,7 +195,6 @@ def _gsa(
     _refuse("gated slot attention", rest)
     if g is None:
         raise ValueError("g: without it slots are gated by their own running sum, which is not served; pass s and g")
-    dtype = q.dtype
     q, k, v, s = _widest(q, k, v, s)
     pair = None
     if initial_state is not None and any(t is not None for t in initial_state):
@@ -170,7 +209,7 @@ def _gsa(
         o = gsa_step(q[:, 0], k[:, 0], v[:, 0], s[:, 0], g[:, 0], pair, scale)[:, None]  # type: ignore[index, arg-type]
     else:
         o, pair = gsa(q, k, v, s, g, scale, pair, output_final_state, cu_seqlens)  # type: ignore[arg-type]
-    return o.to(dtype), list(pair) if output_final_state and pair is not None else [None, None]
+    return o, list(pair) if output_final_state and pair is not None else [None, None]
 
 
 def _rwkv7(
@@ -189,21 +228,19 @@ def _rwkv7(
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     _refuse("RWKV-7's recurrence", rest)
-    dtype = r.dtype
     r, k, v, a, b = _widest(r, k, v, a, b)
     shape = (*r.shape[:1], *r.shape[2:], v.shape[-1])
     tensors = (r, _wide(w, r), k, v, a, b)
     o, final = run(
         rwkv7, rwkv7_step, tensors, shape, scale, _state(initial_state, False), output_final_state, cu_seqlens
     )
-    return o.to(dtype), final
+    return o, final
 
 
 def _rwkv7_multiplied(*, r: Tensor, kk: Tensor, a: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
     """a = −kk and b = kk a, multiplied in float32."""
-    dtype, reader = r.dtype, kk.float()
-    o, final = _rwkv7(r=r.float(), a=-reader, b=reader * a.float(), **rest)
-    return o.to(dtype), final
+    reader = kk.float()
+    return _rwkv7(r=r.float(), a=-reader, b=reader * a.float(), **rest)
 
 
 def _dplr(*, q: Tensor, gk: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
@@ -211,12 +248,12 @@ def _dplr(*, q: Tensor, gk: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]
 
 
 FUNCTIONS: dict[str, dict[str, Function]] = {
-    "delta_rule": {"chunk_delta_rule": _delta, "fused_recurrent_delta_rule": _delta},
-    "gated_delta_rule": {"chunk_gated_delta_rule": _delta, "fused_recurrent_gated_delta_rule": _delta},
+    "delta_rule": {"chunk_delta_rule": delta, "fused_recurrent_delta_rule": delta},
+    "gated_delta_rule": {"chunk_gated_delta_rule": delta, "fused_recurrent_gated_delta_rule": delta},
     "generalized_delta_rule": {"chunk_dplr_delta_rule": _dplr, "fused_recurrent_dplr_delta_rule": _dplr},
     "gla": {"chunk_gla": _linear, "fused_recurrent_gla": _linear},
     "gsa": {"chunk_gsa": _gsa, "fused_recurrent_gsa": _gsa},
-    "kda": {"chunk_kda": _delta, "fused_recurrent_kda": _delta},
+    "kda": {"chunk_kda": delta, "fused_recurrent_kda": delta},
     "rwkv7": {
         "chunk_rwkv7": _rwkv7,
         "fused_recurrent_rwkv7": _rwkv7,
@@ -236,4 +273,6 @@ def find() -> Iterator[tuple[ModuleType, str, Function]]:
     for package, functions in FUNCTIONS.items():
         module = importlib.import_module(f"fla.ops.{package}")
         for name, function in functions.items():
-            yield module, name, function
+            theirs = vars(module).get(name)
+            if theirs is not None:
+                yield module, name, adapted(name, theirs, function)

@@ -48,6 +48,9 @@ class RolloutState(NamedTuple):
     reward_square: Tensor  # [R] float64, sum
 
 
+torch.serialization.add_safe_globals([RolloutState])  # torch.load with weights_only makes it
+
+
 class Rollout(NamedTuple):
     """T steps of R records, all [R,T]."""
 

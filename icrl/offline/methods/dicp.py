@@ -49,7 +49,12 @@ class DICP(HistoryMethod):
         self.embed_action = nn.Linear(spaces.action_size, width)
         self.dynamics = head(width, 2 + spaces.state_size)  # reward, return after it, change of the normalised state
         self.return_scale: Tensor
-        self.register_buffer("return_scale", torch.ones(()))
+        self.register_buffer("return_scale", torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.return_scale)
 
     def prepare(self, data: Trajectories) -> None:
         super().prepare(data)

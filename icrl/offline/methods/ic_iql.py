@@ -6,7 +6,6 @@ goes on. The losses are S-ICQL's (`icrl.offline.iql.iql_losses`), at every step 
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from icrl.offline.history import History, HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.offline.iql import IQL, iql_losses
-from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.method import Metrics, Spaces, head, target_of
 from icrl.offline.trajectories import Trajectories
 
 
@@ -34,7 +33,7 @@ class ICIQL(HistoryMethod):
         self.pi, self.v = head(width, spaces.action_size), head(width, 1)
         self.embed_action = nn.Linear(spaces.action_size, width)
         self.q = nn.ModuleList([head(width, 1), head(width, 1)])
-        self.target_q = deepcopy(self.q).requires_grad_(False)
+        self.target_q = target_of(self.q)
 
     def before_update(self) -> None:
         for target, online in zip(self.target_q.parameters(), self.q.parameters(), strict=True):

@@ -44,9 +44,15 @@ class IDT(HistoryMethod):
         self.embed_state = nn.Linear(spaces.state_size, width)
         self.pi = head(width, spaces.action_size)
         self.best: Tensor
-        self.register_buffer("best", torch.ones(()))
+        self.register_buffer("best", torch.empty(()))
         self.scale: Tensor
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.best)
+        nn.init.ones_(self.scale)
 
     def prepare(self, data: Trajectories) -> None:
         super().prepare(data)

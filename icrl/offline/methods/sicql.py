@@ -14,14 +14,13 @@ without both it is DPT trained on the data's own actions.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from icrl.offline.iql import IQL, iql_losses
-from icrl.offline.method import Metrics, Spaces, head
+from icrl.offline.method import Metrics, Spaces, head, target_of
 from icrl.offline.prompt import Batch, PromptConfig, PromptMethod, PromptTrunk
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.world_model import WorldModel
@@ -68,7 +67,7 @@ class SICQL(PromptMethod):
             self.embed_action = torch.nn.Linear(spaces.action_size, width)
             self.v = head(width, 1)
             self.q = torch.nn.ModuleList([head(width, 1), head(width, 1)])
-            self.target_q = deepcopy(self.q).requires_grad_(False)
+            self.target_q = target_of(self.q)
         self._prompts: Tensor | None = None
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icrl.worlds import (
     TabularEnv,
@@ -366,9 +366,9 @@ def test_vector_env_ends_and_resets(mode):
             landed = info["state"].copy()
             if over.any():
                 assert (info["_final_obs"] == over).all()
-                inner = tasks.state_of().numpy()[arange, info["final_obs"]]
+                inner = tasks.state_of().numpy()[arange[over], info["final_obs"][over].astype(int)]
                 assert (tasks.start.numpy()[arange, landed][over] > 0).all()
-                landed[over] = inner[over]
+                landed[over] = inner
         assert (transition[arange, state, actions, landed][moved] > 0).all()
         assert (tasks.terminal.numpy()[arange, landed][moved] == terminated[moved]).all()
         assert (((steps == tasks.max_steps.numpy()) & ~terminated)[moved] == truncated[moved]).all()
@@ -435,8 +435,107 @@ def test_vector_env_refusals(tasks):
         env.step(np.zeros(3, dtype=int))
     with pytest.raises(ValueError, match="actions: wanted integers"):
         env.step(np.full(64, 0.7))
-    with pytest.raises(ValueError, match="autoreset_mode"):
-        TabularVectorEnv(tasks, AutoresetMode.DISABLED)
+    with pytest.raises(ValueError, match="options: wanted 'reset_mask' only"):
+        env.reset(options={"task": tasks[0]})
+
+
+def deterministic(n):
+    """Tasks whose trajectories depend on actions alone, with short episodes that end in both ways."""
+    tasks = sample_anymdp(n, 16, 5, seed=0)
+
+    def certain(p):
+        return torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p)
+
+    start = certain(tasks.start)
+    terminal = (torch.arange(16) % 3 == 0).expand(n, 16) & (start == 0)
+    quiet = {"noise_state": torch.zeros_like(tasks.noise_state), "noise_action": torch.zeros_like(tasks.noise_action)}
+    lengths = torch.arange(n) % 5 + 2
+    # all actions lead somewhere else, to a state that its number and the action's give
+    following = (torch.arange(16)[:, None] * 5 + torch.arange(5) * 7 + 1) % 16
+    transition = torch.nn.functional.one_hot(following, 16).to(tasks.transition).expand(n, 16, 5, 16)
+    transition = transition * ~terminal[:, :, None, None]
+    return dataclasses.replace(
+        tasks, transition=transition, start=start, terminal=terminal, max_steps=lengths.to(tasks.max_steps), **quiet
+    )
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, dict):
+            assert_same(ours[name], value)
+        else:
+            assert ours[name].dtype == value.dtype, name
+            assert ours[name].tolist() == value.tolist(), name
+
+
+def without_mean(info):
+    """TabularVectorEnv gives no mean rewards."""
+    return {k: without_mean(v) if isinstance(v, dict) else v for k, v in info.items() if "mean_reward" not in k}
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_vector_env_is_as_gymnasiums(mode):
+    """Step by step beside SyncVectorEnv: observations, rewards, ends, infos; resets of some environments among them."""
+    n = 12
+    tasks = deterministic(n)
+    theirs = SyncVectorEnv([lambda i=i: TabularEnv(tasks[i]) for i in range(n)], autoreset_mode=mode)
+    ours = TabularVectorEnv(tasks, mode)
+    rng, ends, finals = np.random.default_rng(0), np.zeros(2, dtype=int), 0
+    for step in range(200):
+        if step % 50 == 0:
+            ends_seen = np.zeros(n, dtype=bool)
+            mine, other = ours.reset(seed=step), theirs.reset(seed=step)
+        else:
+            actions = rng.integers(0, 5, n)
+            mine, other = ours.step(actions), theirs.step(actions)
+            ends_seen = other[2] | other[3]
+            ends += [other[2].sum(), other[3].sum()]
+            finals += "final_info" in other[4]
+            assert mine[1].tolist() == other[1].astype(np.float32).tolist()
+            assert mine[2].tolist() == other[2].tolist()
+            assert mine[3].tolist() == other[3].tolist()
+        assert mine[0].tolist() == other[0].tolist()
+        assert mine[0].dtype == other[0].dtype
+        assert_same(mine[-1], without_mean(other[-1]))
+        again = ends_seen | (rng.random(n) < 0.2) if mode == AutoresetMode.DISABLED else rng.random(n) < 0.05
+        if again.any():
+            if mode == AutoresetMode.DISABLED and ends_seen.any():
+                with pytest.raises(RuntimeError, match=r"step: the episodes of environments \[.*have ended"):
+                    ours.step(np.zeros(n, dtype=int))
+            mine, other = (env.reset(options={"reset_mask": again.copy()}) for env in (ours, theirs))
+            assert mine[0].tolist() == other[0].tolist()
+            assert_same(mine[1], other[1])
+    assert (ends > 50).all()
+    assert (finals > 50) == (mode == AutoresetMode.SAME_STEP)
+
+
+def test_resets_of_some_environments(tasks):
+    """The others go on as they would have; those reset depend on their seeds alone."""
+    one, other = TabularVectorEnv(tasks), TabularVectorEnv(tasks)
+    for env in (one, other):
+        env.reset(seed=3)
+        env.step(np.ones(64, dtype=int))
+    mask = np.arange(64) % 3 == 0
+    seen, info = one.reset(seed=100, options={"reset_mask": mask})
+    whole, _ = TabularVectorEnv(tasks).reset(seed=100)
+    assert (seen[mask] == whole[mask]).all()
+    assert info["_state"].tolist() == mask.tolist()
+    for _ in range(40):
+        a, b = one.step(np.ones(64, dtype=int)), other.step(np.ones(64, dtype=int))
+        assert all((x[~mask] == y[~mask]).all() for x, y in zip(a[:4], b[:4], strict=True))
+    fresh = TabularVectorEnv(tasks)
+    for wrong, error, message in (
+        (mask.tolist(), TypeError, "wanted a numpy array of bool, got list"),
+        (mask.astype(int), TypeError, "wanted a numpy array of bool, got int64"),
+        (mask[1:], ValueError, r"wanted shape \[64\] and at least one True, got \[63\]"),
+        (np.zeros(64, dtype=bool), ValueError, "at least one True, got none"),
+    ):
+        with pytest.raises(error, match=message):
+            one.reset(options={"reset_mask": wrong})
+    with pytest.raises(RuntimeError, match="all environments before"):
+        fresh.reset(options={"reset_mask": mask})
+    fresh.reset(options={"reset_mask": np.ones(64, dtype=bool)})
 
 
 def test_make_vec():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import textwrap
@@ -142,12 +143,10 @@ def test_models_compute_the_same(transformers, model_type, monkeypatch):
 @pytest.mark.parametrize("T", [1, 70])
 def test_functions_compute_the_same(transformers, T, dtype):
     """Each function of each model, with a state and a gradient through all that has one."""
-    found = 0
-    for module, name, _ in swap._transformers.find():
-        theirs = getattr(module, name, None)
-        if theirs is None:
-            continue
-        found += 1
+    found = [(m, n, getattr(m, n)) for m, n, _ in swap._transformers.find() if hasattr(m, n) and "conv" not in n]
+    assert len(found) == 16
+    installed = swap.install("transformers")
+    for module, name, theirs in found:
         kimi = "kimi" in name
         inputs = delta_inputs(T=T, Hk=4 if kimi else 2, channel=kimi, dtype=dtype)
 
@@ -164,17 +163,16 @@ def test_functions_compute_the_same(transformers, T, dtype):
             (o.sin().sum() + final.cos().sum()).backward()
             return o.detach(), final.detach(), *(t.grad for t in tensors)
 
-        with swap.install("transformers") as installed:
-            assert f"{module.__name__}.{name}" in installed.names
-            ours = run(getattr(module, name), inputs)
-            with torch.no_grad():
-                *most, state = inputs
-                kept = state.clone()
-                decoded = getattr(module, name)(
-                    *most, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-                )
-                assert torch.equal(state, kept)
-                assert getattr(module, name)(*most, initial_state=state)[1] is None
+        assert f"{module.__name__}.{name}" in installed.names
+        ours = run(getattr(module, name), inputs)
+        with torch.no_grad():
+            *most, state = inputs
+            kept = state.clone()
+            decoded = getattr(module, name)(
+                *most, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+            )
+            assert torch.equal(state, kept)
+            assert getattr(module, name)(*most, initial_state=state)[1] is None
         plain = run(theirs, inputs)
         with Wide():
             exact = run(theirs, [t.double() for t in inputs])
@@ -185,7 +183,6 @@ def test_functions_compute_the_same(transformers, T, dtype):
         for a, b, c in zip(decoded, plain[:2], exact[:2], strict=True):
             assert a.dtype == b.dtype
             assert_as_good_as_torch(a, b, c, name=f"{module.__name__}.{name} without gradients")
-    assert found == 16
 
 
 def test_every_model_is_served(transformers):
@@ -194,14 +191,15 @@ def test_every_model_is_served(transformers):
     functions = re.compile(r"^def (\w*(?:gated_delta_rule|kimi_delta_attention))\(", re.M)
     have = {(p.parent.name, f) for p in models.glob("*/modeling_*.py") for f in functions.findall(p.read_text())}
     served = {(m.__name__.split(".")[2], n) for m, n, _ in swap._transformers.find() if hasattr(m, n)}
-    assert have == served
+    assert have == {(model, name) for model, name in served if "conv" not in name}
+    assert len(served - have) == len(MODELS) - len(MIXED)
 
 
 def test_uninstall_restores_exactly(transformers):
     before = {(m, n): getattr(m, n, None) for m, n, _ in swap._transformers.find()}
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     first = swap.install("transformers")
-    assert len(first.names) == 16
+    assert len(first.names) == 22
     ours = module.torch_chunk_gated_delta_rule
     assert swap.install("transformers").names == []  # twice is once
     assert module.torch_chunk_gated_delta_rule is ours
@@ -226,18 +224,133 @@ def test_an_ended_swap_is_not_entered_again(transformers):
         pass
 
 
-def test_packed_sequences(transformers):
-    """Their torch code refuses them; ours keeps them apart."""
-    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-    q, k, v, g, beta, state = delta_inputs(B=1, T=30)
-    cu_seqlens = torch.tensor([0, 11, 30], dtype=torch.int32)
+LENGTHS = [11, 1, 2, 16]
+MIXED = ("glm5_next", "qwen4_exp")  # other parts of these models read across packed sequences
+
+
+def packing(dtype=torch.int32):
+    cu_seqlens = torch.tensor([0, *LENGTHS], dtype=dtype).cumsum(0, dtype=dtype)
+    seq_idx = torch.arange(len(LENGTHS), dtype=torch.int32).repeat_interleave(torch.tensor(LENGTHS))[None]
+    return cu_seqlens, seq_idx
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_packed_sequences_are_separate_ones(transformers, model_type):
+    """In the recurrence and in the convolution before it: outputs and gradients."""
+    model = build(model_type)
+    tokens = torch.randint(1, 61, (1, sum(LENGTHS)))
+    cu_seqlens, seq_idx = packing()
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    packed = dict(position_ids=positions, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max(LENGTHS))
+
+    def outputs_and_gradients(outputs):
+        model.zero_grad()
+        outputs.square().mean().backward()
+        return {
+            "outputs": outputs.detach(),
+            **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        }
+
     with swap.install("transformers"):
-        f = module.torch_chunk_gated_delta_rule
-        o, final = f(q, k, v, g=g, beta=beta, cu_seqlens=cu_seqlens, output_final_state=True)
-        for n, part in enumerate((slice(0, 11), slice(11, 30))):
-            alone, last = f(*(t[:, part] for t in (q, k, v)), g=g[:, part], beta=beta[:, part], output_final_state=True)
-            assert torch.equal(o[:, part], alone)
-            assert torch.equal(final[n : n + 1], last)
+        if model_type in MIXED:
+            with pytest.raises(ValueError, match=rf"(cu_seqlens|cu_seq_lens_q): .*{model_type}"):
+                model(tokens, use_cache=False, **packed)
+            return
+        alone = torch.cat([model(piece, use_cache=False)[0] for piece in tokens.split(LENGTHS, 1)], 1)
+        alone = outputs_and_gradients(alone)
+        for extra in ({}, {"seq_idx": seq_idx}):
+            together = outputs_and_gradients(model(tokens, use_cache=False, **packed, **extra)[0])
+            assert together.keys() == alone.keys()
+            for name, wanted in alone.items():
+                torch.testing.assert_close(
+                    together[name], wanted, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_functions(transformers, dtype):
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    kimi = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+    cu_seqlens, seq_idx = packing(dtype)
+    spans = [slice(a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    with swap.install("transformers"):
+        for f, name in (
+            (module.torch_chunk_gated_delta_rule, "cu_seqlens"),
+            (kimi.chunk_kimi_delta_attention, "cu_seq_lens_q"),
+        ):
+            q, k, v, g, beta, _ = delta_inputs(B=1, T=30, Hk=4, channel=f is kimi.chunk_kimi_delta_attention)
+            o, final = f(q, k, v, g=g, beta=beta, output_final_state=True, **{name: cu_seqlens})
+            for n, part in enumerate(spans):
+                one = {"g": g[:, part], "beta": beta[:, part], "output_final_state": True}
+                alone, last = f(*(t[:, part] for t in (q, k, v)), **one)
+                torch.testing.assert_close(o[:, part], alone)
+                torch.testing.assert_close(final[n : n + 1], last)
+        x, weight = torch.randn(1, 8, 30), torch.randn(8, 4)
+        y = module.causal_conv1d_fn(x, weight, None, "silu", cu_seq_lens_q=cu_seqlens, seq_idx=seq_idx)
+        for part in spans:
+            torch.testing.assert_close(y[..., part], module.causal_conv1d_fn(x[..., part], weight, None, "silu"))
+        for wrong, message in (
+            (dict(cu_seq_lens_q=cu_seqlens[:-1]), "cu_seqlens: wanted a non-decreasing sequence from 0 to T=30"),
+            (dict(seq_idx=seq_idx), "seq_idx: the short convolution without cu_seq_lens_q"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                module.causal_conv1d_fn(x, weight, **wrong)
+        with pytest.raises(ValueError, match="cu_seqlens: packed sequences want a batch of B=1, got B=2"):
+            module.causal_conv1d_fn(x.expand(2, -1, -1), weight, cu_seq_lens_q=cu_seqlens)
+
+
+class Chosen(torch.nn.Module):
+    """As transformers' layers were until 5.14: what they call is chosen when they are built."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.chunk_gated_delta_rule = module.torch_chunk_gated_delta_rule
+        self.recurrent_gated_delta_rule = module.torch_recurrent_gated_delta_rule
+
+
+def test_functions_chosen_when_a_model_was_built(transformers, monkeypatch):
+    """Layers built before the swap get our functions, and layers built during it get theirs back."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    theirs = module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule
+    monkeypatch.setattr(Chosen, "__module__", module.__name__)
+    kind = type("Derived", (Chosen,), {})  # of a module of its own
+    model = torch.nn.Sequential(Chosen(module), kind(module))
+    monkeypatch.setattr(module, "is_fast_path_available", False, raising=False)
+
+    def chosen(layer):
+        return layer.chunk_gated_delta_rule, layer.recurrent_gated_delta_rule
+
+    q, k, v, g, beta, _ = delta_inputs(B=1, T=30)
+    plain = theirs[0](q, k, v, g=g, beta=beta)[0]
+    with swap.install("transformers"):
+        ours = module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule
+        assert not set(ours) & set(theirs)
+        model.append(Chosen(module))
+        model.append(copy.deepcopy(model[0]))
+        assert [chosen(layer) for layer in model] == [ours] * 4
+        torch.testing.assert_close(model[0].chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0], plain)
+        with pytest.raises(ValueError, match=r"cu_seqlens: .*this version of transformers does not keep packed"):
+            model[0].chunk_gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=packing()[0])
+    assert [chosen(layer) for layer in model] == [theirs] * 4
+
+
+def test_functions_of_flash_linear_attention_in_transformers(transformers, monkeypatch):
+    """Until 5.14, transformers' layers called them under their own names where they served."""
+    fla = pytest.importorskip("fla.ops.gated_delta_rule")
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    monkeypatch.setattr(module, "chunk_gated_delta_rule", fla.chunk_gated_delta_rule, raising=False)
+    q, k, v, g, beta, _ = delta_inputs(B=1, T=30, Hk=4)
+    theirs = fla.chunk_gated_delta_rule
+    with swap.install("transformers"):
+        assert fla.chunk_gated_delta_rule is theirs
+        assert module.chunk_gated_delta_rule is not theirs
+        o = module.chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+        swap.uninstall("fla")
+        assert module.chunk_gated_delta_rule is not theirs
+    torch.testing.assert_close(
+        o, module.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+    )
+    assert module.chunk_gated_delta_rule is theirs
 
 
 def test_refusals(transformers):

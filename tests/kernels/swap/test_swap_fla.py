@@ -7,6 +7,7 @@ put into torch by `triton_free`. On a GPU none of this has been run.
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -216,17 +217,17 @@ def test_functions_compute_the_same(case, T, dtype):
     inputs, state = make(case, T, dtype)
     double = {name: t.double() for name, t in inputs.items()}
     wide_state = tuple(t.double() for t in state) if isinstance(state, tuple) else state.double()
+    swap.install("fla")
     for grad in (True, False):
         for name in names:
             plain = run(naive(name), inputs, state, grad, **options)
             with Wide():
                 exact = run(naive(name), double, wide_state, grad, **options)
-            with swap.install("fla"):
-                function = getattr(module_of(name), name)
-                ours = run(function, inputs, state, grad, **options)
-                if not isinstance(state, tuple) and "state_v_first" in function.__wrapped__.__code__.co_varnames:
-                    turned = run(function, inputs, state.mT.contiguous(), False, state_v_first=True, **options)
-                    assert torch.equal(turned[1].mT, run(function, inputs, state, False, **options)[1])
+            function = getattr(module_of(name), name)
+            ours = run(function, inputs, state, grad, **options)
+            if not isinstance(state, tuple) and "state_v_first" in function.__wrapped__.__code__.co_varnames:
+                turned = run(function, inputs, state.mT.contiguous(), False, state_v_first=True, **options)
+                assert torch.equal(turned[1].mT, run(function, inputs, state, False, **options)[1])
             for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
                 assert a.dtype == b.dtype
                 assert_as_good_as_torch(a, b, c, name=f"{name} {i}")
@@ -406,6 +407,33 @@ def test_layers_compute_the_same(kind, triton_free, monkeypatch):
     assert_as_good_as_torch(our_decoded, decoded, exact_decoded, name="decoded")
 
 
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "gla" else pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS]
+)
+def test_packed_sequences_are_separate_ones(kind, fla):
+    """Its layers keep their short convolutions and token shifts apart themselves, in Triton kernels; our ops do with them."""
+    name, module, sizes, _ = LAYERS[kind]
+    module = importlib.import_module(f"fla.layers.{module}")
+    torch.manual_seed(0)
+    layer = getattr(module, name)(hidden_size=64, layer_idx=0, **sizes)
+    for p in layer.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    lengths = [5, 1, 3, 9]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    x = torch.randn(1, sum(lengths), 64)
+    with swap.install("fla"):
+        packed = layer(x, cu_seqlens=cu_seqlens)[0]
+        alone = torch.cat([layer(piece)[0] for piece in x.split(lengths, 1)], 1)
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+        weight = torch.randn_like(packed)
+        gradients = [
+            torch.autograd.grad((o * weight).sum(), list(layer.parameters()), allow_unused=True)
+            for o in (packed, alone)
+        ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_uninstall_restores_exactly():
     modules = [importlib.import_module(f"fla.layers.{m}") for m in ("gla", "gated_deltanet", "rwkv7", "raven", "yoco")]
     before = [dict(vars(m)) for m in modules]
@@ -416,6 +444,104 @@ def test_uninstall_restores_exactly():
         swap.uninstall("transformers")
         assert swap._installed("fla")
     assert [dict(vars(m)) for m in modules] == before
+
+
+TAKES = [
+    (p, n, inspect.signature(getattr(importlib.import_module(f"fla.ops.{p}"), n)))
+    for p, fs in _fla.FUNCTIONS.items()
+    for n in fs
+]
+
+
+def call_of(package, name, signature, dtypes=None, heads=H):
+    """Their function as it stands now, and inputs that it takes."""
+    inputs = {
+        n: torch.randn(B, 5, heads, K)
+        for n in ("q", "k", "v", "r", "w", "a", "b", "kk", "gk")
+        if n in signature.parameters
+    }
+    if "s" in signature.parameters:
+        inputs["s"] = torch.rand(B, 5, heads, M)
+    if "beta" in signature.parameters:
+        inputs["beta"] = torch.rand(B, 5, heads)
+    if "g" in signature.parameters:
+        wide = {"gla": (K,), "kda": (K,), "gsa": (M,)}.get(package, ())
+        inputs["g"] = -torch.rand(B, 5, heads, *wide)
+    for n in ("gk", "w"):
+        if n in inputs and (n == "w" or "gv" not in signature.parameters or package == "gla"):
+            inputs[n] = -inputs[n].abs()
+    if package == "gated_delta_rule":
+        inputs.pop("gk", None)
+    inputs |= {n: inputs[n].to(dtype) for n, dtype in (dtypes or {}).items() if n in inputs}
+    return getattr(importlib.import_module(f"fla.ops.{package}"), name), inputs
+
+
+@pytest.mark.parametrize(("package", "name", "signature"), TAKES)
+def test_arguments_of_every_function(package, name, signature):
+    """What a function does not read is refused by name, or is a TypeError where it takes no **kwargs; nothing is swallowed."""
+    takes_more = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+    with swap.install("fla"):
+        f, inputs = call_of(package, name, signature)
+        o = f(**inputs)[0]
+        served = {"A_log", "dt_bias", "use_gate_in_kernel", *_fla._HINTS, *signature.parameters}
+        for unknown in ("window", "g", "gk", "gv", "g_gamma", "lower_bound", "state_v_first", "transpose_state_layout"):
+            if unknown in served or (unknown == "transpose_state_layout" and "state_v_first" in signature.parameters):
+                continue
+            with pytest.raises(ValueError if takes_more else TypeError, match=unknown):
+                f(**inputs, **{unknown: torch.zeros(1) if unknown != "state_v_first" else True})
+        for option in ("reverse", "use_graph", "cp_context", "return_intermediate_states", "output_attentions", "gv"):
+            if option in signature.parameters:
+                with pytest.raises(ValueError, match=f"{option}: {name} as served|{option}: .* as served"):
+                    f(**inputs, **{option: torch.zeros(1) if option == "gv" else True})
+        for needed, parameter in signature.parameters.items():
+            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+                with pytest.raises(TypeError, match=needed):
+                    f(**{n: t for n, t in inputs.items() if n != needed})
+        if takes_more:
+            assert torch.equal(f(**inputs, window=None)[0], o)
+
+
+@pytest.mark.parametrize(("package", "name", "signature"), TAKES)
+def test_the_old_name_of_state_v_first(package, name, signature):
+    if "state_v_first" not in signature.parameters:
+        return
+    with swap.install("fla"):
+        f, inputs = call_of(package, name, signature)
+        inputs |= {"initial_state": torch.randn(B, H, K, K), "output_final_state": True}
+        if not any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values()):
+            with pytest.raises(TypeError, match="transpose_state_layout"):
+                f(**inputs, transpose_state_layout=True)
+            return
+        wanted = f(**inputs, state_v_first=True)
+        with pytest.warns(DeprecationWarning, match="renamed to `state_v_first`") as warned:
+            got = f(**inputs, transpose_state_layout=True)
+        assert warned[0].filename == __file__
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        with pytest.warns(DeprecationWarning, match="renamed"):
+            assert torch.equal(f(**inputs, transpose_state_layout=False)[1], f(**inputs)[1])
+        for old in (True, False):
+            with pytest.raises(ValueError, match="transpose_state_layout: wanted state_v_first, its new name, alone"):
+                f(**inputs, state_v_first=True, transpose_state_layout=old)
+
+
+OF_Q = {  # by their sources: o.to(q.dtype) at the end, where the others leave empty_like(v)
+    *("chunk_delta_rule", "chunk_dplr_delta_rule", "chunk_gated_delta_rule", "chunk_kda", "chunk_rwkv7"),
+    *("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_delta_rule", "fused_recurrent_gla"),
+    *("fused_recurrent_gsa", "fused_recurrent_simple_gla", "parallel_simple_gla"),
+}
+
+
+@pytest.mark.parametrize(("package", "name", "signature"), TAKES)
+def test_mixed_dtypes(package, name, signature):
+    with swap.install("fla"):
+        for of_q, of_v in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+            f, inputs = call_of(package, name, signature, {"q": of_q, "r": of_q, "v": of_v})
+            same = {n: t.float() for n, t in inputs.items()}
+            o, wanted = f(**inputs)[0], f(**same)[0]
+            assert o.dtype == (of_q if name in OF_Q else of_v)
+            assert_as_good_as_torch(o, wanted.to(o.dtype), wanted.double())
+            if name == "fused_recurrent_gsa":
+                assert f(**{n: t[:, :1] for n, t in inputs.items()})[0].dtype == of_v
 
 
 def test_refusals():
