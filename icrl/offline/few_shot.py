@@ -57,12 +57,12 @@ def few_shot(
     space = environments.single_action_space
     bounds = None
     if isinstance(space, spaces.Box):
-        bounds = tuple(torch.as_tensor(x, device=device) for x in (space.low, space.high))
+        bounds = tuple(torch.from_numpy(x).to(device) for x in (space.low, space.high))
 
     def tensor(values: Any) -> Tensor:
-        return torch.as_tensor(np.array(values, np.float32), device=device)  # a copy: environments may reuse theirs
+        return torch.from_numpy(np.array(values, np.float32)).to(device)  # a copy: environments may reuse theirs
 
-    returns = torch.zeros(N, episodes, device="cpu")
+    returns = torch.zeros(N, episodes, device="cpu", dtype=torch.float32)
     if prompts is not None and (
         prompts.num_tasks != N or len(prompts.ends) != N or bool((prompts.lengths != horizon).any())
     ):

@@ -88,7 +88,7 @@ class HistoryMethod(Method):
 
     def nothing(self, batch: int) -> Tensor:
         """What comes before an episode's first step, [B,A+2]."""
-        x = torch.zeros(batch, self.spaces.action_size + 2, device=self.device)
+        x = torch.zeros(batch, self.spaces.action_size + 2, device=self.device, dtype=torch.float32)
         x[:, -1] = 1.0
         return x
 

@@ -70,7 +70,7 @@ class PromptTrunk(nn.Module):
         x = self.embed_prompt(prompt)
         if self.config.layout == "branch":
             return self.trunk.remember(x, list(lengths))
-        return x, torch.tensor(lengths, device=x.device)
+        return x, torch.tensor(lengths, device=x.device, dtype=torch.int64)
 
     def read(self, queries: Tensor, memory: Any) -> Tensor:
         """Queries [B,m or 1,J,D] -> features [B,m,J,D] after each of the m lengths."""
@@ -99,7 +99,9 @@ class PromptMethod(Method):
         """A batch: tasks, an episode of each as the prompt, and transitions of the same tasks."""
         c = self.config
         tasks = data.draw_tasks(c.batch)
-        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(c.prompt_steps, device="cpu")
+        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(
+            c.prompt_steps, device="cpu", dtype=torch.int64
+        )
         h, each = len(c.prompt_steps), 1
         lengths = list(range(h + 1))
         if c.layout == "branch":
@@ -142,7 +144,7 @@ class PromptAgent:
         if self.episode.steps:
             prompt = m.prompt_of(*self.episode.stacked())
         else:
-            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device)
+            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device, dtype=torch.float32)
         self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
         self.episode = Episode()
 

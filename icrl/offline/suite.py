@@ -27,7 +27,7 @@ from icrl.training.config import changes, configured
 
 def mean_sem(values: list[float]) -> tuple[float, float | None]:
     """Mean, and standard error of the mean: None for a single value's."""
-    x = torch.tensor(values, dtype=torch.float64)
+    x = torch.tensor(values, dtype=torch.float64, device="cpu")
     return float(x.mean()), float(x.std() / math.sqrt(len(x))) if len(x) > 1 else None
 
 
@@ -145,7 +145,7 @@ def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[
         if not found:
             continue
         last = max(1, len(found[0]["returns"]) // 4)
-        curves = torch.tensor([f["returns"] for f in found], dtype=torch.float64)
+        curves = torch.tensor([f["returns"] for f in found], dtype=torch.float64, device="cpu")
         summary = {"title": titles()[method], "published": published.get(method), "seeds": len(found)}
         summary |= {"best": found[0]["best"], "best_of": found[0]["best_of"], "curve": curves.mean(0).tolist()}
         summary["curve_sem"] = (curves.std(0, correction=1) / math.sqrt(len(found))).tolist() if len(found) > 1 else []

@@ -67,7 +67,10 @@ class Softmax(nn.Module):
 
     def remember(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         y, (k, v) = self(x)
-        seen = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+        seen = (
+            torch.arange(x.shape[1], device=x.device)
+            < torch.tensor(lengths, device=x.device, dtype=torch.int64)[:, None]
+        )
         return y, (k, v, seen)
 
     def read(self, x: Tensor, memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -105,7 +105,7 @@ class WorldModel(nn.Module):
         """A fresh one for this data, on the CPU."""
         mean, std = (x.cpu() for x in data.moments())
         with torch.device("cpu"):
-            return cls(config, data.environment, data.state_size, data.action_size, mean, std)
+            return cls(config, data.environment, data.state_size, data.action_size, mean, std).float()
 
     def check(self, data: Trajectories) -> None:
         """ValueError where this world model is not of the data's environment."""
@@ -205,7 +205,7 @@ class WorldModel(nn.Module):
     def from_facts(cls, facts: dict[str, Any]) -> WorldModel:
         """Of what `facts` returned, with weights of its own, on the CPU."""
         with torch.device("cpu"):
-            return cls(**{**facts, "config": WorldModelConfig(**facts["config"])})
+            return cls(**{**facts, "config": WorldModelConfig(**facts["config"])}).float()
 
     def save(self, path: Path | str, **facts: object) -> None:
         checkpoint.save(path, self.state_dict(), {"model": "world_model", "made": self.facts(), **facts})

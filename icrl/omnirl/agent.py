@@ -76,7 +76,9 @@ class Agent:
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
         output, self.state = self.run(tokens, self.state)
         logits = output.readouts[-1].logits[:, 0, :, self.prompt]
-        uniform = torch.rand(logits.shape, generator=self.generator, device="cpu").clamp_(1e-9, 1 - 1e-7)
+        uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32).clamp_(
+            1e-9, 1 - 1e-7
+        )
         noise = -torch.log(-torch.log(uniform)).to(self.device)
         self._observation = observation
         self._action = (logits / self.temperature.at(self.step) + noise).argmax(-1)

@@ -222,8 +222,12 @@ def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[
     generator = torch.Generator().manual_seed(hash_seed(seed, 2))
     weights = torch.tensor(config.references, dtype=torch.float32, device="cpu")
     drawn = torch.multinomial(weights, R * T, replacement=True, generator=generator).view(R, T)
-    resamples = torch.rand(R, 1, generator=generator, device="cpu") < config.reference_resample_records
-    changes = resamples & (torch.rand(R, T, generator=generator, device="cpu") < config.reference_resample)
+    resamples = (
+        torch.rand(R, 1, generator=generator, device="cpu", dtype=torch.float32) < config.reference_resample_records
+    )
+    changes = resamples & (
+        torch.rand(R, T, generator=generator, device="cpu", dtype=torch.float32) < config.reference_resample
+    )
     since = torch.where(changes, torch.arange(T, device="cpu"), 0).cummax(1).values
     prompt = drawn.gather(1, since).to(records.q.device)
     return prompt, records.q.argmax(3).gather(2, prompt[..., None])[..., 0]
@@ -275,17 +279,17 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
     parsed = [_parse(name, G) for name in config.behaviours]
     weights = torch.tensor(list(config.behaviours.values()), dtype=torch.float32, device="cpu")
     kind = torch.multinomial(weights, R, replacement=True, generator=generator)
-    first, noisy, last = (torch.tensor([p[i] for p in parsed], device="cpu") for i in range(3))
+    first, noisy, last = (torch.tensor([p[i] for p in parsed], device="cpu", dtype=torch.int64) for i in range(3))
     M = G + len(BUILTIN)
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(R, generator=generator, device="cpu") * (high - low) + low
+        return torch.rand(R, generator=generator, device="cpu", dtype=torch.float32) * (high - low) + low
 
     def exponential(mean: float) -> Tensor:
-        return torch.empty(R, device="cpu").exponential_(1 / mean, generator=generator)
+        return torch.empty(R, device="cpu", dtype=torch.float32).exponential_(1 / mean, generator=generator)
 
     # with `->` the successor for good; else any behaviour of the mixture
-    everyone = torch.zeros(M, device="cpu").index_add_(0, first, weights)
+    everyone = torch.zeros(M, device="cpu", dtype=torch.float32).index_add_(0, first, weights)
     hands_over = last[kind] >= 0
     later = torch.where(hands_over[:, None], torch.nn.functional.one_hot(last[kind].clamp_min(0), M).float(), everyone)
     resamples = (uniform(0, 1) < config.behaviour_resample_records) | hands_over
@@ -293,7 +297,7 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
     return Behaviours(
         initial=torch.nn.functional.one_hot(first[kind], M).float(),
         later=later,
-        switch=resamples * config.behaviour_resample,
+        switch=resamples.float() * config.behaviour_resample,
         epsilon=epsilon * noisy[kind],
         epsilon_decay=decay * ~stays,
         policy_scale=exponential(2.0),
@@ -323,9 +327,9 @@ def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.G
     R, T = behaviour.shape
     device = behaviour.device
     known = [*range(len(config.discounts)), *(BUILTIN_TAGS[name] for name in BUILTIN)]
-    tags = torch.tensor(known, device=device)[behaviour.long()]
+    tags = torch.tensor(known, device=device, dtype=torch.int64)[behaviour.long()]
     episode = torch.nn.functional.pad((done != 0).long().cumsum(1)[:, :-1], (1, 0))
-    by_episode = torch.rand(R, T, generator=generator, device="cpu") < config.mask_episode
+    by_episode = torch.rand(R, T, generator=generator, device="cpu", dtype=torch.float32) < config.mask_episode
     masked = by_episode.to(device).gather(1, episode)
-    masked |= (torch.rand(R, 1, generator=generator, device="cpu") < config.mask_record).to(device)
+    masked |= (torch.rand(R, 1, generator=generator, device="cpu", dtype=torch.float32) < config.mask_record).to(device)
     return tags.masked_fill(masked, TAG_UNKNOWN)

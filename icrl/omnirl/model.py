@@ -171,7 +171,7 @@ class OmniRL(nn.Module):
         c = self.config = config or OmniRLConfig()
         d, width, G = c.action_width, c.state_width, c.policies
         self.discounts: Tensor
-        self.register_buffer("discounts", torch.tensor(c.policy_discounts), persistent=False)
+        self.register_buffer("discounts", torch.tensor(c.policy_discounts, dtype=torch.float32), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(7, width, 0.5, bias=True)
         rate = math.log(c.write_rate / (1 - c.write_rate))
@@ -185,6 +185,7 @@ class OmniRL(nn.Module):
         self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.float()  # as its memories are, whatever torch's default dtype
 
     @property
     def device(self) -> torch.device:
@@ -354,7 +355,8 @@ class OmniRL(nn.Module):
             raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
         try:
             config = dict(facts["config"])
-            model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
+            with torch.device("cpu"):
+                model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
             model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e

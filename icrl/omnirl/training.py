@@ -187,7 +187,8 @@ class OmniRLLearner:
         torch.manual_seed(loop.seed)
         self.training, self.loop, self.init = config, loop, init
         self.device = resolve(loop.device)
-        self.model: OmniRL = OmniRL(config.model)
+        with torch.device("cpu"):
+            self.model: OmniRL = OmniRL(config.model)
         if init is not None and fresh:
             self._begin_from(init)
         self.model.to(self.device)

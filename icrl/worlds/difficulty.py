@@ -58,7 +58,10 @@ def _difficulty(tasks: TabularTasks, discount: float) -> Difficulty:
     lacking = ~tasks.action_mask()
     share = (~lacking).double() / tasks.num_actions[:, None]
     v = tasks.solve(discount).v
-    p = torch.einsum("nsap,na->nsp", tasks.dense_tables()[0].double(), share) * (1 - 1 / tasks.max_steps)[:, None, None]
+    p = (
+        torch.einsum("nsap,na->nsp", tasks.dense_tables()[0].double(), share)
+        * (1 - 1 / tasks.max_steps.double())[:, None, None]
+    )
     start = tasks.start.double()
     eye = torch.eye(p.shape[1], dtype=torch.float64, device=tasks.device)
     d = torch.linalg.solve(eye - p.mT, start).clamp(min=0)
@@ -99,8 +102,10 @@ def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching:
             row["decades_from_least_to_most_valued"] = _quantiles(slopes)
             row["decades_by_scaled_value"] = _quantiles(by_value)
             row["tasks_where_visits_fall"] = float((slopes < 0).double().mean())
-            row["rank"] = torch.linspace(0, 1, 17).tolist()
-            row["log10_visits"] = [_quantiles(x) for x in _at(d, torch.linspace(0, 1, 17, dtype=torch.float64)).T]
+            row["rank"] = torch.linspace(0, 1, 17, dtype=torch.float32, device="cpu").tolist()
+            row["log10_visits"] = [
+                _quantiles(x) for x in _at(d, torch.linspace(0, 1, 17, dtype=torch.float64, device="cpu")).T
+            ]
             rows.append(row)
     return {"actions": num_actions, "branching": branching, "seed": seed, "quantiles": list(QUANTILES), "rows": rows}
 

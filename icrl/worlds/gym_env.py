@@ -210,8 +210,10 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             fresh = np.random.SeedSequence().generate_state(self.num_envs, np.uint64)
             self._keys = torch.from_numpy(fresh.view(np.int64))
         following = counter_rng.mix(self._keys + counter_rng.GOLDEN)
-        given = torch.tensor([s is not None for s in seeds], device="cpu")
-        wanted = counter_rng.keys_of(0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds], device="cpu"))
+        given = torch.tensor([s is not None for s in seeds], device="cpu", dtype=torch.bool)
+        wanted = counter_rng.keys_of(
+            0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds], device="cpu", dtype=torch.int64)
+        )
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()

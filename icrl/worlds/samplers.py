@@ -154,7 +154,7 @@ def sample_garnet(
     tasks = _empty(n, width, num_actions, ids, sizes)
     shape = (n, width, num_actions)
     draw = uniforms(keys, 3, width * num_actions * branching).view(*shape, branching).double()
-    chosen = torch.full((*shape, branching), -1, device=keys.device)
+    chosen = torch.full((*shape, branching), -1, device=keys.device, dtype=torch.int64)
     for k in range(branching):  # Floyd's sampling without replacement
         last = sizes.view(n, 1, 1) - branching + k
         pick = (draw[..., k] * (last + 1)).long()
@@ -169,8 +169,8 @@ def sample_garnet(
     transition.scatter_(3, chosen, weights.float())
     reward.scatter_(3, chosen, rewards.float())
     tasks.start[:, 0] = 1
-    low = (4.0 * sizes).clamp(min=100)
-    high = torch.maximum((8.0 * sizes).clamp(max=500), low + 1)
+    low = (4 * sizes).clamp(min=100)
+    high = torch.maximum((8 * sizes).clamp(max=500), low + 1)
     tasks.max_steps.copy_((low + (high - low) * uniforms(keys, 6, 1)[:, 0]).ceil())
     order = uniforms(keys, 7, ids).argsort(-1)[:, :width]
     tasks.state_mapping.copy_(order.where(tasks.state_mask(), -1))

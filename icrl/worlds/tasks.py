@@ -400,7 +400,7 @@ class TabularTasks:
             return torch.where(flat < 0, -1, self.state_mapping[task, flat]).view(states.shape)[..., None]
         keys = (
             counter_rng.keys_of(seed, record, EMISSIONS).view(down)
-            + (torch.as_tensor(step, device=self.device) + 1) * counter_rng.GOLDEN
+            + (torch.as_tensor(step, dtype=torch.int64, device=self.device) + 1) * counter_rng.GOLDEN
         )
         keys = counter_rng.mix(keys.expand(states.shape).flatten())
         tokens = self.emission.shape[1]
@@ -409,7 +409,7 @@ class TabularTasks:
     def state_of(self) -> Tensor:
         """[N, num_observations] int64: the inner state behind each observed id, -1 for ids that no state has."""
         self._require_observed("state_of")
-        inverse = torch.full((len(self), self.num_observations + 1), -1, device=self.device)
+        inverse = torch.full((len(self), self.num_observations + 1), -1, device=self.device, dtype=torch.int64)
         where = self.state_mapping.where(self.state_mapping >= 0, self.num_observations)
         index = torch.arange(where.shape[1], device=self.device).expand_as(where)
         return inverse.scatter_(1, where, index)[:, :-1]
@@ -560,7 +560,7 @@ class TabularTasks:
         fields["num_states"], fields["num_actions"] = np.shape(fields["transition"])[:2]
         types = {name: dtype for name, (_, dtype) in LAYOUT.items()} | {"emission": torch.float32}
         for name in types.keys() & fields.keys():
-            fields[name] = torch.as_tensor(np.asarray(fields[name])).to(types[name])[None]
+            fields[name] = torch.from_numpy(np.array(fields[name])).to(types[name])[None]
         return cls(**fields).validate()
 
 

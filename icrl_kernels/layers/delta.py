@@ -18,7 +18,8 @@ GATES = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
 
 def _time_steps(size: int) -> Tensor:
     """Biases whose softplus is log-uniform between 0.001 and 0.1, as Mamba's."""
-    steps = torch.exp(torch.rand(size) * math.log(100)) * 1e-3
+    steps = torch.empty(size, dtype=torch.get_default_dtype(), device=torch.get_default_device())
+    steps = torch.exp(steps.uniform_() * math.log(100)) * 1e-3
     return steps + torch.log(-torch.expm1(-steps))
 
 

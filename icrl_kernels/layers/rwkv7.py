@@ -136,7 +136,7 @@ class RWKV7(TokenMixer):
         """RWKV-7's own initial weights, which depend on the channel and on the layer's depth."""
         D, K = self.hidden_size, self.head_k_dim
         depth, rest = self.layer_idx / max(1, num_layers - 1), 1 - self.layer_idx / num_layers
-        channel = torch.arange(D, dtype=torch.float32)
+        channel = torch.arange(D, dtype=torch.float32, device=self.k_k.device)
         ramp = channel / max(1, D - 1)
         zigzag = (channel % K - (K - 1) / 2) / max(0.5, (K - 1) / 2)
         zigzag = zigzag * zigzag.abs()
@@ -148,7 +148,8 @@ class RWKV7(TokenMixer):
         self._bias(self.w_lora).copy_(6 * ramp ** (1 + depth**0.3) - 5.5 + 2.5 * zigzag)
         self._bias(self.a_lora).copy_(0.3 * zigzag + 0.4 * (ramp - 0.5) - 0.19)
         if self.layer_idx:
-            self._bias(self.v_lora).copy_(0.73 - 0.4 * (torch.linspace(0, 1, self.value_dim) - 0.5))
+            place = torch.linspace(0, 1, self.value_dim, dtype=torch.float32, device=self.k_k.device)
+            self._bias(self.v_lora).copy_(0.73 - 0.4 * (place - 0.5))
         if self.g_norm.weight is not None:
             self.g_norm.weight.fill_(((self.layer_idx + 1) / num_layers) ** 0.7)
         for layer, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0)):

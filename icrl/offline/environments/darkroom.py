@@ -66,25 +66,25 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
 def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100, start: str = "random") -> TabularTasks:
     """The rooms with these goals [N,2] as tables; state x·size + y."""
     N, S, A = len(goals), size * size, len(MOVES)
-    at = torch.stack([torch.arange(S) // size, torch.arange(S) % size], 1)
-    following = (at[:, None] + torch.tensor(MOVES)).clamp(0, size - 1)  # [S,A,2]
+    at = torch.stack([torch.arange(S, device="cpu") // size, torch.arange(S, device="cpu") % size], 1)
+    following = (at[:, None] + torch.tensor(MOVES, dtype=torch.int64, device="cpu")).clamp(0, size - 1)  # [S,A,2]
     index = following[..., 0] * size + following[..., 1]
-    transition = torch.zeros(S, A, S).scatter_(2, index[..., None], 1.0)
+    transition = torch.zeros(S, A, S, dtype=torch.float32, device="cpu").scatter_(2, index[..., None], 1.0)
     goal = torch.nn.functional.one_hot(goals[:, 0] * size + goals[:, 1], S).float()
-    first = torch.full((N, S), 1.0 / S)
+    first = torch.full((N, S), 1.0 / S, dtype=torch.float32, device="cpu")
     if start == "corner":
-        first = torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.int64), S).float()
+        first = torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.int64, device="cpu"), S).float()
     return TabularTasks(
         transition.expand(N, S, A, S).contiguous(),
         goal[:, None, None, :].expand(N, S, A, S).contiguous(),
-        torch.zeros(N, S),
-        torch.zeros(N, S, A),
+        torch.zeros(N, S, dtype=torch.float32, device="cpu"),
+        torch.zeros(N, S, A, dtype=torch.float32, device="cpu"),
         first,
-        torch.zeros(N, S, dtype=torch.bool),
-        torch.full((N,), horizon),
-        torch.arange(S).expand(N, S).contiguous(),
-        torch.full((N,), S),
-        torch.full((N,), A),
+        torch.zeros(N, S, dtype=torch.bool, device="cpu"),
+        torch.full((N,), horizon, dtype=torch.int64, device="cpu"),
+        torch.arange(S, device="cpu").expand(N, S).contiguous(),
+        torch.full((N,), S, dtype=torch.int64, device="cpu"),
+        torch.full((N,), A, dtype=torch.int64, device="cpu"),
         num_observations=S,
     )
 
@@ -128,7 +128,7 @@ class DarkRoomData(DataSource):
     @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""
-        order = torch.randperm(self.size**2, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(self.size**2, generator=torch.Generator().manual_seed(self.seed), device="cpu")
         cells = torch.stack([order // self.size, order % self.size], 1)
         if self.split == "far":
             cells = cells[cells.sum(1).argsort(stable=True)]
@@ -148,7 +148,7 @@ class DarkRoomData(DataSource):
             tasks.tables(),
             steps=steps,
             seed=self.seed,
-            task_index=torch.arange(N).repeat_interleave(each),
+            task_index=torch.arange(N, device="cpu").repeat_interleave(each),
             policies=best[:, None],
             behaviours=behaviours,
         )
@@ -166,7 +166,11 @@ class DarkRoomData(DataSource):
 
 
 def best_returns(goals: Tensor, size: int, horizon: int, start: str) -> Tensor:
-    cells = torch.cartesian_prod(torch.arange(size), torch.arange(size)) if start == "random" else torch.zeros(1, 2)
+    cells = (
+        torch.cartesian_prod(torch.arange(size, device="cpu"), torch.arange(size, device="cpu"))
+        if start == "random"
+        else torch.zeros(1, 2, dtype=torch.int64, device="cpu")
+    )
     steps = (cells[None] - goals[:, None]).abs().sum(-1)
     return (horizon - (steps - 1).clamp_min(0)).clamp_min(0).float().mean(1)
 
@@ -193,9 +197,9 @@ def trajectories(
         out.action.long().flatten(),
         out.reward.flatten(),
         place(out.next_state),
-        torch.zeros(R * T, dtype=torch.bool),
-        torch.arange(1, R * T // horizon + 1) * horizon,
-        torch.arange(R // records).repeat_interleave(records * T // horizon),
+        torch.zeros(R * T, dtype=torch.bool, device="cpu"),
+        torch.arange(1, R * T // horizon + 1, device="cpu") * horizon,
+        torch.arange(R // records, device="cpu").repeat_interleave(records * T // horizon),
         best.gather(1, out.state.long()).flatten(),
         T // horizon if records > 1 else 0,
     )

@@ -119,11 +119,13 @@ class MetaWorldData(DataSource):
     @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,3] float64 each."""
-        low, high = torch.tensor(GOALS[self.name], dtype=torch.float64)
-        uniform = torch.rand(self.tasks, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
+        low, high = torch.tensor(GOALS[self.name], dtype=torch.float64, device="cpu")
+        uniform = torch.rand(
+            self.tasks, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed), device="cpu"
+        )
         goals = low + (high - low) * uniform
         if self.split == "far":
-            distance = (goals - torch.tensor(STARTS[self.name], dtype=torch.float64)).norm(dim=1)
+            distance = (goals - torch.tensor(STARTS[self.name], dtype=torch.float64, device="cpu")).norm(dim=1)
             goals = goals[distance.argsort(stable=True)]
         train = self.tasks - self.tasks // 10
         return goals[:train], goals[train:]
@@ -176,9 +178,9 @@ class MetaWorldData(DataSource):
             torch.from_numpy(actions),
             torch.from_numpy(rewards),
             torch.from_numpy(next_states),
-            torch.zeros(T, dtype=torch.bool),
-            torch.arange(1, self.episodes + 1) * self.horizon,
-            torch.zeros(self.episodes, dtype=torch.int64),
+            torch.zeros(T, dtype=torch.bool, device="cpu"),
+            torch.arange(1, self.episodes + 1, device="cpu") * self.horizon,
+            torch.zeros(self.episodes, dtype=torch.int64, device="cpu"),
             history=self.history,
         )
 
@@ -193,7 +195,9 @@ class MetaWorldData(DataSource):
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] what the scripted policy earns in each task without noise: near what can be had, no bound on it."""
         goals = self.goals()[half(which)].tolist()
-        return torch.tensor([scripted_return(self.name, tuple(g), self.horizon) for g in goals])
+        return torch.tensor(
+            [scripted_return(self.name, tuple(g), self.horizon) for g in goals], dtype=torch.float32, device="cpu"
+        )
 
 
 @cache

@@ -203,7 +203,7 @@ class MujocoData(DataSource):
     @on_cpu
     def _test(self) -> Tensor:
         """[tasks] which are test tasks."""
-        index = torch.arange(self.tasks)
+        index = torch.arange(self.tasks, device="cpu")
         return index >= self.tasks - self.tasks // 10 if self.split == "far" else index % 10 == 5
 
     def _parameters(self) -> Tensor:
@@ -255,7 +255,7 @@ class CheetahVelData(MujocoData):
     environment = CheetahVel
 
     def _parameters(self) -> Tensor:
-        return 3.0 * torch.arange(1, self.tasks + 1, dtype=torch.float64)[:, None] / self.tasks
+        return 3.0 * torch.arange(1, self.tasks + 1, dtype=torch.float64, device="cpu")[:, None] / self.tasks
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class AntDirData(MujocoData):
     environment = AntDir
 
     def _parameters(self) -> Tensor:
-        return 2 * math.pi * torch.arange(self.tasks, dtype=torch.float64)[:, None] / self.tasks
+        return 2 * math.pi * torch.arange(self.tasks, dtype=torch.float64, device="cpu")[:, None] / self.tasks
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class WalkerParamData(MujocoData):
     def _parameters(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.tasks, WalkerParam.num_parameters)
-        u = 6 * torch.rand(shape, generator=generator, dtype=torch.float64) - 3
+        u = 6 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 3
         if self.split == "far":
             beyond = u.sign() * (3 + u.abs() / 3)
             u = torch.where(self._test()[:, None], beyond, u)

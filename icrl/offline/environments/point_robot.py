@@ -79,10 +79,10 @@ class PointRobotData(DataSource):
     @on_cpu
     def angles(self) -> tuple[Tensor, Tensor]:
         """Of training and test goals."""
-        angles = torch.linspace(0, math.pi, self.tasks, dtype=torch.float64)
-        test = torch.arange(self.tasks) % 10 == 5
+        angles = torch.linspace(0, math.pi, self.tasks, dtype=torch.float64, device="cpu")
+        test = torch.arange(self.tasks, device="cpu") % 10 == 5
         if self.split == "far":
-            test = torch.arange(self.tasks) >= self.tasks - self.tasks // 10
+            test = torch.arange(self.tasks, device="cpu") >= self.tasks - self.tasks // 10
         return angles[~test], angles[test]
 
     @on_cpu
@@ -96,13 +96,17 @@ class PointRobotData(DataSource):
         goals = self.goals()[0].repeat_interleave(self.episodes, 0)  # [E,2]
         E, H = len(goals), self.horizon
         generator = torch.Generator().manual_seed(self.seed)
-        falling = 1.0 - (torch.arange(E) % self.history).double() / max(1, self.history - 1)
-        share = {"mixed": falling, "medium": torch.full((E,), 0.5), "expert": torch.full((E,), 0.05)}[self.quality]
-        at = torch.zeros(E, 2, dtype=torch.float64)
+        falling = 1.0 - (torch.arange(E, device="cpu") % self.history).double() / max(1, self.history - 1)
+        share = {
+            "mixed": falling,
+            "medium": torch.full((E,), 0.5, dtype=torch.float32, device="cpu"),
+            "expert": torch.full((E,), 0.05, dtype=torch.float32, device="cpu"),
+        }[self.quality]
+        at = torch.zeros(E, 2, dtype=torch.float64, device="cpu")
         rows: list[tuple[Tensor, ...]] = []
         for _ in range(H):
-            noisy = torch.rand(E, generator=generator) < share
-            anything = 2 * torch.rand(E, 2, generator=generator, dtype=torch.float64) - 1
+            noisy = torch.rand(E, generator=generator, dtype=torch.float32, device="cpu") < share
+            anything = 2 * torch.rand(E, 2, generator=generator, dtype=torch.float64, device="cpu") - 1
             action = torch.where(noisy[:, None], anything, ((goals - at) / self.reach).clamp(-1, 1))
             following = at + self.reach * action
             rows.append((at, action, -(following - goals).norm(dim=1), following))
@@ -117,9 +121,9 @@ class PointRobotData(DataSource):
             actions,
             rewards,
             next_states,
-            torch.zeros(E * H, dtype=torch.bool),
-            torch.arange(1, E + 1) * H,
-            torch.arange(len(self.goals()[0])).repeat_interleave(self.episodes),
+            torch.zeros(E * H, dtype=torch.bool, device="cpu"),
+            torch.arange(1, E + 1, device="cpu") * H,
+            torch.arange(len(self.goals()[0]), device="cpu").repeat_interleave(self.episodes),
             history=self.history,
         )
 
@@ -134,7 +138,7 @@ class PointRobotData(DataSource):
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] the return of the straight walk."""
         goals = self.goals()[half(which)]
-        at, total = torch.zeros_like(goals), torch.zeros(len(goals), dtype=torch.float64)
+        at, total = torch.zeros_like(goals), torch.zeros(len(goals), dtype=torch.float64, device="cpu")
         for _ in range(self.horizon):
             at = at + self.reach * ((goals - at) / self.reach).clamp(-1, 1)
             total -= (at - goals).norm(dim=1)

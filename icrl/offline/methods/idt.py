@@ -126,7 +126,7 @@ class IDTAgent:
         m = self.method
         t = len(self.episode.steps)
         if t % m.config.span == 0:
-            before = torch.zeros(self.batch, 1, m.config.trunk.width, device=m.device)
+            before = torch.zeros(self.batch, 1, m.config.trunk.width, device=m.device, dtype=torch.float32)
             if t:
                 s, a, r, _ = (torch.stack(x, 1) for x in zip(*self.episode.steps[-m.config.span :], strict=True))
                 before = m.summary(s, a, r)
