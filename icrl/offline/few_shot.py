@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from icrl.offline.method import Method
 from icrl.offline.trajectories import Trajectories
+from icrl_kernels.arguments import integer
 
 
 @contextmanager
@@ -50,8 +51,7 @@ def few_shot(
     Raises:
         ValueError: `episodes` is less than 1, or `prompts` are of other tasks or lengths.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: wanted at least 1, got {episodes}")
+    episodes, seed = integer("episodes", episodes, 1), integer("seed", seed)
     N, horizon, device = environments.num_envs, method.config.horizon, method.device
     agent = method.eval().agent(N)
     space = environments.single_action_space

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import Trunk
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class PromptConfig(MethodConfig):
             raise ValueError(
                 f"layout: wanted 'branch' for the mixer {self.trunk.mixer!r}: its state forgets a first token"
             )
-        if self.queries < 1:
-            raise ValueError(f"queries: wanted at least 1, got {self.queries}")
+        integer_fields(self, queries=1)
         if not 0 <= self.balanced <= 1:
             raise ValueError(f"balanced: wanted a share in [0, 1], got {self.balanced}")
 
@@ -134,8 +134,8 @@ class PromptAgent:
     """Acts with the episode before as its prompt; in the first one, with none."""
 
     def __init__(self, method: PromptMethod, batch: int) -> None:
-        self.method, self.batch = method, batch
-        self.episode = Episode()
+        self.method, self.episode = method, Episode(batch, method.spaces, begun=False)
+        self.batch = self.episode.batch
         self.memory: Any = None
 
     @torch.no_grad()
@@ -146,11 +146,12 @@ class PromptAgent:
         else:
             prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device, dtype=torch.float32)
         self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
-        self.episode = Episode()
+        self.episode = Episode(self.batch, self.method.spaces)
 
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
+        self.episode.see(state)
         features = m.trunk.read(m.trunk.embed_state(m.normal(state))[:, None, None], self.memory)
         return m.choose(m.policy(features[:, 0, 0]))
 

@@ -23,6 +23,7 @@ from icrl.offline.method import MethodConfig
 from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, titles
 from icrl.plots import few_shot_picture
 from icrl.training.config import changes, configured
+from icrl_kernels.arguments import integer
 
 
 def mean_sem(values: list[float]) -> tuple[float, float | None]:
@@ -207,9 +208,7 @@ def suite(
         raise ValueError(
             f"methods: wanted some of {', '.join(titles())}, each once, got {', '.join(methods) or 'none'}"
         )
-    for name, value in {"seeds": seeds, "episodes": episodes, "jobs": jobs}.items():
-        if value < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {value}")
+    seeds, episodes, jobs = integer("seeds", seeds, 1), integer("episodes", episodes, 1), integer("jobs", jobs, 1)
     run: OfflineRun = configured(OfflineRun, overrides, "config")
     if "method" in overrides or run.loop.seed:
         raise ValueError(

@@ -26,6 +26,7 @@ from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
 from icrl.training.process import autocast
+from icrl_kernels.arguments import integer, integer_fields
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,9 @@ class WorldModelConfig:
     """Transitions of the same task that each z must predict beside the one after its window; none as published."""
 
     def __post_init__(self) -> None:
-        for name in ("window", "size", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, window=1, size=1, hidden=1, others=0)
         if self.encoder not in ("gru", *MIXERS):
             raise ValueError(f"encoder: wanted 'gru' or one of {', '.join(MIXERS)}, got {self.encoder!r}")
-        if self.others < 0:
-            raise ValueError(f"others: wanted at least 0, got {self.others}")
 
 
 class WindowBatch(NamedTuple):
@@ -83,6 +80,7 @@ class WorldModel(nn.Module):
     ) -> None:
         super().__init__()
         c = self.config = config
+        state_size, action_size = integer("state_size", state_size, 1), integer("action_size", action_size, 1)
         self.environment, self.state_size, self.action_size = environment, state_size, action_size
         self.mean: Tensor
         self.std: Tensor
@@ -244,8 +242,7 @@ class WorldModelLearner:
         device: torch.device | str = "cpu",
         record: dict[str, Any] | None = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        batch = integer("batch", batch, 1)
         data.check_length("window", config.window)
         torch.manual_seed(loop.seed)
         self.model: WorldModel = WorldModel.of(config, data).to(device)

@@ -22,6 +22,7 @@ from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
 from icrl.worlds import TabularTasks
 from icrl_kernels import Behaviours, Rollout, rollout
+from icrl_kernels.arguments import integer_fields
 from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -94,13 +95,11 @@ class DPDConfig:
     """Probability that the tag is unknown for an episode."""
 
     def __post_init__(self) -> None:
+        integer_fields(self, batch=1, steps=1, least_states=1, actions=1, garnet_branching=1)
         if len(self.references) != len(self.discounts):
             raise ValueError(f"references: wanted {len(self.discounts)} weights, one a discount, got {self.references}")
         if len(self.discounts) > TAG_MODEL_BASED:
             raise ValueError(f"discounts: tags leave room for {TAG_MODEL_BASED}, got {len(self.discounts)}")
-        for name in ("batch", "steps", "least_states", "actions", "garnet_branching"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if self.states < self.least_states:
             raise ValueError(f"states: wanted at least least_states={self.least_states}, got {self.states}")
         for name in ("tasks", "behaviours"):

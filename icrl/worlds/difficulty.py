@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icrl.worlds.samplers import sample_anymdp, sample_garnet
 from icrl.worlds.tasks import TabularTasks
+from icrl_kernels.arguments import integer
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 NAMES = {"anymdp": "AnyMDP", "garnet": "Garnet"}
@@ -87,8 +88,7 @@ def _reached(p: Tensor, start: Tensor) -> Tensor:
 def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching: int, seed: int) -> dict[str, Any]:
     """Numbers of AnyMDP beside Garnet at each size: slopes, and quantiles of visits by rank of value."""
     for name, least, given in (("num_tasks", 2, num_tasks), ("num_states", 8, min(sizes, default=0))):
-        if given < least:
-            raise ValueError(f"{name}: wanted at least {least}, got {given}")
+        integer(name, given, least)
     rows = []
     for size in sizes:
         families = {

@@ -20,6 +20,7 @@ from icrl.offline.environments.source import DataSource, check_histories, half, 
 from icrl.offline.trajectories import Trajectories
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import Rollout, constant_behaviours, rollout
+from icrl_kernels.arguments import integer, integer_fields
 
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
 STARTS = ("random", "corner")
@@ -36,8 +37,10 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
     ) -> None:
         if start not in STARTS:
             raise ValueError(f"start: wanted one of {', '.join(STARTS)}, got {start!r}")
-        if not (0 <= goal[0] < size and 0 <= goal[1] < size) or horizon < 1:
-            raise ValueError(f"goal, size, horizon: wanted a goal in the room, got {goal}, {size}, {horizon}")
+        size, horizon = integer("size", size, 1), integer("horizon", horizon, 1)
+        goal = integer("goal", goal[0]), integer("goal", goal[1])
+        if not (0 <= goal[0] < size and 0 <= goal[1] < size):
+            raise ValueError(f"goal: wanted a cell of the room of size {size}, got {goal}")
         self.goal, self.size, self.horizon, self.start = goal, size, horizon, start
         self.observation_space = spaces.Box(0, size - 1, (2,), np.float32)
         self.action_space = spaces.Discrete(len(MOVES))
@@ -65,6 +68,7 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
 
 def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100, start: str = "random") -> TabularTasks:
     """The rooms with these goals [N,2] as tables; state x·size + y."""
+    size, horizon = integer("size", size, 1), integer("horizon", horizon, 1)
     N, S, A = len(goals), size * size, len(MOVES)
     at = torch.stack([torch.arange(S, device="cpu") // size, torch.arange(S, device="cpu") % size], 1)
     following = (at[:, None] + torch.tensor(MOVES, dtype=torch.int64, device="cpu")).clamp(0, size - 1)  # [S,A,2]
@@ -112,6 +116,7 @@ class DarkRoomData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.size < 2 or self.horizon < 1 or not 0 < self.train_goals < self.size**2:
             raise ValueError(
                 f"size, horizon, train_goals: wanted at least 2, at least 1, and 1 to size²-1, got {self.size}, "

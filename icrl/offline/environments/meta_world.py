@@ -30,6 +30,7 @@ from icrl.extras import require
 from icrl.offline.environments.source import DataSource, check_grades, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trajectory_shards import TaskByTask
+from icrl_kernels.arguments import integer, integer_fields
 
 OBJECT = (0.0, 0.6, 0.02)  # where it starts: Meta-World's own default
 GOALS = {
@@ -50,8 +51,7 @@ class MetaWorld(gymnasium.Env[np.ndarray, np.ndarray]):
     def __init__(self, name: str, goal: tuple[float, float, float], horizon: int = 100) -> None:
         if name not in GOALS:
             raise ValueError(f"name: wanted one of {', '.join(GOALS)}, got {name!r}")
-        if not 1 <= horizon <= MOST_STEPS:
-            raise ValueError(f"horizon: wanted 1 to {MOST_STEPS}, got {horizon}")
+        horizon = integer("horizon", horizon, 1, MOST_STEPS)
         metaworld = require("metaworld", name, "metaworld")
         policies = require("metaworld.policies", name, "metaworld")
         kind = metaworld.ALL_V3_ENVIRONMENTS[f"{name}-v3"]
@@ -109,6 +109,7 @@ class MetaWorldData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if not 1 <= self.horizon <= MOST_STEPS or self.tasks < 10:
             raise ValueError(
                 f"horizon, tasks: wanted 1 to {MOST_STEPS}, and at least 10, got {self.horizon}, {self.tasks}"

@@ -20,6 +20,7 @@ from torch import Tensor
 from icrl.extras import require
 from icrl.offline.environments.source import DataSource, check_grades, half, on_cpu
 from icrl.offline.trajectories import Trajectories
+from icrl_kernels.arguments import integer, integer_fields
 
 
 class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -37,8 +38,7 @@ class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
         self.task = np.asarray(task, np.float64).reshape(-1)
         if self.task.shape != (self.num_parameters,) or not np.isfinite(self.task).all():
             raise ValueError(f"task: wanted {self.num_parameters} finite numbers, got {task}")
-        if horizon < 1:
-            raise ValueError(f"horizon: wanted at least 1, got {horizon}")
+        horizon = integer("horizon", horizon, 1)
         require("mujoco", self.name, "mujoco")
         self.horizon, self.render_mode = horizon, render_mode
         self.simulator: Any = self._robot(render_mode)
@@ -182,6 +182,7 @@ class MujocoData(DataSource):
     best_of: ClassVar[str] = "teacher"
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.horizon < 2 or self.tasks < 10:
             raise ValueError(f"horizon, tasks: wanted at least 2 and at least 10, got {self.horizon}, {self.tasks}")
         check_grades(self.split, self.quality)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from icrl.offline.environments.source import DataSource, check_grades, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
+from icrl_kernels.arguments import integer, integer_fields
 
 
 class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -27,8 +28,9 @@ class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's declaration)
 
     def __init__(self, angle: float = 1.0, horizon: int = 50, reach: float = 0.1) -> None:
-        if horizon < 1 or not reach > 0:
-            raise ValueError(f"horizon, reach: wanted at least 1 and a positive number, got {horizon}, {reach}")
+        horizon = integer("horizon", horizon, 1)
+        if not reach > 0:
+            raise ValueError(f"reach: wanted a positive number, got {reach}")
         self.goal = np.array([math.cos(angle), math.sin(angle)])
         self.horizon, self.reach = horizon, reach
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -68,6 +70,7 @@ class PointRobotData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.horizon < 1 or self.tasks < 10 or not self.reach > 0:
             raise ValueError(
                 f"horizon, tasks, reach: wanted at least 1, at least 10 and a positive number, got {self.horizon}, "

@@ -21,6 +21,7 @@ from icrl.offline.environments.source import DataSource, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import constant_behaviours, rollout
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class StitchingData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.size < 4 or self.size % 2:
             raise ValueError(f"size: wanted an even number of at least 4, got {self.size}")
         cells = self.size**2 // 2

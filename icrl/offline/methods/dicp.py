@@ -18,6 +18,7 @@ from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMe
 from icrl.offline.method import Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkState
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class DICPConfig(HistoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 1 or self.beam < 1:
-            raise ValueError(f"depth, beam: wanted at least 1, got {self.depth}, {self.beam}")
+        integer_fields(self, depth=1, beam=1)
         if not 0 <= self.discount < 1:
             raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
 
