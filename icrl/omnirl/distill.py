@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
 from icrl.worlds import TabularTasks
 from icrl_kernels import Behaviours, Rollout, rollout
-from icrl_kernels.arguments import integer_fields
+from icrl_kernels.arguments import integer, integer_fields, number
 from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -103,14 +103,20 @@ class DPDConfig:
         if self.states < self.least_states:
             raise ValueError(f"states: wanted at least least_states={self.least_states}, got {self.states}")
         for name in ("tasks", "behaviours"):
-            _check_weights(name, list(getattr(self, name).values()))
-        _check_weights("references", list(self.references))
+            _check_weights(name, getattr(self, name))
+        for name in ("discounts", "references"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise ValueError(f"{name}: wanted a tuple of numbers, got {getattr(self, name)!r}")
+        _check_weights("references", dict(enumerate(self.references)))
+        for i, discount in enumerate(self.discounts):
+            if not 0 <= number(f"discounts[{i}]", discount) <= 1:
+                raise ValueError(f"discounts[{i}]: wanted a number in [0, 1], got {discount}")
         for name in ("reference_resample", "behaviour_resample", "mask_record", "mask_episode"):
             for each in (name, f"{name}_records"):
-                if not 0 <= getattr(self, each, 0) <= 1:
+                if not 0 <= number(each, getattr(self, each, 0)) <= 1:
                     raise ValueError(f"{each}: wanted a probability, got {getattr(self, each)}")
         if unknown := set(self.tasks) - {"anymdp", "garnet", "bandit"}:
-            raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(unknown))}")
+            raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(map(str, unknown)))}")
         for name in self.behaviours:
             _parse(name, len(self.discounts))
 
@@ -130,6 +136,7 @@ def sample_tasks(
     config: DPDConfig, n: int, seed: int, *, kind: str | None = None, num_states: int | None = None
 ) -> TabularTasks:
     """n new tasks of the configured kinds and sizes, or all of one kind, of one size; on the CPU."""
+    n = integer("n", n, 1)
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
     mixture = {kind: 1.0} if kind else dict(config.tasks)
     weights = torch.tensor(list(mixture.values()), dtype=torch.float64, device="cpu")
@@ -307,14 +314,19 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
     )
 
 
-def _check_weights(name: str, weights: list[float]) -> None:
-    if not weights or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise ValueError(f"{name}: wanted weights >= 0 that are not all 0, got {weights}")
+def _check_weights(name: str, weights: Any) -> None:
+    if not isinstance(weights, dict):
+        raise ValueError(f"{name}: wanted weights by name, got {weights!r:.80}")
+    given = [number(f"{name}[{key!r}]", weight) for key, weight in weights.items()]
+    if not given or not min(given) >= 0 or not 0 < sum(given) < float("inf"):
+        raise ValueError(f"{name}: wanted finite weights >= 0 that are not all 0, got {given}")
 
 
 def _parse(behaviour: str, num_policies: int) -> tuple[int, bool, int]:
     """(index of the first, whether noisy, index of the successor or -1)."""
     names = [*(f"greedy{i}" for i in range(num_policies)), *BUILTIN]
+    if not isinstance(behaviour, str):
+        raise ValueError(f"behaviours: wanted names, got {behaviour!r}")
     name, arrow, successor = behaviour.partition("->")
     name, plus, noise = name.partition("+")
     if name not in names or (arrow and successor not in names) or (plus and noise != "noise"):

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from icrl.omnirl.tags import START, TAGS
 from icrl.training import checkpoint
 from icrl_kernels import gla, gla_step
+from icrl_kernels.arguments import integer, integer_fields, number
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,17 @@ class OmniRLConfig:
     write_rate: float = 0.3
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
     explorer_discount: float = 0.9
+
+    def __post_init__(self) -> None:
+        one = ("actions", "action_width", "state_width", "value_width", "action_hidden", "state_hidden", "pool_heads")
+        integer_fields(self, layers=0, **dict.fromkeys(one, 1))
+        if not 0 < number("write_rate", self.write_rate) < 1:
+            raise ValueError(f"write_rate: wanted a number in (0, 1), got {self.write_rate}")
+        for name in ("discounts", "explorer_discount"):
+            given = getattr(self, name)
+            for discount in given if isinstance(given, (tuple, list)) else (given,):
+                if not 0 <= number(name, discount) <= 1:
+                    raise ValueError(f"{name}: wanted numbers in [0, 1], got {discount}")
 
     @property
     def policies(self) -> int:
@@ -195,6 +207,7 @@ class OmniRL(nn.Module):
     def initial_state(self, batch: int, states: int) -> State:
         """An empty context for `batch` sequences of tasks with up to `states` observations, on the model's device."""
         c = self.config
+        batch, states = integer("batch", batch, 0), integer("states", states, 1)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=self.device)

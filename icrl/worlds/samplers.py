@@ -220,7 +220,7 @@ _ENTRIES = 1 << 22  # of dense tables that exist at a time where windows are wan
 
 
 def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> Tensor:
-    first = integer("first", first, 0)
+    seed, first = integer("seed", seed), integer("first", first, 0)
     return keys_of(seed, torch.arange(first, first + n, device=device), stream)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from icrl.files import checksum
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
-from icrl_kernels.arguments import dense, integer
+from icrl_kernels.arguments import INT64, dense, integer
 from icrl_kernels.tabular import counter_rng
 from icrl_kernels.tabular import packed as packed_tables
 from icrl_kernels.tabular.emission import draw_tokens
@@ -218,6 +218,9 @@ class TabularTasks:
         """
         if not batches:
             raise ValueError("batches: wanted at least one TabularTasks, got none")
+        for i, batch in enumerate(batches):
+            if not isinstance(batch, TabularTasks):
+                raise ValueError(f"batches[{i}]: wanted TabularTasks, got {type(batch).__name__}")
         tokens = [(b.emission is not None, b.observation_tokens, b.action_tokens) for b in batches]
         if len(set(tokens)) > 1:
             raise ValueError(
@@ -395,6 +398,10 @@ class TabularTasks:
         record = torch.arange(r, device=self.device) if record is None else record
         if not isinstance(seed, Tensor) or not seed.dim():
             seed = integer("seed", seed)
+        if not isinstance(step, Tensor) or not step.dim():
+            step = torch.tensor(integer("step", step, *INT64), dtype=torch.int64, device=self.device)
+        elif step.dtype != torch.int64:
+            raise ValueError(f"step: wanted int64, got {step.dtype}")
         for name, x in (("task_index", task), ("record", record), ("seed", seed)):
             if isinstance(x, Tensor) and (x.shape != (r,) or x.dtype != torch.int64):
                 raise ValueError(f"{name}: wanted [{r}] of int64, got {list(x.shape)} of {x.dtype}")
@@ -406,10 +413,7 @@ class TabularTasks:
             raise ValueError("states: wanted the tasks' own states, or -1")
         if self.emission is None:
             return torch.where(flat < 0, -1, self.state_mapping[task, flat]).view(states.shape)[..., None]
-        keys = (
-            counter_rng.keys_of(seed, record, EMISSIONS).view(down)
-            + (torch.as_tensor(step, dtype=torch.int64, device=self.device) + 1) * counter_rng.GOLDEN
-        )
+        keys = counter_rng.keys_of(seed, record, EMISSIONS).view(down) + (step.to(self.device) + 1) * counter_rng.GOLDEN
         keys = counter_rng.mix(keys.expand(states.shape).flatten())
         tokens = self.emission.shape[1]
         return draw_tokens(self.emission, task, flat, keys).view(*states.shape, tokens)

@@ -49,7 +49,7 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         self._at, self._elapsed = (0, 0), 0
         if self.start == "random":
             x, y = self.np_random.integers(self.size, size=2)

@@ -67,7 +67,7 @@ class MetaWorld(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         self._seen, _ = self._simulator.reset()
         self._elapsed = 0
         return self._seen[self._shown].astype(np.float32), {}

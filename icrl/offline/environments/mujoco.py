@@ -57,6 +57,7 @@ class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        seed = None if seed is None else integer("seed", seed, 0)
         super().reset(seed=seed)
         observation, _ = self.simulator.reset(seed=seed)
         self._elapsed = 0

@@ -40,7 +40,7 @@ class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         self._at, self._elapsed = np.zeros(2), 0
         return self._at.astype(np.float32), {}
 
