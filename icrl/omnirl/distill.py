@@ -319,7 +319,7 @@ def _check_weights(name: str, weights: Any) -> None:
         raise ValueError(f"{name}: wanted weights by name, got {weights!r:.80}")
     given = [number(f"{name}[{key!r}]", weight) for key, weight in weights.items()]
     if not given or not min(given) >= 0 or not 0 < sum(given) < float("inf"):
-        raise ValueError(f"{name}: wanted finite weights >= 0 that are not all 0, got {given}")
+        raise ValueError(f"{name}: wanted weights >= 0 that are finite and not all 0, got {given}")
 
 
 def _parse(behaviour: str, num_policies: int) -> tuple[int, bool, int]:
