@@ -175,6 +175,8 @@ class Op:
         fit each other and need no gradient (it returns None), or something wants to see the call: a compiler, tracer,
         mode, forward-mode level or profiler.
         """
+        if args[-1] is not None and type(args[-1]) is not float:
+            args = (*args[:-1], common.default_scale(args[-1], args[0]))
         if not (torch.compiler.is_compiling() or (backend != "auto" and backend != "cpu") or _torch_private.watched()):
             o = self.plain(*args, GATE_ALLOWANCE, torch.get_num_threads(), torch.is_grad_enabled())
             if o is not None:
