@@ -22,7 +22,7 @@ LIBRARY = torch.library.Library("icrl", "FRAGMENT")
 NOT_DENSE = [
     f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor", "Quantized") for device in ("CPU", "CUDA")
 ]
-NOT_DENSE.append("MkldnnCPU")  # torch's dispatch keys
+NOT_DENSE += ["MkldnnCPU", "AutogradNestedTensor"]  # torch's dispatch keys
 
 
 @dataclass(frozen=True)
