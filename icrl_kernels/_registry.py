@@ -19,10 +19,14 @@ import torch
 from icrl_kernels import _C, _checks
 
 LIBRARY = torch.library.Library("icrl", "FRAGMENT")
-NOT_DENSE = [
-    f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor", "Quantized") for device in ("CPU", "CUDA")
-]
-NOT_DENSE += ["MkldnnCPU", "AutogradNestedTensor"]  # torch's dispatch keys
+NOT_DENSE = [f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor") for device in ("CPU", "CUDA")]
+NOT_DENSE += [
+    "SparseMeta",
+    "QuantizedCPU",
+    "QuantizedCUDA",
+    "MkldnnCPU",
+    "AutogradNestedTensor",
+]  # torch's dispatch keys
 
 
 @dataclass(frozen=True)
