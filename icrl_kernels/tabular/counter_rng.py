@@ -31,8 +31,9 @@ def wrap(x: int) -> int:
 
 def keys_of(seed: int | Tensor, index: Tensor, stream: int = 0) -> Tensor:
     """One int64 key for each index under (seed, stream); a tensor of seeds goes along with the indices."""
-    given = seed
-    if not isinstance(seed, Tensor) or not seed.dim():
+    if isinstance(seed, Tensor) and seed.dim():
+        given = seed
+    else:
         given = torch.tensor(wrap(integer("seed", seed)), dtype=torch.int64, device=index.device)
     root = mix(mix(given) ^ torch.tensor(wrap(stream * GOLDEN), dtype=torch.int64, device=index.device))
     return mix(root + (index + 1) * GOLDEN)

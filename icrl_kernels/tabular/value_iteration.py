@@ -85,23 +85,25 @@ def value_iteration(
     """
     windows: list[Tensor] = []
     if isinstance(transition, PackedTransition):
-        transition, *windows = transition.check_shapes()
-    transition, reward, discount, terminal, num_states = (
+        table, *windows = transition.check_shapes()
+    else:
+        table = transition
+    table, reward, discount, terminal, num_states = (
         _checks.from_numpy(name, x)
         for name, x in (
-            ("transition", transition),
+            ("transition", table),
             ("reward", reward),
             ("discount", discount),
             ("terminal", terminal),
             ("num_states", num_states),
         )
     )
-    for name, x in (("transition", transition), ("reward", reward)):
+    for name, x in (("transition", table), ("reward", reward)):
         _checks.dense(name, x)
     single = not isinstance(discount, Tensor) or not discount.dim()
     if single:
         gamma = _checks.number("discount", discount)
-        discount = torch.full((1,), gamma, dtype=torch.float64, device=transition.device)
+        discount = torch.full((1,), gamma, dtype=torch.float64, device=table.device)
     for name, x in (("discount", discount), ("terminal", terminal), ("num_states", num_states)):
         if x is not None:
             _checks.dense(name, x)
@@ -110,7 +112,7 @@ def value_iteration(
     if backend is not None:
         _checks.backend(backend)
     out = torch.ops.icrl.value_iteration(
-        transition,
+        table,
         reward,
         windows,
         discount,
