@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from icrl_kernels import _C
+from icrl_kernels import _C, _checks
 
 
 def set_threads_here(threads: int) -> None:
@@ -16,23 +16,22 @@ def set_threads_here(threads: int) -> None:
     Other threads keep theirs, unlike with torch.set_num_threads, which also sets MKL's for the whole process. MKL's number
     for this thread then stays as set here, whatever torch.set_num_threads says later.
     """
-    _set(threads, threads)
+    _set(threads)
 
 
 @contextmanager
 def threads_here(threads: int) -> Iterator[None]:
     """As `set_threads_here`, for the length of a `with` block."""
     before = torch.get_num_threads()
-    mkl = _set(threads, threads)
+    mkl = _set(threads)
     try:
         yield
     finally:
         _set(before, mkl)
 
 
-def _set(threads: int, mkl: int) -> int:
-    """Returns MKL's number for this thread before; 0 is the process's."""
-    if threads < 1:
-        raise ValueError(f"threads: wanted at least 1, got {threads}")
+def _set(threads: int, mkl: int | None = None) -> int:
+    """Both libraries' numbers, MKL's the same unless given. Returns MKL's before; 0 is the process's."""
+    threads = _checks.integer("threads", threads, 1, _checks.MOST_THREADS)
     torch.get_num_threads()  # torch sets a new thread's number at its first use: let it, then overrule
-    return _C.set_torch_threads(threads, mkl)
+    return _C.set_torch_threads(threads, threads if mkl is None else mkl)

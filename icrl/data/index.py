@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from icrl.reading import DTYPES, named, read_json, shown
+from icrl_kernels.arguments import integer_fields
 
 FORMAT, VERSION = "icrl.shards", 1
 INDEX = "index.json"
@@ -44,9 +45,7 @@ class DataSet:
     """Version of the labels among the rows' tensors that its writer makes; 0 where there are none."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, rows=1, rows_per_shard=1)
 
     @property
     def num_shards(self) -> int:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icrl_kernels.arguments import dense, integer
+
 STEPS = ("states", "actions", "rewards", "next_states", "terminated", "optimal")
 """The tensors that have a row a step."""
 
@@ -51,6 +53,13 @@ class Trajectories:
 
     def __post_init__(self) -> None:
         """Check every field, and index episodes and tasks. Raises ValueError naming the field."""
+        self.num_actions, self.history = integer("num_actions", self.num_actions, 0), integer("history", self.history)
+        for name in (*STEPS, "ends", "tasks"):
+            if name != "optimal" or self.optimal is not None:
+                dense(name, getattr(self, name))
+        for name in ("states", "next_states"):
+            if getattr(self, name).dim() != 2:
+                raise ValueError(f"{name}: wanted shape [T, S], got {list(getattr(self, name).shape)}")
         T = self.states.shape[0]
         self.ends, self.tasks = self.ends.cpu(), self.tasks.cpu()
         shapes = {
@@ -173,7 +182,9 @@ class Trajectories:
         if bool((past - first < count).any()):
             raise ValueError(f"episodes: wanted {count} of each task, one has {int((past - first).min())}")
         index = torch.arange(int((past - first).max()), device="cpu")
-        chance = torch.rand(len(tasks), len(index), device="cpu").masked_fill(index >= (past - first)[:, None], 2.0)
+        chance = torch.rand(len(tasks), len(index), device="cpu", dtype=torch.float32).masked_fill(
+            index >= (past - first)[:, None], 2.0
+        )
         return first[:, None] + chance.argsort(1)[:, :count]
 
     def draw_steps(self, tasks: Tensor, each: int, balanced: float = 0.0) -> Tensor:
@@ -194,7 +205,7 @@ class Trajectories:
         low, high = self._rarity[first], self._rarity[past]
         at = low + (high - low) * torch.rand(len(tasks), each, dtype=torch.float64, device="cpu")
         by_state = torch.searchsorted(self._rarity[1:], at, right=True).clamp(first, past - 1)
-        return torch.where(torch.rand(len(tasks), each, device="cpu") < balanced, by_state, steps)
+        return torch.where(torch.rand(len(tasks), each, device="cpu", dtype=torch.float32) < balanced, by_state, steps)
 
     def check_length(self, name: str, length: int) -> None:
         """ValueError where an episode has fewer than `length` steps."""

@@ -34,6 +34,7 @@ from icrl_kernels import (
     rollout_start,
     rollout_step,
 )
+from icrl_kernels.arguments import integer
 from icrl_kernels.tabular.packed import dense_blocks
 
 EPISODE_DISCOUNT = 0.994
@@ -111,6 +112,7 @@ def _best_reward_q(tasks: TabularTasks) -> Tensor:
 
 def references(tasks: TabularTasks, steps: int = 20_000, seed: int = 2**33 + 1) -> Reference:
     """What random and the oracles earn, by rollouts whose seed no evaluation uses; they run where the tasks are."""
+    steps = integer("steps", steps, 1)
     tables = tasks.tables()
     runs = {name: run_baseline(tasks, name, steps, seed, tables) for name in ("random", "oracle", "oracle, episode")}
     return Reference(
@@ -216,6 +218,7 @@ def run_agent(
             f"tasks: the model reads one token and takes one action a step, got {tasks.observation_tokens} and "
             f"{tasks.action_tokens}"
         )
+    steps = integer("steps", steps, 0)
     tables = tasks.tables()
     agent = Agent(
         model,

@@ -42,6 +42,7 @@ from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import configured
 from icrl_kernels import gla, gla_step, layers
+from icrl_kernels.arguments import integer, integer_fields, number
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ class OmniRLConfig:
     write_rate: float = 0.3
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
     explorer_discount: float = 0.9
+
+    def __post_init__(self) -> None:
+        one = ("actions", "action_width", "state_width", "value_width", "action_hidden", "state_hidden", "pool_heads")
+        integer_fields(self, layers=0, **dict.fromkeys(one, 1))
+        if not 0 < number("write_rate", self.write_rate) < 1:
+            raise ValueError(f"write_rate: wanted a number in (0, 1), got {self.write_rate}")
+        for name in ("discounts", "explorer_discount"):
+            given = getattr(self, name)
+            for discount in given if isinstance(given, (tuple, list)) else (given,):
+                if not 0 <= number(name, discount) <= 1:
+                    raise ValueError(f"{name}: wanted numbers in [0, 1], got {discount}")
 
     @property
     def policies(self) -> int:
@@ -183,7 +195,7 @@ class OmniRL(nn.Module):
         """Whether it has been said that they are not today's."""
         d, width, G = c.action_width, c.state_width, c.policies
         self.discounts: Tensor
-        self.register_buffer("discounts", torch.empty(G), persistent=False)
+        self.register_buffer("discounts", torch.empty(G, dtype=torch.float32), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(7, width, 0.5, bias=True)
         self.write_rate = nn.Parameter(torch.empty(c.layers))
@@ -197,6 +209,7 @@ class OmniRL(nn.Module):
         self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.float()  # as its memories are, whatever torch's default dtype
 
     def reset_parameters(self) -> None:
         """Give first values to the parameters and buffers that are no submodule's."""
@@ -213,6 +226,7 @@ class OmniRL(nn.Module):
     def initial_state(self, batch: int, states: int) -> State:
         """An empty context for `batch` sequences of tasks with up to `states` observations, on the model's device."""
         c = self.config
+        batch, states = integer("batch", batch, 0), integer("states", states, 1)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -374,7 +388,8 @@ class OmniRL(nn.Module):
             raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted 'omnirl'")
         try:
             config = configured(OmniRLConfig, facts["config"], "config")
-            model = checkpoint.fitted(tensors, config.layers, lambda _: cls(config))
+            with torch.device("cpu"):
+                model = checkpoint.fitted(tensors, config.layers, lambda _: cls(config))
             model.labels = version_of(facts)
         except checkpoint.MALFORMED as e:
             raise ValueError(f"checkpoint: {path} does not fit its own configuration ({checkpoint.why(e)})") from e

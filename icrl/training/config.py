@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from icrl.reading import named, shown
+from icrl_kernels.arguments import MOST_THREADS, integer, integer_fields
 
 LONGEST_TEXT = 4096  # characters of a configuration's texts: names and paths
 
@@ -68,13 +69,12 @@ class LoopConfig:
     """Compile the model with torch.compile: on two CPU cores 10% faster after minutes of compiling."""
 
     def __post_init__(self) -> None:
-        for name in ("updates", "checkpoint_every", "evaluate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, updates=1, checkpoint_every=1, evaluate_every=1, log_every=1)
+        integer("threads", self.threads, 0, MOST_THREADS)
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
-        for name in ("muon_learning_rate", "weight_decay", "warmup", "decay", "threads"):
+        for name in ("muon_learning_rate", "weight_decay", "warmup", "decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
         if self.decay > 1:

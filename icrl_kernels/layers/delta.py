@@ -52,7 +52,9 @@ class _DeltaRule(ConvolvedMixer):
         allow_neg_eigval: bool,
     ) -> None:
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        at_least_one(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
+        hidden_size, head_dim, num_heads, num_v_heads = at_least_one(
+            hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads
+        )
         multiple("num_v_heads", num_v_heads, "num_heads", num_heads)
         if head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim: wanted at most {MAX_HEAD_DIM}, got {head_dim}")

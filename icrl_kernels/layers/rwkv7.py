@@ -142,13 +142,16 @@ class RWKV7(TokenMixer):
     ) -> None:
         super().__init__()
         value_dim = hidden_size if value_dim is None else value_dim
-        at_least_one(hidden_size=hidden_size, head_dim=head_dim, value_dim=value_dim, num_layers=num_layers)
+        hidden_size, head_dim, value_dim, num_layers = at_least_one(
+            hidden_size=hidden_size, head_dim=head_dim, value_dim=value_dim, num_layers=num_layers
+        )
         multiple("hidden_size", hidden_size, "head_dim", head_dim)
         H = hidden_size // head_dim
         multiple("value_dim", value_dim, "the number of heads", H)
         for name, size in (("head_dim", head_dim), ("value_dim", value_dim // H)):
             if size > MAX_HEAD_DIM:
                 raise ValueError(f"{name}: wanted at most {MAX_HEAD_DIM} channels per head, got {size}")
+        layer_idx = _checks.integer("layer_idx", layer_idx)
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"layer_idx: wanted 0 to num_layers - 1 = {num_layers - 1}, got {layer_idx}")
         self.hidden_size, self.value_dim, self.num_heads = hidden_size, value_dim, H
@@ -157,8 +160,7 @@ class RWKV7(TokenMixer):
 
         def rank(given: int | None, times: float, name: str) -> int:
             if given is not None:
-                at_least_one(**{name: given})
-                return given
+                return _checks.integer(name, given, 1)
             return max(32, 32 * round(times * hidden_size**0.5 / 32))
 
         factor, depth = head_dim / 64, layer_idx / max(1, num_layers - 1)

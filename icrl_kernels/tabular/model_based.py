@@ -58,8 +58,17 @@ def model_based_q(
             finite. On a GPU, where reading them would wait, the values of a record are NaN from its first step on whose
             state, action, done or next state is out of range, and rewards that are not finite spread.
     """
+    given = {"state": state, "action": action, "reward": reward, "done": done, "next_state": next_state}
+    for name, tensor in given.items():
+        if tensor is not None or name != "next_state":
+            _checks.dense(name, tensor)
+    _checks.backend(backend)
     return torch.ops.icrl.model_based_q(
-        state, action, reward, done, next_state, num_states, num_actions, bonus, discount, sweeps, backend
+        *given.values(),
+        *(_checks.integer(n, x, *_checks.INT64) for n, x in (("num_states", num_states), ("num_actions", num_actions))),
+        *(_checks.number(n, x) for n, x in (("bonus", bonus), ("discount", discount))),
+        _checks.integer("sweeps", sweeps, *_checks.INT64),
+        backend,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ def value_iteration(
 
     Args:
         transition: T, `[N, S, A, S]`, float32 or float64, or a PackedTransition. An all-zero row ends the episode
-            after its reward.
+            after its reward. Here and below a numpy array is taken for a tensor on the CPU; what is returned are tensors.
         reward: r̄, `[N, S, A]`, or R, `[N, S, A, S]` (read where T > 0 only); same dtype. With a PackedTransition R is
             `[M]`, laid out as its probabilities.
         discount: γ in [0, 1]: a float, or a tensor `[G]` (the same for every task) or `[N, G]`.
@@ -86,21 +85,40 @@ def value_iteration(
     """
     windows: list[Tensor] = []
     if isinstance(transition, PackedTransition):
-        transition, *windows = transition
-    for name, x in (("discount", discount), ("tol", tol)):
-        if not isinstance(x, (Real, Tensor)):
-            raise ValueError(f"{name}: wanted a number, got {x!r}")
-    single = not isinstance(discount, Tensor)
-    if not isinstance(discount, Tensor):
-        discount = torch.full((1,), float(discount), dtype=torch.float64, device=transition.device)
+        table, *windows = transition.check_shapes()
+    else:
+        table = transition
+    table, reward, discount, terminal, num_states = (
+        _checks.from_numpy(name, x)
+        for name, x in (
+            ("transition", table),
+            ("reward", reward),
+            ("discount", discount),
+            ("terminal", terminal),
+            ("num_states", num_states),
+        )
+    )
+    for name, x in (("transition", table), ("reward", reward)):
+        _checks.dense(name, x)
+    single = not isinstance(discount, Tensor) or not discount.dim()
+    if single:
+        gamma = _checks.number("discount", discount)
+        discount = torch.full((1,), gamma, dtype=torch.float64, device=table.device)
+    for name, x in (("discount", discount), ("terminal", terminal), ("num_states", num_states)):
+        if x is not None:
+            _checks.dense(name, x)
+    if not isinstance(method, str):
+        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    if backend is not None:
+        _checks.backend(backend)
     out = torch.ops.icrl.value_iteration(
-        transition,
+        table,
         reward,
         windows,
         discount,
         terminal,
         num_states,
-        float(tol),
+        _checks.number("tol", tol),
         method,
         "auto" if backend is None else backend,
     )
