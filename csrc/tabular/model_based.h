@@ -48,14 +48,24 @@ struct ModelBased {
   ICRL_HD static int64_t scratch_floats(int64_t S, int64_t A) { return (3 * S + 1) * padded_actions(A); }
 
   ICRL_HD void begin(float* scratch) {
+    begin(scratch, [](int64_t, int64_t) { return true; });
+  }
+
+  // `has(s, a)`: whether state s has action a. The others are worth -inf; a state that has none, which ends, has all.
+  template <class Has>
+  ICRL_HD void begin(float* scratch, Has has) {
     L = padded_actions(A);
     mean = scratch, inverse = mean + S * L, follow = inverse + S * L, row = follow + S * L;
     optimistic = beyond = width = 0;
-    for (int64_t s = 0; s < ns; ++s)
+    for (int64_t s = 0; s < ns; ++s) {
+      bool none = true;
+      for (int64_t a = 0; a < na; ++a) none &= !has(s, a);
       for (int64_t a = 0; a < L; ++a) {
-        mean[s * L + a] = -INFINITY, inverse[s * L + a] = a < na ? 0.f : 1.f, follow[s * L + a] = 0;
-        if (a < na && visits[s * A + a]) refresh(s, a);
+        const bool own = a < na && (none || has(s, a));
+        mean[s * L + a] = -INFINITY, inverse[s * L + a] = own ? 0.f : 1.f, follow[s * L + a] = 0;
+        if (own && visits[s * A + a]) refresh(s, a);
       }
+    }
   }
 
   ICRL_HD void refresh(int64_t s, int64_t a) {

@@ -158,14 +158,14 @@ def test_refusals(packed):
     bare[1, 4] = False
     terminal = torch.arange(8).expand(2, 8) == 7
     for more in ({}, {"terminal": terminal}, {"num_states": torch.tensor([8, 8])}):
-        with pytest.raises(ValueError, match="action_mask: wanted an action in .* state 4 of task 1"):
+        with pytest.raises(ValueError, match=r"^action_mask: wanted an action in .* state 4 of task 1"):
             value_iteration(*tables, 0.9, action_mask=bare, **more)
     for wrong in (mask[0], mask[:, :-1], mask.int(), mask.to("meta"), mask[..., :2], mask.tolist()):
-        with pytest.raises(ValueError, match="^action_mask"):
+        with pytest.raises(ValueError, match=r"^action_mask"):
             value_iteration(*tables, 0.9, action_mask=wrong)
     worse = t.clone()
     worse[1, 2, mask[1, 2].nonzero()[0]] *= 2
-    with pytest.raises(ValueError, match="^transition"):
+    with pytest.raises(ValueError, match=r"^transition"):
         value_iteration(pack_transition(worse) if packed else worse, (t * r).sum(-1), 0.9, action_mask=mask)
 
 
