@@ -18,6 +18,11 @@ def to_xenoverse(task: Any) -> dict[str, Any]:
     s_0 = np.flatnonzero(start)
     noise = task.noise_state[0, None, None, :ns] + task.noise_action[0, :ns, :na, None]
     terminal = task.terminal[0, :ns].cpu().numpy()
+    lacks = ~task.available_actions()[0, :ns, :na].all(-1).cpu().numpy() & ~terminal
+    if lacks.any():
+        raise ValueError(
+            f"action_mask: xenoverse's tasks have every action in every state, but state {lacks.argmax()} lacks one"
+        )
     ids = task.state_mapping[0, :ns].cpu().numpy()
     out = {
         "ns": O,
@@ -104,7 +109,7 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
     horizon = max_steps if max_steps is not None else getattr(spec, "max_episode_steps", None)
     if horizon is None:
         raise ValueError("max_steps: the environment has no TimeLimit, so give the horizon")
-    ns, na = len(table), len(table[0])
+    ns, na = len(table), 1 + max((a for row in table.values() for a in row), default=-1)
     start = np.asarray(getattr(env.unwrapped, "initial_state_distrib", np.zeros(ns)), dtype=np.float64)
     if not start.any():
         raise ValueError("env: env.unwrapped has no initial_state_distrib")
@@ -133,6 +138,8 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
     t[terminal_states], r[terminal_states] = 0, 0
     terminal = np.zeros(total, dtype=bool)
     terminal[terminal_states] = True
+    has = np.zeros((total, na), dtype=bool)
+    has[[e[0] for e in edges], [e[1] for e in edges]] = True
     return {
         "transition": t,
         "reward": r,
@@ -143,4 +150,5 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
         "max_steps": int(horizon),
         "state_mapping": np.arange(total),
         "num_observations": total,
+        "action_mask": None if has[~terminal].all() else has,
     }

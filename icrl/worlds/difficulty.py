@@ -55,10 +55,13 @@ def difficulty(tasks: TabularTasks, discount: float = 0.994) -> Difficulty:
 
 def _difficulty(tasks: TabularTasks, discount: float) -> Difficulty:
     states = tasks.state_mask()
-    lacking = ~tasks.action_mask()
-    share = (~lacking).double() / tasks.num_actions[:, None]
+    has = tasks.available_actions()
+    share = has.double() / has.sum(-1, keepdim=True).clamp_min(1)
     v = tasks.solve(discount).v
-    p = torch.einsum("nsap,na->nsp", tasks.dense_tables()[0].double(), share) * (1 - 1 / tasks.max_steps)[:, None, None]
+    p = (
+        torch.einsum("nsap,nsa->nsp", tasks.dense_tables()[0].double(), share)
+        * (1 - 1 / tasks.max_steps)[:, None, None]
+    )
     start = tasks.start.double()
     eye = torch.eye(p.shape[1], dtype=torch.float64, device=tasks.device)
     d = torch.linalg.solve(eye - p.mT, start).clamp(min=0)

@@ -28,7 +28,8 @@ class TabularEnv(gymnasium.Env[Any, Any]):
     actions the task's own, all of several action tokens taken in turn in one step. Spaces are Discrete, MultiDiscrete
     for several tokens. It terminates on entering a terminal state, is truncated after the task's max_steps otherwise,
     and is reproducible by `reset(seed=...)`. The info holds the inner `state` and, after a step, `mean_reward`, the
-    reward without its noise.
+    reward without its noise; where states lack actions also `action_mask`, as Gymnasium's Taxi has it: int8, 1 for each
+    action that the new state has. A step by one that it lacks is a ValueError.
 
     Args:
         task: a TabularTasks of one task, or the seed of an AnyMDP task with num_states states and num_actions actions.
@@ -73,6 +74,9 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         emission = self.task.emission
         self._emission = None if emission is None else emission[0].cumsum(-1, dtype=torch.float64).numpy()
         self._tokens = self.task.action_tokens
+        masked = self.task.action_mask is not None
+        has = self.task.available_actions()[0, :, : int(self.task.num_actions[0])].numpy()
+        self._has = has.astype(np.int8) if masked else None
         self._terminal, self._horizon = self.task.terminal[0].numpy(), int(self.task.max_steps[0])
 
     def _draw(self, cumulative: np.ndarray) -> int:
@@ -98,7 +102,10 @@ class TabularEnv(gymnasium.Env[Any, Any]):
                 )
         self._state, self._steps, self._last = self._draw(self._start), 0, None
         self._seen = self._ids[self._state] if self._emission is None else self._emit(self._state)
-        return self._seen, {"state": self._state}
+        return self._seen, {"state": self._state, **self._mask(self._state)}
+
+    def _mask(self, state: int) -> dict[str, Any]:
+        return {} if self._has is None else {"action_mask": self._has[state].copy()}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self._state is None:
@@ -116,10 +123,13 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         self._state = None if terminated or truncated else state
         self._shown = state
         self._seen = self._ids[state] if self._emission is None else self._emit(state)
-        return self._seen, reward, terminated, truncated, {"state": state, "mean_reward": mean}
+        info = {"state": state, "mean_reward": mean, **self._mask(state)}
+        return self._seen, reward, terminated, truncated, info
 
     def _act(self, state: int, action: int) -> tuple[int, float, float]:
         """The next state, the reward and its mean."""
+        if self._has is not None and not self._has[state, action]:
+            raise ValueError(f"action: state {state} does not have action {action}, see the info's action_mask")
         following = self._draw(self._cumulative[state, action])
         mean = self._reward.item(state, action, following)
         deviation = self._noise_state.item(following) + self._noise_action.item(state, action)
@@ -159,7 +169,8 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Each has its own stream: `reset(seed=k)` gives environment i the seed k + i, and its trajectory then depends on that
     seed and its actions alone. Rewards are float32. Infos hold the inner `state` [N]; with SAME_STEP, where episodes
     ended, `final_obs` and `_final_obs` (the mask), as Gymnasium has it. Observations are [N], or [N,K] for several
-    observation tokens, and actions [N] or [N,D], as `TabularEnv` has them.
+    observation tokens, and actions [N] or [N,D], as `TabularEnv` has them; so has the infos' `action_mask` [N,A], which is
+    there where states lack actions.
 
     Args:
         tasks: a batch of tasks. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its action) or
@@ -183,6 +194,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = spaces.MultiDiscrete(own if D == 1 else np.repeat(own[:, None], D, 1))
         self._same_step = mode == AutoresetMode.SAME_STEP
         self._tables = self.tasks.tables()
+        self._has = None if tasks.action_mask is None else self.tasks.available_actions()
         self._keys: torch.Tensor | None = None
         self._state: RolloutState | None = None
         self._asleep = torch.zeros(self.num_envs, dtype=torch.bool, device="cpu")
@@ -215,7 +227,14 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()
-        return self._observe(self._state.state), {"state": self._state.state.numpy().copy()}
+        state = self._state.state
+        return self._observe(state), {"state": state.numpy().copy(), **self._mask(state)}
+
+    def _mask(self, states: torch.Tensor) -> dict[str, Any]:
+        if self._has is None:
+            return {}
+        has = self._has[torch.arange(self.num_envs, dtype=torch.int64, device="cpu"), states]
+        return {"action_mask": has[:, : int(self.tasks.num_actions.max())].to(torch.int8).numpy()}
 
     def _observe(self, states: torch.Tensor, ended: torch.Tensor | None = None) -> np.ndarray:
         """What is seen in them; those `ended` have a step's number of their own, ~t where its simulator's was t."""
@@ -243,6 +262,15 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"actions: out of range, first in environment {i}: wanted 0 to {int(self.tasks.num_actions[i]) - 1}, "
                 f"got {int(actions[i, d])}"
             )
+        if self._has is not None:
+            each = torch.arange(self.num_envs, dtype=torch.int64, device="cpu")
+            lacks = ~self._has[each, self._state.state, actions[:, 0]] & ~self._asleep
+            if lacks.any():
+                i = int(lacks.nonzero()[0])
+                raise ValueError(
+                    f"actions: state {int(self._state.state[i])} of environment {i} does not have action "
+                    f"{int(actions[i, 0])}, see the info's action_mask"
+                )
         # the next episode of those asleep has begun already, within the step that ended the last one: it waits
         reward, done, moved = self._act(actions[:, 0], self._asleep)
         if actions.shape[1] > 1:
@@ -263,13 +291,16 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         else:
             shown, seen = moved, self._observe(moved, ended)
             self._asleep = ended
-        info["state"] = shown.numpy()
+        info |= {"state": shown.numpy(), **self._mask(shown)}
         return seen, reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
 
     def _act(self, actions: torch.Tensor, waits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reward, done and state of one action each; where it `waits`, 0, 0 and the state that it is in."""
         state, some_wait = self._state, bool(waits.any())
         assert state is not None
+        if some_wait and self._has is not None:  # what they do is undone, and must be an action that they have
+            each = torch.arange(self.num_envs, dtype=torch.int64, device="cpu")
+            actions = torch.where(waits, self._has[each, state.state].to(torch.int8).argmax(-1), actions)
         kept = [(t, t[waits]) for t in (state.step, state.state, state.elapsed)] if some_wait else []
         reward, done, moved = rollout_step(self._tables, state, actions.contiguous())
         moved = moved.long()
