@@ -218,14 +218,14 @@ struct Record {
   // Ties go to the first of them from a random place on, round the circle. Actions that the state lacks score -inf.
   template <class F>
   ICRL_HD int64_t greedy(uint32_t x, F score) const {
-    const int64_t from = below(x, na);
+    const int64_t from = anything(x, s);
     int64_t best = from;
     float best_score = -INFINITY;
     for (int64_t i = 0, a = from; i < na; ++i, a = a + 1 == na ? 0 : a + 1) {
       const float v = score(a);
       if (v > best_score) best = a, best_score = v;
     }
-    return has(s, best) ? best : another(x, s);
+    return best;
   }
 
   ICRL_HD int64_t act_q(uint32_t x) const {

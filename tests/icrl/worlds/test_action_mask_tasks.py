@@ -14,6 +14,7 @@ from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.distill import DPDConfig, make_records
 from icrl.omnirl.model import OmniRL, OmniRLConfig
+from icrl.omnirl.training import OmniRLTraining, targets_of
 from icrl.worlds import TabularEnv, TabularTasks, TabularVectorEnv, quality, sample_anymdp, sample_garnet
 from icrl.worlds.difficulty import difficulty
 from icrl_kernels import rollout, value_iteration
@@ -229,3 +230,6 @@ def test_records(tasks):
     there = tasks.action_mask[torch.arange(N)[:, None], state]
     assert there.gather(2, records.action[..., None]).all()
     assert torch.equal(records.q == -torch.inf, ~there[:, :, None].expand_as(records.q))
+    wanted = targets_of(records, OmniRLTraining(model=OmniRLConfig(actions=A), data=config)).policy
+    assert (wanted.sum(2) - 1).abs().max() < 1e-6
+    assert (wanted[~there] == 0).all()  # no policy is to imitate what is missing, the explorer neither

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_value_iteration import banded, garnet
 
-from icrl_kernels import PackedTransition, pack_transition, value_iteration
+from icrl_kernels import PackedTransition, model_based_q, pack_transition, value_iteration
+from icrl_kernels.testing import error
 
 GAMMAS = torch.tensor([0.0, 0.6, 0.97], dtype=torch.float64)
 
@@ -198,3 +199,58 @@ def test_the_best_of_all_policies():
         p, earned = t[0, range(4), policy], mean[range(4), policy]
         values.append(torch.linalg.solve(torch.eye(4, dtype=torch.float64) - gamma * p, earned))
     torch.testing.assert_close(got.v[0, 0], torch.stack(values).amax(0), rtol=0, atol=1e-12)
+
+
+def history(mask, T=70, seed=0):
+    """A history of actions that the states have."""
+    R, S, _ = mask.shape
+    g = torch.Generator().manual_seed(seed)
+    state = torch.randint(S, (R, T), generator=g)
+    action = torch.multinomial(mask[torch.arange(R)[:, None], state].float().flatten(0, 1), 1, generator=g).view(R, T)
+    return state, action, torch.randn(R, T, generator=g), torch.randint(3, (R, T), generator=g)
+
+
+@pytest.mark.parametrize(("s", "a"), [(6, 3), (17, 9)])
+def test_model_based_q(s, a):
+    mask = random_mask(4, s, a)
+    h = history(mask)
+    given = (*h, s, a)
+    for more in ({}, {"next_state": h[0].flip(1), "sweeps": 3}):
+        runs = {x: model_based_q(*given, **more, backend=x, action_mask=mask) for x in ("cpu", "plain", "reference")}
+        assert torch.equal(runs["cpu"], runs["plain"])
+        missing = ~mask[torch.arange(4)[:, None], h[0]]
+        assert torch.equal(runs["cpu"] == -torch.inf, missing)
+        assert torch.equal(runs["reference"] == -torch.inf, missing)
+        q, want = (runs[x].masked_fill(missing, 0) for x in ("cpu", "reference"))
+        assert error(q, want) <= 64 * torch.finfo(torch.float32).eps * (1e-9 + want.norm())
+        assert not torch.allclose(q, model_based_q(*given, **more).masked_fill(missing, 0))
+        every = torch.ones_like(mask)
+        assert torch.equal(model_based_q(*given, **more, action_mask=every), model_based_q(*given, **more))
+
+
+def test_model_based_q_as_with_fewer_actions():
+    mask = (torch.arange(5) < 3).expand(4, 6, 5)
+    h = history(mask)
+    for backend in ("cpu", "plain", "reference"):
+        got = model_based_q(*h, 6, 5, action_mask=mask, backend=backend)
+        assert torch.equal(got[..., :3], model_based_q(*h, 6, 3, backend=backend))
+
+
+def test_model_based_q_refusals():
+    mask = random_mask(4, 6, 3)
+    state, action, *rest = history(mask)
+    for wrong in (mask[:1], mask.int(), mask[..., :2], mask.to("meta")):
+        with pytest.raises(ValueError, match=r"^action_mask"):
+            model_based_q(state, action, *rest, 6, 3, action_mask=wrong)
+    r, s, a = (~mask).nonzero()[0].tolist()
+    state[r, 9], action[r, 9] = s, a
+    with pytest.raises(
+        ValueError, match=rf"^action: in step 9 of record {r} it is {a}, which state {s} does not have$"
+    ):
+        model_based_q(state, action, *rest, 6, 3, action_mask=mask)
+    module = importlib.import_module("icrl_kernels.tabular.model_based")
+    for plain in (True, False):  # past the check, as on a GPU
+        q = module._host(plain)(None, state, action, *rest, None, 6, 3, 0.2, 0.9, 2, mask)
+        assert not q[r, :9].isnan().any()
+        assert q[r, 9:].isnan().all()
+        assert not q[torch.arange(4) != r].isnan().any()
