@@ -12,13 +12,17 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from icrl_kernels import _C
+from icrl_kernels import _C, _checks
 
 LIBRARY = torch.library.Library("icrl", "FRAGMENT")
+NOT_DENSE = [
+    f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor", "Quantized") for device in ("CPU", "CUDA")
+]
+NOT_DENSE.append("MkldnnCPU")  # torch's dispatch keys
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,19 @@ def define(
 
     LIBRARY.impl(name, lambda *args: run("cpu", *args), "CPU")
     LIBRARY.impl(name, lambda *args: run("cuda", *args), "CUDA")
+
+    def refuse(*args: Any) -> NoReturn:
+        for (kind, named), x in zip(declared, args, strict=False):  # those left to their defaults are not among them
+            argument = named.split("=")[0]
+            if kind.startswith("Tensor"):
+                many = isinstance(x, (list, tuple))
+                for i, tensor in enumerate(x if many else [x]):
+                    if tensor is not None:
+                        _checks.dense(f"{argument}[{i}]" if many else argument, tensor)
+        raise NotImplementedError(f"icrl::{name} serves CPU and CUDA tensors")
+
+    for kind in NOT_DENSE:
+        LIBRARY.impl(name, refuse, kind)
 
     def traced(*args: Any) -> Any:
         arguments = (*args[:place], *args[place + 1 :])

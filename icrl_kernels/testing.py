@@ -107,7 +107,7 @@ def gated_delta_rule_chunkwise_torch(
     total = b[:, :, -1:]
     queries, keys, inverse = q * b.exp(), k * b.exp(), (k * (-b).exp()).transpose(-1, -2)
     scores = (queries @ inverse).tril()
-    system = torch.eye(chunk, device=q.device) + (weight * (keys @ inverse)).tril(-1)
+    system = torch.eye(chunk, dtype=q.dtype, device=q.device) + (weight * (keys @ inverse)).tril(-1)
     solved = torch.linalg.solve_triangular(system, weight * torch.cat([v, keys], -1), upper=False, unitriangular=True)
     values, readers = solved.split([V, K], -1)  # u = values − readers @ state
     last = (k * (total - b).exp()).transpose(-1, -2)
@@ -191,7 +191,7 @@ def rwkv7_chunkwise_torch(
     of_r, of_a = scores.split(chunk, 2)
     of_r = of_r.unflatten(3, (2, chunk)).transpose(2, 3).tril().transpose(2, 3).flatten(3)
     with_k, with_b = of_a.split(chunk, 3)
-    system = torch.eye(chunk, device=r.device) - with_b.tril(-1)
+    system = torch.eye(chunk, dtype=r.dtype, device=r.device) - with_b.tril(-1)
     right = torch.cat([with_k.tril(-1) @ v, queries[:, :, chunk:]], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     values, readers = solved.split([V, K], -1)  # u = values + readers @ state

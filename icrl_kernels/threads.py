@@ -2,7 +2,7 @@
 
 import torch
 
-from icrl_kernels import _C
+from icrl_kernels import _C, _checks
 
 
 def set_threads_here(threads: int) -> None:
@@ -10,7 +10,6 @@ def set_threads_here(threads: int) -> None:
 
     Other threads keep theirs, unlike with torch.set_num_threads, which also sets MKL's for the whole process.
     """
-    if threads < 1:
-        raise ValueError(f"threads: wanted at least 1, got {threads}")
+    threads = _checks.integer("threads", threads, 1, _checks.MOST_THREADS)
     torch.get_num_threads()  # torch sets a new thread's number at its first use: let it, then overrule
     _C.set_team_size(threads)

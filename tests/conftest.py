@@ -45,3 +45,34 @@ def poison_empty(monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     torch.manual_seed(0)
+
+
+OTHER_DEFAULT = os.environ.get("ICRL_TEST_DEFAULT_DTYPE")
+FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+
+
+@pytest.fixture(autouse=True)
+def other_default_dtype(monkeypatch, poison_empty):
+    """With ICRL_TEST_DEFAULT_DTYPE=float64 that is torch's default dtype, for all but what a test file makes by itself."""
+    if OTHER_DEFAULT is None:
+        yield
+        return
+    other, tests = getattr(torch, OTHER_DEFAULT), str(Path(__file__).parent)
+
+    def of_tests(make):
+        def call(*args, **kwargs):
+            if not sys._getframe(1).f_code.co_filename.startswith(tests):
+                return make(*args, **kwargs)
+            torch.set_default_dtype(torch.float32)
+            try:
+                return make(*args, **kwargs)
+            finally:
+                torch.set_default_dtype(other)
+
+        return call
+
+    for name in FACTORIES:
+        monkeypatch.setattr(torch, name, of_tests(getattr(torch, name)))
+    torch.set_default_dtype(other)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -21,7 +21,12 @@ ROOMS = (
     {"data", "training"},
     {"files", "plots", "extras"},
 )
-LEAVES = {"_registry", "_checks", "_torch_private"}  # of icrl_kernels: they import one another and `_C` alone
+LEAVES = {
+    "_registry",
+    "_checks",
+    "_torch_private",
+    "arguments",
+}  # of icrl_kernels: they import one another and `_C` alone
 TORCH_PRIVATE = "icrl_kernels._torch_private"
 NAMED_TUPLE = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}  # public, for all their underscore
 

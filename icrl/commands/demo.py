@@ -68,11 +68,10 @@ def run_classic(model: OmniRL, task: ClassicTask, contexts: int, steps: int, see
     rewards = torch.zeros(contexts, steps, dtype=torch.float32, device="cpu")
     dones = torch.zeros(contexts, steps, dtype=torch.int64, device="cpu")
     for t in range(steps):
-        action = agent.act(torch.as_tensor(observation, device="cpu").long())
+        action = agent.act(torch.as_tensor(observation, dtype=torch.int64, device="cpu"))
         observation, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         rewards[:, t] = task.shaped(reward, terminated)
-        ends = torch.as_tensor(terminated, device="cpu"), torch.as_tensor(truncated & ~terminated, device="cpu")
-        dones[:, t] = ends[0].long() + 2 * ends[1].long()
+        dones[:, t] = torch.as_tensor(terminated + 2 * (truncated & ~terminated), dtype=torch.int64, device="cpu")
         agent.observe(rewards[:, t], dones[:, t])
     envs.close()
     return Context(rewards, dones)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from icrl_kernels import set_threads_here
+from icrl_kernels.arguments import MOST_THREADS, integer
 
 T = TypeVar("T")
 
@@ -27,9 +28,8 @@ class Stream(Iterator[T], Generic[T]):
     """
 
     def __init__(self, seed: int, *, prefetch: int = 2, threads: int = 1, name: str = "stream") -> None:
-        if prefetch < 0 or threads < 1:
-            raise ValueError(f"prefetch, threads: wanted at least 0 and 1, got {prefetch}, {threads}")
-        self.seed, self.prefetch, self.threads, self.name = seed, prefetch, threads, name
+        self.seed, self.prefetch = integer("seed", seed), integer("prefetch", prefetch, 0)
+        self.threads, self.name = integer("threads", threads, 1, MOST_THREADS), name
         self._next = 0
         self._ready: queue.Queue[T | BaseException] | None = None
         self._close: weakref.finalize[..., Any] | None = None
@@ -40,7 +40,7 @@ class Stream(Iterator[T], Generic[T]):
 
     def batch(self, index: int) -> T:
         """Batch number `index`, whatever the stream has given so far."""
-        return self._maker()(index)
+        return self._maker()(integer("index", index, 0))
 
     def __next__(self) -> T:
         if self.prefetch == 0:

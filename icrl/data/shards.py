@@ -30,6 +30,7 @@ from icrl.data.seeds import hash_seed
 from icrl.extras import versions
 from icrl.files import checksum, sync, sync_folder, write_text
 from icrl_kernels import set_threads_here
+from icrl_kernels.arguments import MOST_THREADS, integer, integer_fields
 
 FORMAT, VERSION = "icrl.shards", 1
 INDEX, LOCK = "index.json", ".lock"
@@ -62,9 +63,7 @@ class DataSet:
     rows_per_shard: int
 
     def __post_init__(self) -> None:
-        for name in ("rows", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, rows=1, rows_per_shard=1)
 
     @property
     def num_shards(self) -> int:
@@ -374,8 +373,7 @@ def write_shards(
     Raises:
         ValueError: the folder holds something else, or another configuration's data (what differs is named).
     """
-    if workers < 1 or threads < 1:
-        raise ValueError(f"workers, threads: wanted at least 1, got {workers}, {threads}")
+    workers, threads = integer("workers", workers, 1, MOST_THREADS), integer("threads", threads, 1, MOST_THREADS)
     shards = range(dataset.num_shards) if shards is None else shards
     if not shards or not 0 <= min(shards) <= max(shards) < dataset.num_shards:
         got = f"{min(shards)} to {max(shards)}" if shards else f"none ({shards.start} to {shards.stop}, exclusive)"
@@ -535,6 +533,8 @@ def batch_rows(
     Every epoch goes through all rows in a new order drawn from the seed (or in theirs), `world` batches side by side; the
     last rows that do not fill one for every process are left out.
     """
+    numbers = {"rows": rows, "batch": batch, "index": index, "seed": seed, "rank": rank, "world": world}
+    rows, batch, index, seed, rank, world = (integer(name, value) for name, value in numbers.items())
     if not 0 <= rank < world:
         raise ValueError(f"rank, world: wanted 0 <= rank < world, got {rank}, {world}")
     if not 1 <= batch * world <= rows:

@@ -29,6 +29,7 @@ from icrl.offline.world_model import WorldModel, WorldModelConfig, WorldModelLea
 from icrl.training.config import LoopConfig, configured, merged
 from icrl.training.loop import train
 from icrl.training.process import machine, resolve
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class OfflineRun:
         if self.method not in titles():
             raise ValueError(f"method: wanted one of {', '.join(titles())}, got {self.method!r}")
         source_class(self.environment)
-        for name in ("world_batch", "judged_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, world_batch=1, judged_episodes=1)
 
     @property
     def training_of_world_model(self) -> LoopConfig:

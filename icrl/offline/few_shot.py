@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from icrl.offline.method import Method
 from icrl.offline.trajectories import Trajectories
+from icrl_kernels.arguments import integer
 
 
 @contextmanager
@@ -50,19 +51,18 @@ def few_shot(
     Raises:
         ValueError: `episodes` is less than 1, or `prompts` are of other tasks or lengths.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: wanted at least 1, got {episodes}")
+    episodes, seed = integer("episodes", episodes, 1), integer("seed", seed)
     N, horizon, device = environments.num_envs, method.config.horizon, method.device
     agent = method.eval().agent(N)
     space = environments.single_action_space
     bounds = None
     if isinstance(space, spaces.Box):
-        bounds = tuple(torch.as_tensor(x, device=device) for x in (space.low, space.high))
+        bounds = tuple(torch.from_numpy(x).to(device) for x in (space.low, space.high))
 
     def tensor(values: Any) -> Tensor:
-        return torch.as_tensor(np.array(values, np.float32), device=device)  # a copy: environments may reuse theirs
+        return torch.from_numpy(np.array(values, np.float32)).to(device)  # a copy: environments may reuse theirs
 
-    returns = torch.zeros(N, episodes, device="cpu")
+    returns = torch.zeros(N, episodes, device="cpu", dtype=torch.float32)
     if prompts is not None and (
         prompts.num_tasks != N or len(prompts.ends) != N or bool((prompts.lengths != horizon).any())
     ):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import Trunk, TrunkState
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class HistoryConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.episodes < 1:
-            raise ValueError(f"episodes: wanted at least 1, got {self.episodes}")
+        integer_fields(self, episodes=1)
 
 
 class History(NamedTuple):
@@ -88,7 +88,7 @@ class HistoryMethod(Method):
 
     def nothing(self, batch: int) -> Tensor:
         """What comes before an episode's first step, [B,A+2]."""
-        x = torch.zeros(batch, self.spaces.action_size + 2, device=self.device)
+        x = torch.zeros(batch, self.spaces.action_size + 2, device=self.device, dtype=torch.float32)
         x[:, -1] = 1.0
         return x
 
@@ -108,8 +108,8 @@ class HistoryAgent:
     """Acts at the end of its own history; when a context is full, it goes on with its newest episodes but one."""
 
     def __init__(self, method: HistoryMethod, batch: int) -> None:
-        self.method, self.batch = method, batch
-        self.episode = Episode()
+        self.method, self.episode = method, Episode(batch, method.spaces, begun=False)
+        self.batch = self.episode.batch
         self.past: list[tuple[Tensor, ...]] = []
         self.memory: TrunkState | None = None
         self.last = method.nothing(batch)
@@ -125,11 +125,12 @@ class HistoryAgent:
             if self.past:
                 s, a, r, _ = (torch.cat(x, 1) for x in zip(*self.past, strict=True))
                 _, self.memory = m.trunk(m.normal(s), m.previous(a, r))
-        self.episode, self.last = Episode(), m.nothing(self.batch)
+        self.episode, self.last = Episode(self.batch, self.method.spaces), m.nothing(self.batch)
 
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
+        self.episode.see(state)
         features, memory = m.trunk(m.normal(state)[:, None], self.last[:, None], self.memory)
         self.memory = memory
         return m.decide(features[:, 0], memory, state)

@@ -23,9 +23,9 @@ __all__ = ["METHODS", "OfflineLearner", "begin_from", "load_method", "make_metho
 
 
 def make_method(name: str, config: MethodConfig, spaces: Spaces, world_model: WorldModel | None = None) -> Method:
-    """A fresh method by its name, on the CPU. Raises ValueError for an unknown name, or a world model where none is used."""
+    """A fresh method by its name, on the CPU, in float32. Raises ValueError for an unknown name, or a world model where none is used."""
     with torch.device("cpu"):
-        return method_class(name).make(config, spaces, world_model)
+        return method_class(name).make(config, spaces, world_model).float()
 
 
 def save_method(method: Method, path: Path, **facts: Any) -> None:

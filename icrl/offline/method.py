@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkConfig
+from icrl_kernels.arguments import dense, integer, integer_fields
 
 if TYPE_CHECKING:
     from icrl.offline.world_model import WorldModel
@@ -50,9 +51,7 @@ class MethodConfig:
     batch: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, horizon=1, batch=1)
 
 
 class Agent(Protocol):
@@ -187,13 +186,50 @@ def head(width: int, outputs: int) -> Head:
 
 
 class Episode:
-    """The steps of the current episode, in every task."""
+    """The steps of the current episode, in every task.
 
-    def __init__(self) -> None:
+    What an agent is given goes through `see` and `add`, which raise ValueError, naming the argument, for another shape or
+    type, and RuntimeError for an outcome without an action or an action without an episode. Values are looked at on a CPU alone: a GPU's host would wait.
+    """
+
+    def __init__(self, batch: int, spaces: Spaces, begun: bool = True) -> None:
+        self.batch, self.spaces, self.begun, self.acts = integer("batch", batch, 1), spaces, begun, False
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, *step: Tensor) -> None:
-        self.steps.append(step)  # pyright: ignore[reportArgumentType]
+    def see(self, state: Tensor) -> None:
+        """The states in which the agent is about to act."""
+        if not self.begun:
+            raise RuntimeError("act: no episode has begun, call begin first")
+        self._check("state", state, self.spaces.state_size)
+        self.acts = True
+
+    def add(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
+        """What the last action brought."""
+        if not self.acts:
+            raise RuntimeError("observe: there is no action that brought this, call act first")
+        self._check("state", state, self.spaces.state_size)
+        self._check("reward", reward)
+        self._check("next_state", next_state, self.spaces.state_size)
+        if not self.spaces.num_actions:
+            self._check("action", action, self.spaces.action_size)
+        else:
+            dense("action", action)
+            if action.shape != (self.batch,) or action.dtype != torch.int64:
+                raise ValueError(
+                    f"action: wanted [{self.batch}] of torch.int64, got {list(action.shape)} of {action.dtype}"
+                )
+            if action.device.type == "cpu" and bool(((action < 0) | (action >= self.spaces.num_actions)).any()):
+                raise ValueError(f"action: wanted 0 to {self.spaces.num_actions - 1}, got {action.tolist()!s:.80}")
+        self.steps.append((state, action, reward, next_state))
+        self.acts = False
+
+    def _check(self, name: str, x: Tensor, *size: int) -> None:
+        dense(name, x)
+        if x.shape != (self.batch, *size) or x.dtype != torch.float32:
+            wanted = f"{[self.batch, *size]} of torch.float32"
+            raise ValueError(f"{name}: wanted {wanted}, got {list(x.shape)} of {x.dtype}")
+        if x.device.type == "cpu" and not bool(x.isfinite().all()):
+            raise ValueError(f"{name}: wanted finite numbers, got NaN or infinity")
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """states [B,h,S], actions [B,h,...], rewards [B,h], next_states [B,h,S]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import Trunk
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class PromptConfig(MethodConfig):
             raise ValueError(
                 f"layout: wanted 'branch' for the mixer {self.trunk.mixer!r}: its state forgets a first token"
             )
-        if self.queries < 1:
-            raise ValueError(f"queries: wanted at least 1, got {self.queries}")
+        integer_fields(self, queries=1)
         if not 0 <= self.balanced <= 1:
             raise ValueError(f"balanced: wanted a share in [0, 1], got {self.balanced}")
 
@@ -70,7 +70,7 @@ class PromptTrunk(nn.Module):
         x = self.embed_prompt(prompt)
         if self.config.layout == "branch":
             return self.trunk.remember(x, list(lengths))
-        return x, torch.tensor(lengths, device=x.device)
+        return x, torch.tensor(lengths, device=x.device, dtype=torch.int64)
 
     def read(self, queries: Tensor, memory: Any) -> Tensor:
         """Queries [B,m or 1,J,D] -> features [B,m,J,D] after each of the m lengths."""
@@ -99,7 +99,9 @@ class PromptMethod(Method):
         """A batch: tasks, an episode of each as the prompt, and transitions of the same tasks."""
         c = self.config
         tasks = data.draw_tasks(c.batch)
-        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(c.prompt_steps, device="cpu")
+        prompt = data.begins[data.draw_episodes(tasks)][:, None] + torch.tensor(
+            c.prompt_steps, device="cpu", dtype=torch.int64
+        )
         h, each = len(c.prompt_steps), 1
         lengths = list(range(h + 1))
         if c.layout == "branch":
@@ -132,8 +134,8 @@ class PromptAgent:
     """Acts with the episode before as its prompt; in the first one, with none."""
 
     def __init__(self, method: PromptMethod, batch: int) -> None:
-        self.method, self.batch = method, batch
-        self.episode = Episode()
+        self.method, self.episode = method, Episode(batch, method.spaces, begun=False)
+        self.batch = self.episode.batch
         self.memory: Any = None
 
     @torch.no_grad()
@@ -142,13 +144,14 @@ class PromptAgent:
         if self.episode.steps:
             prompt = m.prompt_of(*self.episode.stacked())
         else:
-            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device)
+            prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device, dtype=torch.float32)
         self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
-        self.episode = Episode()
+        self.episode = Episode(self.batch, self.method.spaces)
 
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
+        self.episode.see(state)
         features = m.trunk.read(m.trunk.embed_state(m.normal(state))[:, None, None], self.memory)
         return m.choose(m.policy(features[:, 0, 0]))
 

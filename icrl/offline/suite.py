@@ -23,11 +23,12 @@ from icrl.offline.method import MethodConfig
 from icrl.offline.presets import LIKE_PUBLISHED, PUBLISHED, titles
 from icrl.plots import few_shot_picture
 from icrl.training.config import changes, configured
+from icrl_kernels.arguments import integer
 
 
 def mean_sem(values: list[float]) -> tuple[float, float | None]:
     """Mean, and standard error of the mean: None for a single value's."""
-    x = torch.tensor(values, dtype=torch.float64)
+    x = torch.tensor(values, dtype=torch.float64, device="cpu")
     return float(x.mean()), float(x.std() / math.sqrt(len(x))) if len(x) > 1 else None
 
 
@@ -145,7 +146,7 @@ def collect(out: Path, run: OfflineRun, methods: list[str], seeds: int) -> dict[
         if not found:
             continue
         last = max(1, len(found[0]["returns"]) // 4)
-        curves = torch.tensor([f["returns"] for f in found], dtype=torch.float64)
+        curves = torch.tensor([f["returns"] for f in found], dtype=torch.float64, device="cpu")
         summary = {"title": titles()[method], "published": published.get(method), "seeds": len(found)}
         summary |= {"best": found[0]["best"], "best_of": found[0]["best_of"], "curve": curves.mean(0).tolist()}
         summary["curve_sem"] = (curves.std(0, correction=1) / math.sqrt(len(found))).tolist() if len(found) > 1 else []
@@ -207,9 +208,7 @@ def suite(
         raise ValueError(
             f"methods: wanted some of {', '.join(titles())}, each once, got {', '.join(methods) or 'none'}"
         )
-    for name, value in {"seeds": seeds, "episodes": episodes, "jobs": jobs}.items():
-        if value < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {value}")
+    seeds, episodes, jobs = integer("seeds", seeds, 1), integer("episodes", episodes, 1), integer("jobs", jobs, 1)
     run: OfflineRun = configured(OfflineRun, overrides, "config")
     if "method" in overrides or run.loop.seed:
         raise ValueError(

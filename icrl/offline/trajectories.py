@@ -173,7 +173,9 @@ class Trajectories:
         if bool((past - first < count).any()):
             raise ValueError(f"episodes: wanted {count} of each task, one has {int((past - first).min())}")
         index = torch.arange(int((past - first).max()), device="cpu")
-        chance = torch.rand(len(tasks), len(index), device="cpu").masked_fill(index >= (past - first)[:, None], 2.0)
+        chance = torch.rand(len(tasks), len(index), device="cpu", dtype=torch.float32).masked_fill(
+            index >= (past - first)[:, None], 2.0
+        )
         return first[:, None] + chance.argsort(1)[:, :count]
 
     def draw_steps(self, tasks: Tensor, each: int, balanced: float = 0.0) -> Tensor:
@@ -194,7 +196,7 @@ class Trajectories:
         low, high = self._rarity[first], self._rarity[past]
         at = low + (high - low) * torch.rand(len(tasks), each, dtype=torch.float64, device="cpu")
         by_state = torch.searchsorted(self._rarity[1:], at, right=True).clamp(first, past - 1)
-        return torch.where(torch.rand(len(tasks), each, device="cpu") < balanced, by_state, steps)
+        return torch.where(torch.rand(len(tasks), each, device="cpu", dtype=torch.float32) < balanced, by_state, steps)
 
     def check_length(self, name: str, length: int) -> None:
         """ValueError where an episode has fewer than `length` steps."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icrl_kernels import layers
+from icrl_kernels.arguments import integer_fields
 
 MIXERS = ("softmax", "gla", "gated_delta_net", "kda", "gsa", "linear", "rwkv7")
 
@@ -32,9 +33,7 @@ class TrunkConfig:
     """What mixes tokens: softmax attention, or one of icrl_kernels.layers."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, width=1, layers=1, heads=1)
         if self.mixer not in MIXERS:
             raise ValueError(f"mixer: wanted one of {', '.join(MIXERS)}, got {self.mixer!r}")
         if self.width % self.heads:
@@ -67,7 +66,10 @@ class Softmax(nn.Module):
 
     def remember(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         y, (k, v) = self(x)
-        seen = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+        seen = (
+            torch.arange(x.shape[1], device=x.device)
+            < torch.tensor(lengths, device=x.device, dtype=torch.int64)[:, None]
+        )
         return y, (k, v, seen)
 
     def read(self, x: Tensor, memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:

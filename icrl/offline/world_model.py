@@ -26,6 +26,7 @@ from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
 from icrl.training.process import autocast
+from icrl_kernels.arguments import integer, integer_fields
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,9 @@ class WorldModelConfig:
     """Transitions of the same task that each z must predict beside the one after its window; none as published."""
 
     def __post_init__(self) -> None:
-        for name in ("window", "size", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, window=1, size=1, hidden=1, others=0)
         if self.encoder not in ("gru", *MIXERS):
             raise ValueError(f"encoder: wanted 'gru' or one of {', '.join(MIXERS)}, got {self.encoder!r}")
-        if self.others < 0:
-            raise ValueError(f"others: wanted at least 0, got {self.others}")
 
 
 class WindowBatch(NamedTuple):
@@ -83,6 +80,7 @@ class WorldModel(nn.Module):
     ) -> None:
         super().__init__()
         c = self.config = config
+        state_size, action_size = integer("state_size", state_size, 1), integer("action_size", action_size, 1)
         self.environment, self.state_size, self.action_size = environment, state_size, action_size
         self.mean: Tensor
         self.std: Tensor
@@ -105,7 +103,7 @@ class WorldModel(nn.Module):
         """A fresh one for this data, on the CPU."""
         mean, std = (x.cpu() for x in data.moments())
         with torch.device("cpu"):
-            return cls(config, data.environment, data.state_size, data.action_size, mean, std)
+            return cls(config, data.environment, data.state_size, data.action_size, mean, std).float()
 
     def check(self, data: Trajectories) -> None:
         """ValueError where this world model is not of the data's environment."""
@@ -205,7 +203,7 @@ class WorldModel(nn.Module):
     def from_facts(cls, facts: dict[str, Any]) -> WorldModel:
         """Of what `facts` returned, with weights of its own, on the CPU."""
         with torch.device("cpu"):
-            return cls(**{**facts, "config": WorldModelConfig(**facts["config"])})
+            return cls(**{**facts, "config": WorldModelConfig(**facts["config"])}).float()
 
     def save(self, path: Path | str, **facts: object) -> None:
         checkpoint.save(path, self.state_dict(), {"model": "world_model", "made": self.facts(), **facts})
@@ -244,8 +242,7 @@ class WorldModelLearner:
         device: torch.device | str = "cpu",
         record: dict[str, Any] | None = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        batch = integer("batch", batch, 1)
         data.check_length("window", config.window)
         torch.manual_seed(loop.seed)
         self.model: WorldModel = WorldModel.of(config, data).to(device)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from icrl.omnirl.model import OmniRL, Output, State, Tokens
-from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
+from icrl.omnirl.tags import EXPLORER, START, TAGS, UNKNOWN
+from icrl_kernels.arguments import dense, integer, number
 
 
-class Temperature(NamedTuple):
-    """Of the sampling of actions: from `start` to `end`, linearly over the first `steps` steps of a context."""
+@dataclass(frozen=True)
+class Temperature:
+    """Of the sampling of actions: from `start` to `end`, linearly over the first `steps` steps of a context. 0 takes the best.
+
+    Raises ValueError for a temperature below 0 or not finite.
+    """
 
     start: float = 0.5
     end: float = 0.1
     steps: int = 300
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = number(name, getattr(self, name))
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: wanted a finite temperature of at least 0, got {value}")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "steps", integer("steps", self.steps, 0))
 
     def at(self, step: int) -> float:
         return self.start + (self.end - self.start) * min(1.0, step / max(1, self.steps))
@@ -35,6 +49,9 @@ class Agent:
             optimistic model-based learner, which explores.
         temperature: of sampling. seed: of sampling.
         num_actions: `[batch]` or int, where a task has fewer actions than the model; actions beyond wrap around.
+    Raises:
+        ValueError: naming the argument that is of another type, shape or range. Values of what `act` and `observe` are given
+            are looked at on a CPU alone: on a GPU the host would have to wait.
     """
 
     def __init__(
@@ -49,49 +66,71 @@ class Agent:
         num_actions: Tensor | int | None = None,
     ) -> None:
         c = model.config
-        if not 0 <= prompt < c.policies:
-            raise ValueError(f"prompt: wanted a tag in 0..{c.policies - 1}, got {prompt}")
+        self.batch, self.states = integer("batch", batch, 1), integer("states", states, 1)
         self.device = model.device
         self.run: Callable[[Tokens, State], tuple[Output, State]] = model.step
         """What runs the model; it changes the state in place. Replace it by `torch.compile(model.step)` for a faster one."""
-        self.prompt, self.temperature = prompt, temperature or Temperature()
-        if isinstance(num_actions, Tensor):
+        self.prompt = integer("prompt", prompt, 0, c.policies - 1)
+        self.temperature = Temperature() if temperature is None else temperature
+        if not isinstance(self.temperature, Temperature):
+            raise ValueError(f"temperature: wanted a Temperature, got {temperature!r}")
+        if isinstance(num_actions, Tensor) and num_actions.dim():
+            self._check("num_actions", num_actions)
             least, largest = int(num_actions.min()), int(num_actions.max())
             self.num_actions: Tensor | int = num_actions.to(self.device)
         else:
-            self.num_actions = least = largest = c.actions if num_actions is None else num_actions
+            self.num_actions = c.actions if num_actions is None else integer("num_actions", num_actions)
+            least = largest = self.num_actions
         if least < 1 or largest > c.actions:
             raise ValueError(f"num_actions: wanted 1 to {c.actions}, the model's, got {least} to {largest}")
-        self.generator = torch.Generator().manual_seed(seed)
-        self.state = model.initial_state(batch, states)
-        zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
+        self.state = model.initial_state(self.batch, self.states)
+        zeros = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         self.step = 0
         self._observation = zeros
+        self._action: Tensor | None = None
         self._previous = (zeros, zeros + c.actions, zeros.float(), zeros + START, zeros + UNKNOWN)
+
+    def _check(self, name: str, tensor: Tensor, of_integers: bool = True) -> None:
+        dense(name, tensor)
+        if tensor.shape != (self.batch,):
+            raise ValueError(f"{name}: wanted shape [{self.batch}], one a task, got {list(tensor.shape)}")
+        wrong = tensor.is_floating_point() or tensor.dtype == torch.bool if of_integers else False
+        if wrong or tensor.is_complex():
+            raise ValueError(f"{name}: wanted {'integers' if of_integers else 'real numbers'}, got {tensor.dtype}")
 
     @torch.no_grad()
     def act(self, observation: Tensor, action_mask: Tensor | None = None) -> Tensor:
-        """Observations `[batch]` int64, on any device -> actions of the tasks `[batch]` int64, on the model's.
+        """Observations `[batch]` of integers, on any device -> actions of the tasks `[batch]` int64, on the model's.
 
         With an `action_mask` `[batch, A]` bool, A at most the model's number of actions, they are among those that it marks:
         one at least for each task, and of the task's own.
         """
-        observation = observation.to(self.device)
+        self._check("observation", observation)
+        if observation.device.type == "cpu":
+            low, high = (int(x) for x in observation.aminmax())
+            if low < 0 or high >= self.states:
+                raise ValueError(f"observation: wanted 0 to {self.states - 1}, got {low} to {high}")
+        observation = observation.to(self.device, torch.int64)
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
         output, self.state = self.run(tokens, self.state)
         logits = output.readouts[-1].logits[:, 0, :, self.prompt]
         if action_mask is not None:
             logits = logits.masked_fill(~self._own(action_mask, logits), -torch.inf)
-        uniform = torch.rand(logits.shape, generator=self.generator, device="cpu").clamp_(1e-9, 1 - 1e-7)
+        uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32).clamp_(
+            1e-9, 1 - 1e-7
+        )
         noise = -torch.log(-torch.log(uniform)).to(self.device)
         self._observation = observation
-        self._action = (logits / self.temperature.at(self.step) + noise).argmax(-1)
+        # times the temperature, not logits by it: at 0 and next to it the best action is taken
+        self._action = (logits + self.temperature.at(self.step) * noise).argmax(-1)
         self.step += 1
         return self._action % self.num_actions
 
     def _own(self, action_mask: Tensor, logits: Tensor) -> Tensor:
         """The mask over all of the model's actions."""
         batch, actions = logits.shape
+        dense("action_mask", action_mask)
         if action_mask.dtype != torch.bool or action_mask.dim() != 2 or len(action_mask) != batch:
             raise ValueError(
                 f"action_mask: wanted [{batch}, A] of bool, got {list(action_mask.shape)} of {action_mask.dtype}"
@@ -107,12 +146,23 @@ class Agent:
         return torch.nn.functional.pad(own, (0, actions - own.shape[1]))
 
     def observe(self, reward: Tensor, done: Tensor, tag: int = UNKNOWN) -> None:
-        """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated), on any device."""
-        tags = torch.full_like(self._action, tag)
+        """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated), on any device.
+
+        Raises RuntimeError before the first action.
+        """
+        if self._action is None:
+            raise RuntimeError("observe: there is no action yet that brought this, call act first")
+        self._check("reward", reward, of_integers=False)
+        self._check("done", done, of_integers=False)
+        reward = reward.to(torch.float32)
+        if reward.device.type == "cpu" and not bool(reward.isfinite().all()):
+            raise ValueError("reward: wanted finite float32 numbers, got NaN or infinity")
+        if done.device.type == "cpu" and not bool(((done == 0) | (done == 1) | (done == 2)).all()):
+            raise ValueError(f"done: wanted 0, 1 or 2, got {done.tolist()!s:.80}")
         self._previous = (
             self._observation,
             self._action,
-            reward.to(self.device, torch.float32),
+            reward.to(self.device),
             done.to(self.device, torch.int64),
-            tags,
+            torch.full_like(self._action, integer("tag", tag, 0, TAGS - 1)),
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
 from icrl.worlds import TabularTasks
 from icrl_kernels import Behaviours, Rollout, rollout
+from icrl_kernels.arguments import integer, integer_fields, number
 from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
@@ -94,24 +95,28 @@ class DPDConfig:
     """Probability that the tag is unknown for an episode."""
 
     def __post_init__(self) -> None:
+        integer_fields(self, batch=1, steps=1, least_states=1, actions=1, garnet_branching=1)
         if len(self.references) != len(self.discounts):
             raise ValueError(f"references: wanted {len(self.discounts)} weights, one a discount, got {self.references}")
         if len(self.discounts) > TAG_MODEL_BASED:
             raise ValueError(f"discounts: tags leave room for {TAG_MODEL_BASED}, got {len(self.discounts)}")
-        for name in ("batch", "steps", "least_states", "actions", "garnet_branching"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if self.states < self.least_states:
             raise ValueError(f"states: wanted at least least_states={self.least_states}, got {self.states}")
         for name in ("tasks", "behaviours"):
-            _check_weights(name, list(getattr(self, name).values()))
-        _check_weights("references", list(self.references))
+            _check_weights(name, getattr(self, name))
+        for name in ("discounts", "references"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise ValueError(f"{name}: wanted a tuple of numbers, got {getattr(self, name)!r}")
+        _check_weights("references", dict(enumerate(self.references)))
+        for i, discount in enumerate(self.discounts):
+            if not 0 <= number(f"discounts[{i}]", discount) <= 1:
+                raise ValueError(f"discounts[{i}]: wanted a number in [0, 1], got {discount}")
         for name in ("reference_resample", "behaviour_resample", "mask_record", "mask_episode"):
             for each in (name, f"{name}_records"):
-                if not 0 <= getattr(self, each, 0) <= 1:
+                if not 0 <= number(each, getattr(self, each, 0)) <= 1:
                     raise ValueError(f"{each}: wanted a probability, got {getattr(self, each)}")
         if unknown := set(self.tasks) - {"anymdp", "garnet", "bandit"}:
-            raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(unknown))}")
+            raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(map(str, unknown)))}")
         for name in self.behaviours:
             _parse(name, len(self.discounts))
 
@@ -131,6 +136,7 @@ def sample_tasks(
     config: DPDConfig, n: int, seed: int, *, kind: str | None = None, num_states: int | None = None
 ) -> TabularTasks:
     """n new tasks of the configured kinds and sizes, or all of one kind, of one size; on the CPU."""
+    n = integer("n", n, 1)
     generator = torch.Generator().manual_seed(hash_seed(seed, 0))
     mixture = {kind: 1.0} if kind else dict(config.tasks)
     weights = torch.tensor(list(mixture.values()), dtype=torch.float64, device="cpu")
@@ -222,8 +228,12 @@ def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[
     generator = torch.Generator().manual_seed(hash_seed(seed, 2))
     weights = torch.tensor(config.references, dtype=torch.float32, device="cpu")
     drawn = torch.multinomial(weights, R * T, replacement=True, generator=generator).view(R, T)
-    resamples = torch.rand(R, 1, generator=generator, device="cpu") < config.reference_resample_records
-    changes = resamples & (torch.rand(R, T, generator=generator, device="cpu") < config.reference_resample)
+    resamples = (
+        torch.rand(R, 1, generator=generator, device="cpu", dtype=torch.float32) < config.reference_resample_records
+    )
+    changes = resamples & (
+        torch.rand(R, T, generator=generator, device="cpu", dtype=torch.float32) < config.reference_resample
+    )
     since = torch.where(changes, torch.arange(T, device="cpu"), 0).cummax(1).values
     prompt = drawn.gather(1, since).to(records.q.device)
     return prompt, records.q.argmax(3).gather(2, prompt[..., None])[..., 0]
@@ -275,17 +285,17 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
     parsed = [_parse(name, G) for name in config.behaviours]
     weights = torch.tensor(list(config.behaviours.values()), dtype=torch.float32, device="cpu")
     kind = torch.multinomial(weights, R, replacement=True, generator=generator)
-    first, noisy, last = (torch.tensor([p[i] for p in parsed], device="cpu") for i in range(3))
+    first, noisy, last = (torch.tensor([p[i] for p in parsed], device="cpu", dtype=torch.int64) for i in range(3))
     M = G + len(BUILTIN)
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(R, generator=generator, device="cpu") * (high - low) + low
+        return torch.rand(R, generator=generator, device="cpu", dtype=torch.float32) * (high - low) + low
 
     def exponential(mean: float) -> Tensor:
-        return torch.empty(R, device="cpu").exponential_(1 / mean, generator=generator)
+        return torch.empty(R, device="cpu", dtype=torch.float32).exponential_(1 / mean, generator=generator)
 
     # with `->` the successor for good; else any behaviour of the mixture
-    everyone = torch.zeros(M, device="cpu").index_add_(0, first, weights)
+    everyone = torch.zeros(M, device="cpu", dtype=torch.float32).index_add_(0, first, weights)
     hands_over = last[kind] >= 0
     later = torch.where(hands_over[:, None], torch.nn.functional.one_hot(last[kind].clamp_min(0), M).float(), everyone)
     resamples = (uniform(0, 1) < config.behaviour_resample_records) | hands_over
@@ -293,7 +303,7 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
     return Behaviours(
         initial=torch.nn.functional.one_hot(first[kind], M).float(),
         later=later,
-        switch=resamples * config.behaviour_resample,
+        switch=resamples.float() * config.behaviour_resample,
         epsilon=epsilon * noisy[kind],
         epsilon_decay=decay * ~stays,
         policy_scale=exponential(2.0),
@@ -304,14 +314,19 @@ def draw_behaviours(config: DPDConfig, num_records: int, generator: torch.Genera
     )
 
 
-def _check_weights(name: str, weights: list[float]) -> None:
-    if not weights or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise ValueError(f"{name}: wanted weights >= 0 that are not all 0, got {weights}")
+def _check_weights(name: str, weights: Any) -> None:
+    if not isinstance(weights, dict):
+        raise ValueError(f"{name}: wanted weights by name, got {weights!r:.80}")
+    given = [number(f"{name}[{key!r}]", weight) for key, weight in weights.items()]
+    if not given or not min(given) >= 0 or not 0 < sum(given) < float("inf"):
+        raise ValueError(f"{name}: wanted weights >= 0 that are finite and not all 0, got {given}")
 
 
 def _parse(behaviour: str, num_policies: int) -> tuple[int, bool, int]:
     """(index of the first, whether noisy, index of the successor or -1)."""
     names = [*(f"greedy{i}" for i in range(num_policies)), *BUILTIN]
+    if not isinstance(behaviour, str):
+        raise ValueError(f"behaviours: wanted names, got {behaviour!r}")
     name, arrow, successor = behaviour.partition("->")
     name, plus, noise = name.partition("+")
     if name not in names or (arrow and successor not in names) or (plus and noise != "noise"):
@@ -323,9 +338,9 @@ def _tags(config: DPDConfig, behaviour: Tensor, done: Tensor, generator: torch.G
     R, T = behaviour.shape
     device = behaviour.device
     known = [*range(len(config.discounts)), *(BUILTIN_TAGS[name] for name in BUILTIN)]
-    tags = torch.tensor(known, device=device)[behaviour.long()]
+    tags = torch.tensor(known, device=device, dtype=torch.int64)[behaviour.long()]
     episode = torch.nn.functional.pad((done != 0).long().cumsum(1)[:, :-1], (1, 0))
-    by_episode = torch.rand(R, T, generator=generator, device="cpu") < config.mask_episode
+    by_episode = torch.rand(R, T, generator=generator, device="cpu", dtype=torch.float32) < config.mask_episode
     masked = by_episode.to(device).gather(1, episode)
-    masked |= (torch.rand(R, 1, generator=generator, device="cpu") < config.mask_record).to(device)
+    masked |= (torch.rand(R, 1, generator=generator, device="cpu", dtype=torch.float32) < config.mask_record).to(device)
     return tags.masked_fill(masked, TAG_UNKNOWN)

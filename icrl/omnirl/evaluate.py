@@ -34,6 +34,7 @@ from icrl_kernels import (
     rollout_start,
     rollout_step,
 )
+from icrl_kernels.arguments import integer
 from icrl_kernels.tabular.packed import dense_blocks
 
 EPISODE_DISCOUNT = 0.994
@@ -216,6 +217,7 @@ def run_agent(
             f"tasks: the model reads one token and takes one action a step, got {tasks.observation_tokens} and "
             f"{tasks.action_tokens}"
         )
+    steps = integer("steps", steps, 0)
     tables = tasks.tables()
     agent = Agent(
         model,

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from icrl.omnirl.tags import START, TAGS
 from icrl.training import checkpoint
 from icrl_kernels import gla, gla_step
+from icrl_kernels.arguments import integer, integer_fields, number
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,17 @@ class OmniRLConfig:
     write_rate: float = 0.3
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
     explorer_discount: float = 0.9
+
+    def __post_init__(self) -> None:
+        one = ("actions", "action_width", "state_width", "value_width", "action_hidden", "state_hidden", "pool_heads")
+        integer_fields(self, layers=0, **dict.fromkeys(one, 1))
+        if not 0 < number("write_rate", self.write_rate) < 1:
+            raise ValueError(f"write_rate: wanted a number in (0, 1), got {self.write_rate}")
+        for name in ("discounts", "explorer_discount"):
+            given = getattr(self, name)
+            for discount in given if isinstance(given, (tuple, list)) else (given,):
+                if not 0 <= number(name, discount) <= 1:
+                    raise ValueError(f"{name}: wanted numbers in [0, 1], got {discount}")
 
     @property
     def policies(self) -> int:
@@ -171,7 +183,7 @@ class OmniRL(nn.Module):
         c = self.config = config or OmniRLConfig()
         d, width, G = c.action_width, c.state_width, c.policies
         self.discounts: Tensor
-        self.register_buffer("discounts", torch.tensor(c.policy_discounts), persistent=False)
+        self.register_buffer("discounts", torch.tensor(c.policy_discounts, dtype=torch.float32), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(7, width, 0.5, bias=True)
         rate = math.log(c.write_rate / (1 - c.write_rate))
@@ -185,6 +197,7 @@ class OmniRL(nn.Module):
         self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
         self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        self.float()  # as its memories are, whatever torch's default dtype
 
     @property
     def device(self) -> torch.device:
@@ -194,6 +207,7 @@ class OmniRL(nn.Module):
     def initial_state(self, batch: int, states: int) -> State:
         """An empty context for `batch` sequences of tasks with up to `states` observations, on the model's device."""
         c = self.config
+        batch, states = integer("batch", batch, 0), integer("states", states, 1)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -354,7 +368,8 @@ class OmniRL(nn.Module):
             raise ValueError(f"checkpoint: {path} holds a {facts.get('model')!r}, wanted 'omnirl'")
         try:
             config = dict(facts["config"])
-            model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
+            with torch.device("cpu"):
+                model = cls(OmniRLConfig(**{**config, "discounts": tuple(config["discounts"])}))
             model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"checkpoint: {path} does not fit its own configuration ({e})") from e

@@ -26,6 +26,7 @@ from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
 from icrl.training.config import LoopConfig, changes, configured
 from icrl.training.process import autocast, parallel, rank, resolve, world_size
 from icrl_kernels import model_based_q
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,14 @@ class OmniRLTraining:
     """Folder of records (`icrl distill`) to train from; empty: made on the fly."""
 
     def __post_init__(self) -> None:
+        one = ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_steps")
+        integer_fields(self, dagger_from=0, **dict.fromkeys(one, 1))
         if len(self.policy_weights) != self.model.policies:
             raise ValueError(f"policy_weights: wanted {self.model.policies} of them, got {self.policy_weights}")
         if self.model.discounts != self.data.discounts:
             raise ValueError(f"discounts: the model has {self.model.discounts}, the data {self.data.discounts}")
         if self.model.actions != self.data.actions:
             raise ValueError(f"actions: the model has {self.model.actions}, the data {self.data.actions}")
-        for name in ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if not 0 <= self.dagger < 1:
             raise ValueError(f"dagger: wanted a share in [0, 1), got {self.dagger}")
 
@@ -197,7 +197,8 @@ class OmniRLLearner:
         torch.manual_seed(loop.seed)
         self.training, self.loop, self.init = config, loop, init
         self.device = resolve(loop.device)
-        self.model: OmniRL = OmniRL(config.model)
+        with torch.device("cpu"):
+            self.model: OmniRL = OmniRL(config.model)
         if init is not None and fresh:
             self._begin_from(init)
         self.model.to(self.device)

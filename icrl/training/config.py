@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from icrl_kernels.arguments import MOST_THREADS, integer, integer_fields
+
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, objects within objects too."""
@@ -62,13 +64,12 @@ class LoopConfig:
     """Compile the model with torch.compile: on two CPU cores 10% faster after minutes of compiling."""
 
     def __post_init__(self) -> None:
-        for name in ("updates", "checkpoint_every", "evaluate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        integer_fields(self, updates=1, checkpoint_every=1, evaluate_every=1, log_every=1)
+        integer("threads", self.threads, 0, MOST_THREADS)
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted a positive number, got {getattr(self, name)}")
-        for name in ("muon_learning_rate", "weight_decay", "warmup", "decay", "threads"):
+        for name in ("muon_learning_rate", "weight_decay", "warmup", "decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
+
+from icrl_kernels.arguments import integer, number
 
 
 def to_xenoverse(task: Any) -> dict[str, Any]:
@@ -78,6 +81,10 @@ def from_xenoverse(task: dict[str, Any]) -> dict[str, Any]:
     by_state = (noise - by_action[..., None]).max((0, 1))
     if not np.allclose(by_state + by_action[..., None], noise, atol=1e-9):
         raise ValueError("reward_noise: is not of the form n(s') + n(s, a)")
+    horizon = np.ceil(number("max_steps", task["max_steps"]))  # xenoverse's is a float
+    if not 1 <= horizon < 2**62:
+        raise ValueError(f"max_steps: wanted a finite number of at least 1, got {task['max_steps']}")
+    horizon = int(horizon)
     fields = {
         "transition": np.where(terminal[:, None, None], 0.0, t),
         "reward": r,
@@ -85,37 +92,34 @@ def from_xenoverse(task: dict[str, Any]) -> dict[str, Any]:
         "noise_action": by_action,
         "start": start,
         "terminal": terminal,
-        "max_steps": int(np.ceil(task["max_steps"])),
+        "max_steps": horizon,
         "state_mapping": np.asarray(task["state_mapping"]),
-        "num_observations": int(task["ns"]),
+        "num_observations": integer("ns", task["ns"], 1),
     }
     if kind != "MDP":
         emission = np.asarray(task["observation_transition"], dtype=np.float64)
         emission = emission[None] if kind == "POMDP" else emission
-        shape = (int(task["do"]) if kind == "MTPOMDP" else 1, size, int(task["no"]))
+        ids = integer("no", task["no"], 1)
+        shape = (integer("do", task["do"], 1) if kind == "MTPOMDP" else 1, size, ids)
         if emission.shape != shape:
             raise ValueError(f"observation_transition: wanted shape {list(shape)}, got {list(emission.shape)}")
-        tokens = int(task["da"]) if kind == "MTPOMDP" else 1
-        fields |= {"emission": emission, "action_tokens": tokens, "num_observations": int(task["no"])}
+        tokens = integer("da", task["da"], 1) if kind == "MTPOMDP" else 1
+        fields |= {"emission": emission, "action_tokens": tokens, "num_observations": ids}
     return fields
 
 
 def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
-    """One task's fields from `env.unwrapped.P`."""
-    table = getattr(env.unwrapped, "P", None)
-    if not isinstance(table, dict):
-        raise ValueError(f"env: {env} has no transition table env.unwrapped.P")
+    """One task's fields from `env.unwrapped.P`; ValueError where that is no table, or not all that the environment does."""
+    _check_told(env)
     spec = getattr(env, "spec", None)
     horizon = max_steps if max_steps is not None else getattr(spec, "max_episode_steps", None)
     if horizon is None:
         raise ValueError("max_steps: the environment has no TimeLimit, so give the horizon")
-    ns, na = len(table), 1 + max((a for row in table.values() for a in row), default=-1)
-    start = np.asarray(getattr(env.unwrapped, "initial_state_distrib", np.zeros(ns)), dtype=np.float64)
-    if not start.any():
-        raise ValueError("env: env.unwrapped has no initial_state_distrib")
-    edges: list[tuple[int, int, float, int, float, bool]]
-    edges = [(s, a, *e) for s, row in table.items() for a, out in row.items() for e in out if e[0] > 0]
-    following: dict[int, set[int]] = {s: set() for s in table}
+    horizon = integer("max_steps", horizon, 1)
+    ns, na, edges = _outcomes(env.unwrapped.P)
+    start = _start(env, ns)
+    edges = [e for e in edges if e[2] > 0]
+    following: dict[int, set[int]] = {s: set() for s in range(ns)}
     for s, _, _, s2, _, done in edges:
         if not done:
             following[s].add(s2)
@@ -124,6 +128,8 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
     while frontier:  # rows that no episode reaches (those of ended states) say nothing about ends
         live |= frontier
         frontier = set().union(*(following[s] for s in frontier)) - live
+    for s in sorted(live - {e[0] for e in edges}):
+        raise ValueError(f"env: P[{s}] has no action with an outcome, and episodes come to state {s}")
     ends = {e[3] for e in edges if e[5] and e[0] in live}
     mixed = sorted(ends & live)
     own: dict[int, int] = {s: ns + k for k, s in enumerate(mixed)}
@@ -147,8 +153,89 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
         "noise_action": np.zeros((total, na)),
         "start": np.pad(start, (0, total - ns)) / start.sum(),
         "terminal": terminal,
-        "max_steps": int(horizon),
+        "max_steps": horizon,
         "state_mapping": np.arange(total),
         "num_observations": total,
         "action_mask": None if has[~terminal].all() else has,
     }
+
+
+Edge = tuple[
+    int, int, float, int, float, bool
+]  # state, action, probability, next state, reward, whether the episode ends
+
+
+def _check_told(env: Any) -> None:
+    """ValueError where the environment has no table, or does what its table does not hold."""
+    own = getattr(env, "unwrapped", None)
+    if not isinstance(getattr(own, "P", None), dict):
+        raise ValueError(f"env: {env} has no transition table env.unwrapped.P")
+    if getattr(own, "fickle_passenger", False) and getattr(own, "fickle_probability", 1) > 0:
+        raise ValueError(
+            f"env: {env} has fickle_passenger=True, whose changes of mind are not in the table env.unwrapped.P"
+        )
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, CHANGES):
+            raise ValueError(
+                f"env: {type(env).__name__} changes what the table env.unwrapped.P holds; give the environment without it"
+            )
+        env = env.env
+
+
+CHANGES = (
+    gymnasium.ActionWrapper,
+    gymnasium.ObservationWrapper,
+    gymnasium.RewardWrapper,
+    gymnasium.wrappers.FrameStackObservation,
+    gymnasium.wrappers.NormalizeReward,
+)
+
+
+def _outcomes(table: Any) -> tuple[int, int, list[Edge]]:
+    """The numbers of states and of actions, and every outcome in a table {state: {action: [(probability, next state, reward,
+    ended)]}}, where a state may lack actions; ValueError naming the entry that is not so, or whose probabilities do not sum
+    to 1."""
+    ns = len(table)
+    if not ns or table.keys() != set(range(ns)):
+        raise ValueError(f"env: P: wanted the states 0 to {ns - 1} as keys, got {list(table)!s:.80}")
+    for s in range(ns):
+        if not isinstance(table[s], dict):
+            raise ValueError(f"env: P[{s}]: wanted a dict of actions, got {table[s]!r:.80}")
+    actions = set().union(*table.values())
+    na = len(actions)
+    if not na or actions != set(range(na)):
+        raise ValueError(
+            f"env: P: wanted the actions 0 to {max(na, 1) - 1}, each in a state, got {list(actions)!s:.80}"
+        )
+    edges: list[Edge] = []
+    for s in range(ns):
+        for a in table[s]:
+            place, total = f"env: P[{s}][{a}]", 0.0
+            if not isinstance(table[s][a], (list, tuple)):
+                raise ValueError(f"{place}: wanted a list of outcomes, got {table[s][a]!r:.80}")
+            for outcome in table[s][a]:
+                if not isinstance(outcome, (list, tuple)) or len(outcome) != 4:
+                    raise ValueError(f"{place}: wanted (probability, next state, reward, ended), got {outcome!r:.80}")
+                p, r = (number(place, x) for x in (outcome[0], outcome[2]))
+                if not 0 <= p <= 1 + TOLERANCE or not np.isfinite(r):
+                    raise ValueError(f"{place}: wanted a probability and a finite reward, got {p} and {r}")
+                if not isinstance(outcome[3], (bool, np.bool_)):
+                    raise ValueError(f"{place}: wanted True or False for ended, got {outcome[3]!r:.80}")
+                total += p
+                edges.append((s, a, p, integer(place, outcome[1], 0, ns - 1), r, bool(outcome[3])))
+            if table[s][a] and abs(total - 1) > TOLERANCE:
+                raise ValueError(f"{place}: wanted probabilities that sum to 1, got {total:g}")
+    return ns, na, edges
+
+
+TOLERANCE = 1e-4  # of a row's sum, as of a batch's
+
+
+def _start(env: Any, ns: int) -> np.ndarray:
+    try:
+        start = np.asarray(getattr(env.unwrapped, "initial_state_distrib", None), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("env: wanted numbers in env.unwrapped.initial_state_distrib") from error
+    if start.shape != (ns,) or not (start >= 0).all() or abs(start.sum() - 1) > TOLERANCE:
+        raise ValueError(f"env: wanted the probabilities of {ns} states in env.unwrapped.initial_state_distrib")
+    return start

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icrl.worlds.samplers import sample_anymdp, sample_garnet
 from icrl.worlds.tasks import TabularTasks
+from icrl_kernels.arguments import integer
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 NAMES = {"anymdp": "AnyMDP", "garnet": "Garnet"}
@@ -60,7 +61,7 @@ def _difficulty(tasks: TabularTasks, discount: float) -> Difficulty:
     v = tasks.solve(discount).v
     p = (
         torch.einsum("nsap,nsa->nsp", tasks.dense_tables()[0].double(), share)
-        * (1 - 1 / tasks.max_steps)[:, None, None]
+        * (1 - 1 / tasks.max_steps.double())[:, None, None]
     )
     start = tasks.start.double()
     eye = torch.eye(p.shape[1], dtype=torch.float64, device=tasks.device)
@@ -87,8 +88,7 @@ def _reached(p: Tensor, start: Tensor) -> Tensor:
 def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching: int, seed: int) -> dict[str, Any]:
     """Numbers of AnyMDP beside Garnet at each size: slopes, and quantiles of visits by rank of value."""
     for name, least, given in (("num_tasks", 2, num_tasks), ("num_states", 8, min(sizes, default=0))):
-        if given < least:
-            raise ValueError(f"{name}: wanted at least {least}, got {given}")
+        integer(name, given, least)
     rows = []
     for size in sizes:
         families = {
@@ -102,8 +102,10 @@ def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching:
             row["decades_from_least_to_most_valued"] = _quantiles(slopes)
             row["decades_by_scaled_value"] = _quantiles(by_value)
             row["tasks_where_visits_fall"] = float((slopes < 0).double().mean())
-            row["rank"] = torch.linspace(0, 1, 17).tolist()
-            row["log10_visits"] = [_quantiles(x) for x in _at(d, torch.linspace(0, 1, 17, dtype=torch.float64)).T]
+            row["rank"] = torch.linspace(0, 1, 17, dtype=torch.float32, device="cpu").tolist()
+            row["log10_visits"] = [
+                _quantiles(x) for x in _at(d, torch.linspace(0, 1, 17, dtype=torch.float64, device="cpu")).T
+            ]
             rows.append(row)
     return {"actions": num_actions, "branching": branching, "seed": seed, "quantiles": list(QUANTILES), "rows": rows}
 

@@ -41,7 +41,7 @@ def draw_task(
     gamma = 2.0 ** (-1.0 / ns) if discount is None else discount
     best = task.solve(float(gamma))
     value, policy = best.v[0, :ns].numpy(), best.policy[0, :ns]
-    every = torch.arange(ns)
+    every = torch.arange(ns, device="cpu")
     transition, reward = task.dense_tables()
     p = transition[0, every, policy, :ns].double().numpy()
     r = reward[0, every, policy, :ns].double().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -14,11 +15,25 @@ from gymnasium.vector.utils import batch_space
 from icrl.worlds.samplers import Sizes, sample_anymdp
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import RolloutState, rollout_start, rollout_step
+from icrl_kernels.arguments import integer
 from icrl_kernels.tabular import counter_rng
 
 
 def _space(size: int, tokens: int) -> spaces.Discrete | spaces.MultiDiscrete:
     return spaces.Discrete(size) if tokens == 1 else spaces.MultiDiscrete([size] * tokens)
+
+
+def _integers(name: str, given: Any) -> torch.Tensor:
+    """Actions, an array, a tensor or a list of integers, as int64 on the CPU."""
+    if isinstance(given, torch.Tensor):
+        given = given.numpy(force=True)
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:  # of a list whose parts are of unlike lengths, say
+        raise ValueError(f"{name}: wanted integers, got {given!r:.80}") from error
+    if array.dtype.kind not in "iu" or array.dtype == np.uint64:
+        raise ValueError(f"{name}: wanted integers, got {array.dtype}")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 class TabularEnv(gymnasium.Env[Any, Any]):
@@ -62,7 +77,7 @@ class TabularEnv(gymnasium.Env[Any, Any]):
 
     def _set_task(self, task: TabularTasks | int) -> None:
         if not isinstance(task, TabularTasks):
-            task = sample_anymdp(1, *self._sampled, seed=int(task))
+            task = sample_anymdp(1, *self._sampled, seed=integer("task", task))
         if len(task) != 1:
             raise ValueError(f"task: wanted one task, got {len(task)}")
         self.task = task.validate().to("cpu")
@@ -89,7 +104,7 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         return tokens if len(tokens) > 1 else tokens[0]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         if options and (unknown := set(options) - {"task"}):
             raise ValueError(f"options: wanted 'task' only, got {sorted(unknown)}")
         if options and "task" in options:
@@ -111,9 +126,8 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         if self._state is None:
             raise RuntimeError("step: the episode has ended or not begun, call reset first")
         if self._tokens == 1:
-            if not 0 <= action < self._reward.shape[1] or action != int(action):
-                raise ValueError(f"action: wanted 0 to {self._reward.shape[1] - 1}, got {action}")
-            state, reward, mean = self._act(self._state, int(action))
+            action = integer("action", action, 0, self._reward.shape[1] - 1)
+            state, reward, mean = self._act(self._state, action)
             terminated = self._terminal.item(state)
         else:
             state, reward, mean, terminated = self._act_in_turn(self._state, action)
@@ -137,12 +151,12 @@ class TabularEnv(gymnasium.Env[Any, Any]):
 
     def _act_in_turn(self, state: int, actions: Any) -> tuple[int, float, float, bool]:
         """The same after several actions, summed; and whether one of them ended the episode."""
-        taken, na = np.atleast_1d(actions).tolist(), self._reward.shape[1]
-        if len(taken) != self._tokens or not all(0 <= a < na and a == int(a) for a in taken):
+        taken, na = _integers("action", actions).tolist(), self._reward.shape[1]
+        if not isinstance(taken, list) or len(taken) != self._tokens or not all(a in range(na) for a in taken):
             raise ValueError(f"action: wanted {self._tokens} of 0 to {na - 1}, got {actions}")
         total, total_mean = 0.0, 0.0
         for a in taken:
-            state, reward, mean = self._act(state, int(a))
+            state, reward, mean = self._act(state, a)
             total, total_mean = total + reward, total_mean + mean
             if self._terminal[state]:
                 return state, total, total_mean, True
@@ -212,18 +226,20 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError(f"options: wanted none, got {sorted(options)}")
         if seed is None:
             seeds: list[int | None] = [None] * self.num_envs
-        elif isinstance(seed, (int, np.integer)):
-            seeds = [int(seed) + i for i in range(self.num_envs)]
+        elif isinstance(seed, (Sequence, np.ndarray, torch.Tensor)) and np.ndim(seed):
+            seeds = [None if s is None else integer("seed", s) for s in seed]
         else:
-            seeds = list(seed)
+            seeds = [integer("seed", seed) + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed: wanted one for each of {self.num_envs} environments, got {len(seeds)}")
         if self._keys is None:
             fresh = np.random.SeedSequence().generate_state(self.num_envs, np.uint64)
             self._keys = torch.from_numpy(fresh.view(np.int64))
         following = counter_rng.mix(self._keys + counter_rng.GOLDEN)
-        given = torch.tensor([s is not None for s in seeds], device="cpu")
-        wanted = counter_rng.keys_of(0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds], device="cpu"))
+        given = torch.tensor([s is not None for s in seeds], device="cpu", dtype=torch.bool)
+        wanted = counter_rng.keys_of(
+            0, torch.tensor([counter_rng.wrap(s or 0) for s in seeds], device="cpu", dtype=torch.int64)
+        )
         self._keys = torch.where(given, wanted, following)
         self._state = rollout_start(self._tables, seed=self._keys, record=torch.zeros_like(self._keys))
         self._asleep.zero_()
@@ -249,10 +265,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("step: call reset first")
-        actions = torch.as_tensor(actions, device="cpu")
-        if actions.is_floating_point():
-            raise ValueError(f"actions: wanted integers, got {actions.dtype}")
-        actions = actions.long()
+        actions = _integers("actions", actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions: wanted shape {list(self.action_space.shape or ())}, got {list(actions.shape)}")
         actions = actions.view(self.num_envs, -1)
@@ -320,8 +333,9 @@ def make_anymdp_vec(
     autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
 ) -> TabularVectorEnv:
     """What `gym.make_vec("icrl/AnyMDP-v0", num_envs)` makes: tasks of the seed `task`, or the batch given."""
+    num_envs = integer("num_envs", num_envs, 1)
     if not isinstance(task, TabularTasks):
-        task = sample_anymdp(num_envs, num_states, num_actions, seed=int(task))
+        task = sample_anymdp(num_envs, num_states, num_actions, seed=integer("task", task))
     if len(task) != num_envs:
         raise ValueError(f"task: wanted {num_envs} tasks, got {len(task)}")
     return TabularVectorEnv(task, autoreset_mode)

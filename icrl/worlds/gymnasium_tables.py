@@ -25,7 +25,7 @@ def _frozen_lake(reward: Tensor, end: Tensor) -> Tensor:
 
 def _cliff_walking(reward: Tensor, end: Tensor) -> Tensor:
     """The goal pays 1, a fall costs 1 (and leads back to the start), any other step .03."""
-    return torch.where(end, 1.0, torch.where(reward < -50, -1.0, -0.03))
+    return torch.where(reward < -50, -1.0, torch.full_like(reward, -0.03)).masked_fill(end, 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ClassicTask:
 
     def shaped(self, reward: np.ndarray, terminated: np.ndarray) -> Tensor:
         given = torch.as_tensor(reward, dtype=torch.float32, device="cpu")
-        return self.shape(given, torch.as_tensor(terminated, device="cpu"))
+        return self.shape(given, torch.as_tensor(terminated, dtype=torch.bool, device="cpu"))
 
     def table(self) -> TabularTasks:
         """The environment as one tabular task, its reward shaped."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tasks import TabularTasks
+from icrl_kernels.arguments import integer
 
 
 def draw_tasks(
@@ -18,8 +19,7 @@ def draw_tasks(
     **tokens: int,
 ) -> TabularTasks:
     """Fresh tasks of a kind: "anymdp", "garnet", "bandit" or "pomdp", whose `tokens` are as `sample_pomdp` has them."""
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks: wanted at least 1, got {num_tasks}")
+    num_tasks = integer("num_tasks", num_tasks, 1)
     if kind == "anymdp":
         return sample_anymdp(num_tasks, num_states, num_actions, seed=seed, progress=progress)
     if kind == "garnet":

@@ -15,6 +15,7 @@ from torch import Tensor
 from icrl.worlds.samplers import Sizes, sample_anymdp
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import Rollout
+from icrl_kernels.arguments import integer, number
 from icrl_kernels.tabular import counter_rng
 from icrl_kernels.tabular import packed as packed_tables
 
@@ -45,14 +46,11 @@ def sample_pomdp(
         num_observations, observation_tokens, action_tokens: at least 1. density: in (0, 1]. most: > 0, how many ids a
             state has on average at most. options: of `sample_anymdp`, as are the other arguments.
     """
-    for name, value in (
-        ("num_observations", num_observations),
-        ("observation_tokens", observation_tokens),
-        ("action_tokens", action_tokens),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {value}")
-    if not 0 < density <= 1 or not most > 0:
+    n, first = integer("n", n, 0), integer("first", first, 0)
+    num_observations = integer("num_observations", num_observations, 1)
+    observation_tokens = integer("observation_tokens", observation_tokens, 1)
+    action_tokens = integer("action_tokens", action_tokens, 1)
+    if not 0 < number("density", density) <= 1 or not number("most", most) > 0:
         raise ValueError(f"density, most: wanted (0, 1] and > 0, got {density}, {most}")
     if "num_observations" not in options and isinstance(num_states, tuple):
         options["num_observations"] = num_states[1]  # of the states' ids, which must not depend on the batch
@@ -113,8 +111,7 @@ def regroup(run: Rollout, action_tokens: int, elapsed: Tensor | None = None) -> 
         the steps; their observations are `tasks.emit(steps.state, seed=, record=, step=steps.step)` (plus the step at
         which the simulation began).
     """
-    if action_tokens < 1:
-        raise ValueError(f"action_tokens: wanted at least 1, got {action_tokens}")
+    action_tokens = integer("action_tokens", action_tokens, 1)
     ended = run.done != 0
     if ended.dim() != 2:
         raise ValueError(f"run: wanted tensors [R, T], got {list(ended.shape)}")

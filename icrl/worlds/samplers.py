@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import PackedTransition
+from icrl_kernels.arguments import integer, number
 from icrl_kernels.tabular import anymdp_reference
 from icrl_kernels.tabular.anymdp import sample_anymdp_tables, sample_anymdp_windows
 from icrl_kernels.tabular.counter_rng import exponential, integers, keys_of, normals, uniforms
@@ -58,14 +60,12 @@ def sample_anymdp(
     backend = backend or ("cpu" if device.type == "cpu" else "torch")
     if backend not in BACKENDS or (backend == "cpu" and device.type != "cpu"):
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)} that serves {device}, got {backend!r}")
+    n, num_actions = integer("n", n, 0), integer("num_actions", num_actions, 2)
+    max_attempts = integer("max_attempts", max_attempts, 1)
     keys = _keys(n, seed, first, stream=1, device=device)
-    sizes = _sizes(num_states, n, seed, first, least=8, device=device)
-    if num_actions < 2:
-        raise ValueError(f"num_actions: wanted at least 2, got {num_actions}")
-    width = int(sizes.max()) if n else int(sizes.new_tensor(num_states).max())
-    ids = width if num_observations is None else num_observations
-    if ids < width:
-        raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
+    sizes, most = _sizes(num_states, n, seed, first, least=8, device=device)
+    width = int(sizes.max()) if n else most
+    ids = _ids(num_observations, width)
     options: dict[str, Any] = {"num_observations": ids, "max_attempts": max_attempts}
     if backend == "torch":
         tasks = _by_torch(keys, sizes, width, num_actions, ids, max_attempts, progress)
@@ -130,16 +130,17 @@ def sample_garnet(
 
     No terminal state, start in state 0, horizon as AnyMDP's. Arguments as `sample_anymdp`; num_states ≥ branching.
     """
+    n, num_actions, branching = (
+        integer("n", n, 0),
+        integer("num_actions", num_actions, 1),
+        integer("branching", branching, 1),
+    )
+    if not 0 <= number("sigma", sigma) < torch.inf:
+        raise ValueError(f"sigma: wanted a finite number of at least 0, got {sigma}")
     keys = _keys(n, seed, first, stream=2, device=torch.device(device))
-    sizes = _sizes(num_states, n, seed, first, least=max(branching, 2), device=keys.device)
-    if branching < 1 or num_actions < 1 or not sigma >= 0:
-        raise ValueError(
-            f"branching, num_actions, sigma: wanted ≥ 1, ≥ 1, ≥ 0, got {branching}, {num_actions}, {sigma}"
-        )
+    sizes, _ = _sizes(num_states, n, seed, first, least=max(branching, 2), device=keys.device)
     width = int(sizes.max()) if n else branching
-    ids = width if num_observations is None else num_observations
-    if ids < width:
-        raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
+    ids = _ids(num_observations, width)
     block = max(1, _ENTRIES // (width * width * num_actions))
     if packed and n > block:  # so that few dense tables exist at a time
         one: dict[str, Any] = {"num_observations": ids, "seed": seed, "sigma": sigma, "packed": True, "device": device}
@@ -154,7 +155,7 @@ def sample_garnet(
     tasks = _empty(n, width, num_actions, ids, sizes)
     shape = (n, width, num_actions)
     draw = uniforms(keys, 3, width * num_actions * branching).view(*shape, branching).double()
-    chosen = torch.full((*shape, branching), -1, device=keys.device)
+    chosen = torch.full((*shape, branching), -1, device=keys.device, dtype=torch.int64)
     for k in range(branching):  # Floyd's sampling without replacement
         last = sizes.view(n, 1, 1) - branching + k
         pick = (draw[..., k] * (last + 1)).long()
@@ -169,8 +170,8 @@ def sample_garnet(
     transition.scatter_(3, chosen, weights.float())
     reward.scatter_(3, chosen, rewards.float())
     tasks.start[:, 0] = 1
-    low = (4.0 * sizes).clamp(min=100)
-    high = torch.maximum((8.0 * sizes).clamp(max=500), low + 1)
+    low = (4 * sizes).clamp(min=100)
+    high = torch.maximum((8 * sizes).clamp(max=500), low + 1)
     tasks.max_steps.copy_((low + (high - low) * uniforms(keys, 6, 1)[:, 0]).ceil())
     order = uniforms(keys, 7, ids).argsort(-1)[:, :width]
     tasks.state_mapping.copy_(order.where(tasks.state_mask(), -1))
@@ -191,11 +192,9 @@ def sample_bandit(
     Means ~ U(b/2, b), b = clip(Exp(1), .05, 2), drawn until their deviation passes .01; noise is c·mean,
     c = max(0, U(−.3, .3)). Observed ids are drawn from [0, num_observations).
     """
+    n, num_actions = integer("n", n, 0), integer("num_actions", num_actions, 2)
+    num_observations = integer("num_observations", num_observations, 1)
     keys = _keys(n, seed, first, stream=3, device=torch.device(device))
-    if num_actions < 2 or num_observations < 1:
-        raise ValueError(
-            f"num_actions, num_observations: wanted at least 2 and 1, got {num_actions}, {num_observations}"
-        )
     tasks = _empty(n, 1, num_actions, num_observations, torch.ones(n, dtype=torch.int64, device=keys.device))
     base = exponential(keys, 3, 1).clamp(0.05, 2.0)
     means = torch.zeros(n, num_actions, dtype=torch.float64, device=keys.device)
@@ -221,27 +220,38 @@ _ENTRIES = 1 << 22  # of dense tables that exist at a time where windows are wan
 
 
 def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> Tensor:
-    if n < 0 or first < 0:
-        raise ValueError(f"n, first: wanted non-negative, got {n}, {first}")
+    seed, first = integer("seed", seed), integer("first", first, 0)
     return keys_of(seed, torch.arange(first, first + n, device=device), stream)
 
 
-def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device: torch.device) -> Tensor:
-    given = torch.as_tensor(num_states, device=num_states.device if isinstance(num_states, Tensor) else "cpu")
-    if given.is_floating_point():
-        raise ValueError(f"num_states: wanted integers, got {num_states}")
-    if isinstance(num_states, tuple):
-        low, high = num_states
+def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device: torch.device) -> tuple[Tensor, int]:
+    """Each task's, and the largest that there could be."""
+    if isinstance(num_states, (tuple, list)):
+        if len(num_states) != 2:
+            raise ValueError(f"num_states: wanted an integer, (low, high) or a tensor [n], got {num_states}")
+        low, high = (integer("num_states", size, least) for size in num_states)
         if low > high:
-            raise ValueError(f"num_states: wanted (low, high) with low ≤ high, got {num_states}")
-        sizes = low + integers(_keys(n, seed, first, stream=0, device=device), 1, 1, high - low + 1)[:, 0]
-        smallest = low
-    else:
-        sizes = given.to(device, torch.int64).expand(n).contiguous()
-        smallest = int(given.min())
-    if smallest < least:
-        raise ValueError(f"num_states: wanted at least {least}, got {smallest}")
-    return sizes
+            raise ValueError(f"num_states: wanted (low, high) with low ≤ high, got {(low, high)}")
+        return low + integers(_keys(n, seed, first, stream=0, device=device), 1, 1, high - low + 1)[:, 0], high
+    if not isinstance(num_states, (Tensor, np.ndarray)) or not num_states.ndim:
+        size = integer("num_states", num_states, least, 2**62)
+        return torch.full((n,), size, dtype=torch.int64, device=device), size
+    given = torch.from_numpy(np.array(num_states)) if isinstance(num_states, np.ndarray) else num_states
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"num_states: wanted integers, got {given.dtype}")
+    if given.shape != (n,):
+        raise ValueError(f"num_states: wanted shape [{n}], got {list(given.shape)}")
+    if n and int(given.min()) < least:
+        raise ValueError(f"num_states: wanted at least {least}, got {int(given.min())}")
+    return given.to(device, torch.int64).contiguous(), int(given.max()) if n else least
+
+
+def _ids(num_observations: int | None, width: int) -> int:
+    """How many ids states are observed as: `width` unless more are asked for."""
+    ids = width if num_observations is None else integer("num_observations", num_observations)
+    if ids < width:
+        raise ValueError(f"num_observations: wanted at least num_states = {width}, got {ids}")
+    return ids
 
 
 def _empty(n: int, states: int, actions: int, ids: int, sizes: Tensor, packed: bool = False) -> TabularTasks:

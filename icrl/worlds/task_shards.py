@@ -16,6 +16,7 @@ from icrl.data.shards import SHARD_BYTES, DataSet, Field, ShardReader, Written, 
 from icrl.worlds.pomdp import sample_pomdp
 from icrl.worlds.samplers import sample_anymdp, sample_bandit, sample_garnet
 from icrl.worlds.tasks import TabularTasks
+from icrl_kernels.arguments import integer, integer_fields
 from icrl_kernels.tabular import packed as packed_tables
 from icrl_kernels.tabular.packed import PackedTransition
 
@@ -62,7 +63,11 @@ class TaskSet:
     action_tokens: int = 1
 
     def __post_init__(self) -> None:
-        low, high = self.num_states
+        integer_fields(self, branching=1, num_observations=1, observation_tokens=1, action_tokens=1)
+        if not isinstance(self.num_states, (tuple, list)) or len(self.num_states) != 2:
+            raise ValueError(f"num_states: wanted (LOW, HIGH), got {self.num_states!r}")
+        low, high = (integer("num_states", size) for size in self.num_states)
+        object.__setattr__(self, "num_states", (low, high))
         if not 1 <= low <= high <= 2**15 - 1:
             raise ValueError(f"num_states: wanted 1 <= LOW <= HIGH <= {2**15 - 1}, got {low}, {high}")
         if not 1 <= self.num_actions <= 2**7 - 1:

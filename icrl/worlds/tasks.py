@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 from icrl.files import checksum
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
+from icrl_kernels.arguments import INT64, dense, integer
 from icrl_kernels.tabular import counter_rng
 from icrl_kernels.tabular import packed as packed_tables
 from icrl_kernels.tabular.emission import draw_tokens
@@ -160,15 +160,17 @@ class TabularTasks:
         Of a packed batch that leaves tasks behind, the entries are copied: nothing of the others is kept alive.
         """
         if not isinstance(index, slice):
-            chosen = torch.as_tensor(index, device=self.device)
-            chosen = chosen.long() if not chosen.numel() else chosen  # torch takes an empty list for floats
-            if chosen.dim() == 0:
-                i = operator.index(chosen)
+            if np.ndim(index):  # pyright: ignore[reportArgumentType] (of a tensor too)
+                chosen = index if isinstance(index, Tensor) else torch.from_numpy(np.array(index))
+                chosen = chosen.long() if not chosen.numel() else chosen  # numpy takes an empty list for floats
+                if chosen.is_floating_point():
+                    raise ValueError(f"index: wanted integers, got {chosen.dtype}")
+                index = chosen.to(self.device)
+            else:
+                i = integer("index", index)
                 if not -len(self) <= i < len(self):
                     raise IndexError(f"task {i} of {len(self)}")
                 index = slice(i % len(self), i % len(self) + 1)
-            else:
-                index = chosen
         rest = self._replaced(self._rows(lambda _, t: t[index]))
         if not isinstance(self.transition, PackedTransition):
             return rest
@@ -197,6 +199,7 @@ class TabularTasks:
     def pad(self, states: int, actions: int) -> TabularTasks:
         """The same tasks in tables of `states` states and `actions` actions, neither fewer than now."""
         n, s, a = self.shape
+        states, actions = integer("states", states), integer("actions", actions)
         if states < s or actions < a:
             raise ValueError(f"states, actions: wanted at least {s}, {a}, got {states}, {actions}")
         if (states, actions) == (s, a):
@@ -224,6 +227,9 @@ class TabularTasks:
         """
         if not batches:
             raise ValueError("batches: wanted at least one TabularTasks, got none")
+        for i, batch in enumerate(batches):
+            if not isinstance(batch, TabularTasks):
+                raise ValueError(f"batches[{i}]: wanted TabularTasks, got {type(batch).__name__}")
         tokens = [(b.emission is not None, b.observation_tokens, b.action_tokens) for b in batches]
         if len(set(tokens)) > 1:
             raise ValueError(
@@ -325,22 +331,25 @@ class TabularTasks:
             size = dict(zip("NSA", self.transition.offset.shape, strict=True))
             size["M"], device = len(self.transition.probability), self.transition.probability.device
         else:
+            dense("transition", self.transition)
             if self.transition.dim() != 4:
                 raise ValueError(f"transition: wanted shape [N, S, A, S], got {list(self.transition.shape)}")
             size, device = dict(zip("NSA", self.transition.shape, strict=False)), self.transition.device
         if self.emission is not None:
+            dense("emission", self.emission)
             if self.emission.dim() != 4 or not self.emission.shape[1]:
                 raise ValueError(
                     f"emission: wanted shape [N, K, S, O] with a token or more, got {list(self.emission.shape)}"
                 )
             size |= {"K": self.emission.shape[1], "O": self.num_observations}
         layout |= {name: OPTIONAL[name] for name in OPTIONAL if getattr(self, name) is not None}
-        if self.action_tokens < 1:
-            raise ValueError(f"action_tokens: wanted at least 1, got {self.action_tokens}")
+        self.num_observations = integer("num_observations", self.num_observations, 1)
+        self.action_tokens = integer("action_tokens", self.action_tokens, 1)
         for name, (symbols, dtype) in layout.items():
             tensor, wanted = getattr(self, name), [size[d] for d in symbols]
             if isinstance(tensor, PackedTransition):
                 continue
+            dense(name, tensor)
             if list(tensor.shape) != wanted:
                 raise ValueError(f"{name}: wanted shape [{', '.join(symbols)}] = {wanted}, got {list(tensor.shape)}")
             if tensor.dtype != dtype:
@@ -409,6 +418,12 @@ class TabularTasks:
         r = len(states)
         task = torch.arange(r, device=self.device) if task_index is None else task_index
         record = torch.arange(r, device=self.device) if record is None else record
+        if not isinstance(seed, Tensor) or not seed.dim():
+            seed = integer("seed", seed)
+        if not isinstance(step, Tensor) or not step.dim():
+            step = torch.tensor(integer("step", step, *INT64), dtype=torch.int64, device=self.device)
+        elif step.dtype != torch.int64:
+            raise ValueError(f"step: wanted int64, got {step.dtype}")
         for name, x in (("task_index", task), ("record", record), ("seed", seed)):
             if isinstance(x, Tensor) and (x.shape != (r,) or x.dtype != torch.int64):
                 raise ValueError(f"{name}: wanted [{r}] of int64, got {list(x.shape)} of {x.dtype}")
@@ -420,10 +435,7 @@ class TabularTasks:
             raise ValueError("states: wanted the tasks' own states, or -1")
         if self.emission is None:
             return torch.where(flat < 0, -1, self.state_mapping[task, flat]).view(states.shape)[..., None]
-        keys = (
-            counter_rng.keys_of(seed, record, EMISSIONS).view(down)
-            + (torch.as_tensor(step, device=self.device) + 1) * counter_rng.GOLDEN
-        )
+        keys = counter_rng.keys_of(seed, record, EMISSIONS).view(down) + (step.to(self.device) + 1) * counter_rng.GOLDEN
         keys = counter_rng.mix(keys.expand(states.shape).flatten())
         tokens = self.emission.shape[1]
         return draw_tokens(self.emission, task, flat, keys).view(*states.shape, tokens)
@@ -431,7 +443,7 @@ class TabularTasks:
     def state_of(self) -> Tensor:
         """[N, num_observations] int64: the inner state behind each observed id, -1 for ids that no state has."""
         self._require_observed("state_of")
-        inverse = torch.full((len(self), self.num_observations + 1), -1, device=self.device)
+        inverse = torch.full((len(self), self.num_observations + 1), -1, device=self.device, dtype=torch.int64)
         where = self.state_mapping.where(self.state_mapping >= 0, self.num_observations)
         index = torch.arange(where.shape[1], device=self.device).expand_as(where)
         return inverse.scatter_(1, where, index)[:, :-1]
@@ -575,7 +587,7 @@ class TabularTasks:
         fields["num_states"], fields["num_actions"] = np.shape(fields["transition"])[:2]
         types = {name: dtype for name, (_, dtype) in (LAYOUT | OPTIONAL).items()}
         for name in types.keys() & fields.keys():
-            fields[name] = torch.as_tensor(np.asarray(fields[name])).to(types[name])[None]
+            fields[name] = torch.from_numpy(np.array(fields[name])).to(types[name])[None]
         return cls(**fields).validate()
 
 

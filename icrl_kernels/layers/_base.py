@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -45,10 +46,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: wanted an integer of at least 1, got {size!r}")
+def at_least_one(**sizes: int) -> tuple[int, ...]:
+    """Them as ints, in their order."""
+    return tuple(_checks.integer(name, size, 1) for name, size in sizes.items())
 
 
 def multiple(name: str, size: int, of: str, divisor: int) -> None:
@@ -58,7 +58,8 @@ def multiple(name: str, size: int, of: str, divisor: int) -> None:
 
 def expanded(name: str, size: int, factor: float) -> int:
     """size · factor, which must be a whole number."""
-    result = round(size * factor)
+    factor = _checks.number(name, factor)
+    result = round(size * factor) if math.isfinite(factor) else 0
     if result < 1 or abs(result - size * factor) > 1e-6 * result:
         raise ValueError(f"{name}: wanted {name} · {size} to be a whole number of channels, got {size * factor}")
     return result
@@ -66,7 +67,6 @@ def expanded(name: str, size: int, factor: float) -> int:
 
 def head_dims(hidden_size: int, num_heads: int, num_kv_heads: int, expand_k: float, expand_v: float) -> tuple[int, int]:
     """K and V of heads that share hidden_size · expand_k and hidden_size · expand_v channels."""
-    at_least_one(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
     multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
     dims = []
     for name, factor in (("expand_k", expand_k), ("expand_v", expand_v)):
@@ -106,7 +106,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, size: int, bias: bool = False) -> None:
         super().__init__()
-        at_least_one(conv_size=size)
+        channels, size = at_least_one(channels=channels, conv_size=size)
         self.weight = nn.Parameter(torch.empty(channels, 1, size).uniform_(-1, 1) * size**-0.5)
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
@@ -178,7 +178,7 @@ class TokenMixer(nn.Module):
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before the first token of `batch` sequences: zeros."""
-        weight = self.o_proj.weight
+        weight, batch = self.o_proj.weight, _checks.integer("batch", batch, 0)
         conv, recurrent = (
             tuple(
                 torch.zeros(batch, *shape, dtype=wide(weight.dtype), device=weight.device if device is None else device)
@@ -327,6 +327,8 @@ class ConvolvedMixer(TokenMixer):
 
     def _make_qkv(self, q: int, k: int, v: int, use_short_conv: bool, conv_size: int, conv_bias: bool) -> None:
         """Make the projections to q, k and v channels, and their convolutions."""
+        if use_short_conv:
+            (conv_size,) = at_least_one(conv_size=conv_size)
         self.use_short_conv, self.conv_size = use_short_conv, conv_size
         self._channels = (q, k, v)
         for name, channels in zip("qkv", self._channels, strict=True):

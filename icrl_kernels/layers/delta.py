@@ -18,7 +18,8 @@ GATES = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
 
 def _time_steps(size: int) -> Tensor:
     """Biases whose softplus is log-uniform between 0.001 and 0.1, as Mamba's."""
-    steps = torch.exp(torch.rand(size) * math.log(100)) * 1e-3
+    steps = torch.empty(size, dtype=torch.get_default_dtype(), device=torch.get_default_device())
+    steps = torch.exp(steps.uniform_() * math.log(100)) * 1e-3
     return steps + torch.log(-torch.expm1(-steps))
 
 
@@ -38,7 +39,9 @@ class _DeltaRule(ConvolvedMixer):
         allow_neg_eigval: bool,
     ) -> None:
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        at_least_one(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
+        hidden_size, head_dim, num_heads, num_v_heads = at_least_one(
+            hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads
+        )
         multiple("num_v_heads", num_v_heads, "num_heads", num_heads)
         if head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim: wanted at most {MAX_HEAD_DIM}, got {head_dim}")

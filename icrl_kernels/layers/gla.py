@@ -52,8 +52,11 @@ class GLA(ConvolvedMixer):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        hidden_size, num_heads, num_kv_heads = at_least_one(
+            hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads
+        )
         K, V = head_dims(hidden_size, num_heads, num_kv_heads, expand_k, expand_v)
-        at_least_one(gate_low_rank_dim=gate_low_rank_dim)
+        (gate_low_rank_dim,) = at_least_one(gate_low_rank_dim=gate_low_rank_dim)
         if not gate_logit_normalizer > 0:
             raise ValueError(f"gate_logit_normalizer: wanted a number above 0, got {gate_logit_normalizer}")
         if clamp_min is not None and not clamp_min <= 0:

@@ -57,9 +57,12 @@ class GSA(ConvolvedMixer):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        hidden_size, num_heads, num_kv_heads = at_least_one(
+            hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads
+        )
         K, V = head_dims(hidden_size, num_heads, num_kv_heads, expand_k, 1.0)
         M = K if num_slots is None else num_slots
-        at_least_one(num_slots=M)
+        (M,) = at_least_one(num_slots=M)
         if M > MAX_HEAD_DIM:
             raise ValueError(f"num_slots: wanted at most {MAX_HEAD_DIM} slots per head, got {M}")
         if not gate_logit_normalizer > 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icrl_kernels.layers._base import RMSNorm, TokenMixer, fla_norm, head_dims, refuse, wide
+from icrl_kernels.layers._base import RMSNorm, TokenMixer, at_least_one, fla_norm, head_dims, refuse, wide
 from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 from icrl_kernels.linear_attention.gla import gla, gla_step
 
@@ -116,6 +116,9 @@ class LinearAttention(TokenMixer):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        hidden_size, num_heads, num_kv_heads = at_least_one(
+            hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads
+        )
         K, V = head_dims(hidden_size, num_heads, num_kv_heads, expand_k, expand_v)
         self.feature_dim = 2 * K if feature_map == "hedgehog" else K
         for name, size in (("feature_map", self.feature_dim), ("do_feature_map_norm", V + do_feature_map_norm)):

@@ -90,13 +90,16 @@ class RWKV7(TokenMixer):
     ) -> None:
         super().__init__()
         value_dim = hidden_size if value_dim is None else value_dim
-        at_least_one(hidden_size=hidden_size, head_dim=head_dim, value_dim=value_dim, num_layers=num_layers)
+        hidden_size, head_dim, value_dim, num_layers = at_least_one(
+            hidden_size=hidden_size, head_dim=head_dim, value_dim=value_dim, num_layers=num_layers
+        )
         multiple("hidden_size", hidden_size, "head_dim", head_dim)
         H = hidden_size // head_dim
         multiple("value_dim", value_dim, "the number of heads", H)
         for name, size in (("head_dim", head_dim), ("value_dim", value_dim // H)):
             if size > MAX_HEAD_DIM:
                 raise ValueError(f"{name}: wanted at most {MAX_HEAD_DIM} channels per head, got {size}")
+        layer_idx = _checks.integer("layer_idx", layer_idx)
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"layer_idx: wanted 0 to num_layers - 1 = {num_layers - 1}, got {layer_idx}")
         self.hidden_size, self.value_dim, self.num_heads = hidden_size, value_dim, H
@@ -105,8 +108,7 @@ class RWKV7(TokenMixer):
 
         def rank(given: int | None, times: float, name: str) -> int:
             if given is not None:
-                at_least_one(**{name: given})
-                return given
+                return _checks.integer(name, given, 1)
             return max(32, 32 * round(times * hidden_size**0.5 / 32))
 
         factor = head_dim / 64
@@ -136,7 +138,7 @@ class RWKV7(TokenMixer):
         """RWKV-7's own initial weights, which depend on the channel and on the layer's depth."""
         D, K = self.hidden_size, self.head_k_dim
         depth, rest = self.layer_idx / max(1, num_layers - 1), 1 - self.layer_idx / num_layers
-        channel = torch.arange(D, dtype=torch.float32)
+        channel = torch.arange(D, dtype=torch.float32, device=self.k_k.device)
         ramp = channel / max(1, D - 1)
         zigzag = (channel % K - (K - 1) / 2) / max(0.5, (K - 1) / 2)
         zigzag = zigzag * zigzag.abs()
@@ -148,7 +150,8 @@ class RWKV7(TokenMixer):
         self._bias(self.w_lora).copy_(6 * ramp ** (1 + depth**0.3) - 5.5 + 2.5 * zigzag)
         self._bias(self.a_lora).copy_(0.3 * zigzag + 0.4 * (ramp - 0.5) - 0.19)
         if self.layer_idx:
-            self._bias(self.v_lora).copy_(0.73 - 0.4 * (torch.linspace(0, 1, self.value_dim) - 0.5))
+            place = torch.linspace(0, 1, self.value_dim, dtype=torch.float32, device=self.k_k.device)
+            self._bias(self.v_lora).copy_(0.73 - 0.4 * (place - 0.5))
         if self.g_norm.weight is not None:
             self.g_norm.weight.fill_(((self.layer_idx + 1) / num_layers) ** 0.7)
         for layer, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0)):

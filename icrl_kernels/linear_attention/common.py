@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from array import array
 from itertools import pairwise
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from icrl_kernels import _checks
 
 GATE_ALLOWANCE = 1e-4
 """Gates are logarithms of decays in [0, 1]. What rounding may put above 0 passes; a gate above this is refused."""
@@ -33,11 +34,9 @@ def check_packing(q: Tensor, cu_seqlens: Tensor) -> int:
 def default_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return max(1, q.shape[-1] if q.dim() else 1) ** -0.5
-    if not isinstance(scale, (int, float)) and not isinstance(scale, (Real, Tensor, torch.SymFloat, torch.SymInt)):
-        raise ValueError(f"scale: wanted a number, got {type(scale).__name__}")
-    if isinstance(scale, int) and abs(scale) > MOST:
-        raise ValueError(f"scale: wanted a finite number, got {scale}")
-    return float(scale)
+    if isinstance(scale, (float, torch.SymFloat, torch.SymInt)):
+        return float(scale)
+    return _checks.number("scale", scale)
 
 
 def check_scale(scale: float, q: Tensor) -> None:

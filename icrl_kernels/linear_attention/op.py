@@ -151,8 +151,10 @@ class Op:
     ) -> tuple[Tensor, Any]:
         """o, and the state after the last token or None. A pair of states is given and returned as a pair."""
         first = self._first(tokens)
-        scale = common.default_scale(scale, first)
         states = (initial,) if len(self.initial) == 1 else pair("initial_state", initial, optional=True)
+        _checks.backend(backend)
+        require_dense((*self.tokens, *self.initial, self.cu_seqlens), (*tokens, *states, cu_seqlens))
+        scale = common.default_scale(scale, first)
         if backend == "reference" or (backend == "auto" and first.dtype == torch.float64):
             sizes = self.check(*tokens, scale, *states, cu_seqlens, *flags)
             if not _checks.compiling():
@@ -173,11 +175,15 @@ class Op:
         fit each other and need no gradient (it returns None), or something wants to see the call: a compiler, tracer,
         mode, forward-mode level or profiler.
         """
+        if args[-1] is not None and type(args[-1]) is not float:
+            args = (*args[:-1], common.default_scale(args[-1], args[0]))
         if not (torch.compiler.is_compiling() or (backend != "auto" and backend != "cpu") or _torch_private.watched()):
             o = self.plain(*args, GATE_ALLOWANCE, torch.get_num_threads(), torch.is_grad_enabled())
             if o is not None:
                 return o
         first, m = self._first(args), len(self.token) + len(self.state)
+        _checks.backend(backend)
+        require_dense((*self.token, *self.state), args[:m])
         refuse_transforms(f"{self.name}_step", *args[:m])
         return self.step_op(*args[:m], common.default_scale(args[-1], first), *args[m:-1], backend)
 
@@ -458,6 +464,15 @@ def pair(name: str, state: Any, optional: bool = False) -> tuple[Tensor | None, 
     if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(t, Tensor) for t in state):
         raise ValueError(f"{name}: wanted a pair of tensors, the slots' keys and values, got {type(state).__name__}")
     return state[0], state[1]
+
+
+def require_dense(arguments: Sequence[Argument], tensors: Sequence[Any]) -> None:
+    """What torch's dispatcher would refuse without the argument's name."""
+    if torch.compiler.is_compiling():
+        return
+    for a, t in zip(arguments, tensors, strict=True):
+        if t is not None or not a.optional:
+            _checks.dense(a.label, t)
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:

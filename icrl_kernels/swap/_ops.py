@@ -34,8 +34,9 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """The op; where it is one token and no gradient is wanted, its step, on a copy of initial_state."""
     if one_token(cu_seqlens, initial_state, *tensors):
-        like = {"dtype": torch.float32, "device": tensors[0].device}  # type: ignore[union-attr]
-        state = torch.zeros(state_shape, **like) if initial_state is None else fresh(initial_state)
+        q = tensors[0]
+        assert q is not None
+        state = q.new_zeros(state_shape, dtype=torch.float32) if initial_state is None else fresh(initial_state)
         o = step(*(None if t is None else t[:, 0] for t in tensors), state, scale, *options)
         return o[:, None], state if output_final_state else None
     return op(*tensors, scale, initial_state, output_final_state, cu_seqlens, *options)

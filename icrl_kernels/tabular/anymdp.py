@@ -141,8 +141,7 @@ def _check(
         ("num_observations", num_observations, s, MOST_OBSERVATIONS),
         ("max_attempts", max_attempts, 1, 2**62),
     ):
-        if not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name}: wanted {least} to {most}, got {value}")
+        _checks.integer(name, value, least, most)
     return n, s, a
 
 

@@ -60,8 +60,8 @@ class Rewards(NamedTuple):
 
 def max_steps_of(keys: Tensor, sizes: Tensor) -> Tensor:
     """[N] int64: steps after which an episode is truncated."""
-    low = (4.0 * sizes).clamp(min=100)
-    high = torch.maximum((8.0 * sizes).clamp(max=500), low + 1)
+    low = (4 * sizes).clamp(min=100)
+    high = torch.maximum((8 * sizes).clamp(max=500), low + 1)
     return (low + (high - low) * Stream(keys, 0).uniform(torch.zeros_like(keys)[:, None])[:, 0]).ceil().long()
 
 
@@ -278,7 +278,7 @@ def _rewards(streams: list[Stream], sizes: Tensor, terminal: Tensor, goal: Tenso
     base = 0.2 * _exponential(u[:, 6])[:, None]
     n = (3 * at).expand(batch, -1)
     last = at == sizes[:, None] - 1
-    rise = base * (_normal(position, n).clamp(min=0) + 0.2 * last) * real
+    rise = base * (_normal(position, n).clamp(min=0) + 0.2 * last.double()) * real
     height = rise.cumsum(1)
     top = height[:, -1:]
     zero = 0.1 * top + (0.9 * top - 0.1 * top) * u[:, 7:8]
@@ -336,7 +336,8 @@ def _settle(
         fall = v.masked_fill(start[left] == 0, -torch.inf).amax(1) - goal_value + (2 + 3 * u[:, 0])
         fine = ((pit <= 0) & (fall <= 0)) | settled[left]
         drop = (pit + (1 + 9 * u[:, 1])) * (pit > 0)
-        rise = torch.maximum(2 * fall, 1 + 9 * u[:, 2]) * torch.where(goal[left], 1.0, 0.01) * (fall > 0)
+        rise = torch.maximum(2 * fall, 1 + 9 * u[:, 2]) * (fall > 0)
+        rise = torch.where(goal[left], rise, 0.01 * rise)
         change = rise[:, None] * last[left] - drop[:, None] * (terminal & ~last)[left]
         bonus[left] = own + change * ~fine[:, None]
         settled[left] = fine

@@ -52,22 +52,21 @@ def same_behaviours(
     num_records: int, num_policies: int, weights: dict[int | str, float], device: torch.device, **settings: float
 ) -> Behaviours:
     """As `constant_behaviours`, on any device."""
-    for name, size in (("num_records", num_records), ("num_policies", num_policies)):
-        if size < 0:
-            raise ValueError(f"{name}: wanted an int >= 0, got {size}")
+    num_records = _checks.integer("num_records", num_records, 0)
+    num_policies = _checks.integer("num_policies", num_policies, 0)
     names = {**{i: i for i in range(num_policies)}, **{name: num_policies + i for i, name in enumerate(BUILTIN)}}
     row = torch.zeros(num_policies + len(BUILTIN), dtype=torch.float32, device=device)
     for name, weight in weights.items():
         if name not in names:
             raise ValueError(f"weights: wanted a policy below {num_policies} or one of {BUILTIN}, got {name!r}")
-        row[names[name]] = weight
+        row[names[name]] = _checks.number(f"weights[{name!r}]", weight)
     values = {"switch": 0.0, "epsilon": 0.0, "epsilon_decay": 0.0, "policy_scale": 1.0}
     values |= {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.3, "model_discount": 0.9}
     if unknown := set(settings) - set(values):
         raise ValueError(f"settings: wanted {', '.join(values)}, got {', '.join(sorted(unknown))}")
     values |= settings
     rows = row.expand(num_records, -1).contiguous()
-    full = {name: row.new_full((num_records,), float(v)) for name, v in values.items()}
+    full = {name: row.new_full((num_records,), _checks.number(name, v)) for name, v in values.items()}
     return Behaviours(rows, rows, **full)
 
 

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from icrl_kernels.arguments import integer
+
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 SECOND = 0x94D049BB133111EB - (1 << 64)
@@ -29,7 +31,9 @@ def wrap(x: int) -> int:
 
 def keys_of(seed: int | Tensor, index: Tensor, stream: int = 0) -> Tensor:
     """One int64 key for each index under (seed, stream); a tensor of seeds goes along with the indices."""
-    given = seed if isinstance(seed, Tensor) else torch.tensor(wrap(seed), dtype=torch.int64, device=index.device)
+    given = seed
+    if not isinstance(seed, Tensor) or not seed.dim():
+        given = torch.tensor(wrap(integer("seed", seed)), dtype=torch.int64, device=index.device)
     root = mix(mix(given) ^ torch.tensor(wrap(stream * GOLDEN), dtype=torch.int64, device=index.device))
     return mix(root + (index + 1) * GOLDEN)
 

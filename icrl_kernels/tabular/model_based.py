@@ -63,8 +63,20 @@ def model_based_q(
             from its first step on whose state, action, done or next state is out of range, or whose action its state
             lacks, and rewards that are not finite spread.
     """
+    given = {"state": state, "action": action, "reward": reward, "done": done, "next_state": next_state}
+    for name, tensor in given.items():
+        if tensor is not None or name != "next_state":
+            _checks.dense(name, tensor)
+    if action_mask is not None:
+        _checks.dense("action_mask", action_mask)
+    _checks.backend(backend)
     return torch.ops.icrl.model_based_q(
-        state, action, reward, done, next_state, num_states, num_actions, bonus, discount, sweeps, backend, action_mask
+        *given.values(),
+        *(_checks.integer(n, x, *_checks.INT64) for n, x in (("num_states", num_states), ("num_actions", num_actions))),
+        *(_checks.number(n, x) for n, x in (("bonus", bonus), ("discount", discount))),
+        _checks.integer("sweeps", sweeps, *_checks.INT64),
+        backend,
+        action_mask,
     )
 
 

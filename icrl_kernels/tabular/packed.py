@@ -29,8 +29,7 @@ class PackedTransition(NamedTuple):
         _checks.shape("probability", self.probability, ["M"])
         _checks.dtype("probability", self.probability, [torch.float32, torch.float64])
         for name in ("offset", "first", "length"):
-            if not isinstance(getattr(self, name), Tensor):
-                raise _checks.not_a_tensor(name, getattr(self, name))
+            _checks.dense(name, getattr(self, name))
         sized = "first" if self.first.shape == self.length.shape else "offset"  # two that agree say the sizes
         _checks.shape(sized, getattr(self, sized), ["N", "S", "A"])
         n, s, a = getattr(self, sized).shape

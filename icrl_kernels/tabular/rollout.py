@@ -12,7 +12,6 @@ calls, or on how steps are split into calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -92,16 +91,16 @@ def rollout_start(
         ValueError: a shape, dtype or device is not as above; on a CPU also where task_index, or a table where it is read,
             is out of range. On a GPU such a record does not start: its steps come out as `rollout` says.
     """
+    _require("tables", tables, RolloutTables)
     _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
     N, S, A = tables.offset.shape
     device = tables.offset.device
     task = torch.arange(N, dtype=torch.int64, device=device) if task_index is None else task_index
     _checks.shape("task_index", task, ["R"])
     R = task.shape[0]
-    if not isinstance(seed, Tensor):
-        if not isinstance(seed, Integral):
-            raise ValueError(f"seed: wanted an int or a tensor, got {seed!r}")
-        seed = torch.full((R,), _as_int64(int(seed)), dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or not seed.dim():
+        seed = _as_int64(_checks.integer("seed", seed, -(2**63), 2**64 - 1))
+        seed = torch.full((R,), seed, dtype=torch.int64, device=device)
     record = torch.arange(R, dtype=torch.int64, device=device) if record is None else record
     for name, tensor in (("task_index", task), ("record", record), ("seed", seed)):
         _checks.shape(name, tensor, ["R"], R=R)
@@ -109,6 +108,7 @@ def rollout_start(
     _checks.same_device(tables=tables.offset, task_index=task, record=record, seed=seed)
     uses_q = uses_model = False
     if behaviours is not None:
+        _require("behaviours", behaviours, Behaviours)
         for name in ("initial", "later"):
             _checks.shape(name, getattr(behaviours, name), ["R", "M"], R=R)
         _checks.same_device(initial=behaviours.initial, later=behaviours.later)
@@ -185,6 +185,8 @@ def rollout(
         raise ValueError("seed, state: give exactly one of them")
     if state is not None and task_index is not None:
         raise ValueError("task_index: the state already says which task each record has")
+    _require("tables", tables, RolloutTables)
+    _checks.backend(backend)
     _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
     N = tables.offset.shape[0]
     if action_mask is not None:
@@ -194,6 +196,8 @@ def rollout(
         tables = tables._replace(window=tables.window.masked_fill(~action_mask[..., None], 0))
     policies = None if policies is None else _policies(policies, N)
     P = 0 if policies is None else policies.shape[1]
+    if state is not None:
+        _require("state", state, RolloutState)
     given, name = (task_index, "task_index") if state is None else (state.task, "state.task")
     if given is not None:
         _checks.shape(name, given, ["R"])
@@ -202,16 +206,23 @@ def rollout(
         assert seed is not None
         final = rollout_start(tables, seed=seed, task_index=task_index, behaviours=behaviours)
     else:
-        for name, tensor in state._asdict().items():
-            if not isinstance(tensor, Tensor):
-                raise _checks.not_a_tensor(f"state.{name}", tensor)
         final = RolloutState(*map(_copy, state))
-    if behaviours is None:
+    if behaviours is not None:
+        _require("behaviours", behaviours, Behaviours)
+    else:
         device = tables.offset.device
         behaviours = behaving.same_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0}, device)
     if references is not None:
         references = _references(references, N)
-    arguments = (policies, references, list(behaviours), None, list(final), _steps(steps), backend)
+    arguments = (
+        policies,
+        references,
+        list(behaviours),
+        None,
+        list(final),
+        _checks.integer("steps", steps, *_checks.INT64),
+        backend,
+    )
     return Rollout._make([*torch.ops.icrl.rollout(*tables, *arguments), final])
 
 
@@ -232,8 +243,14 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
             that its state does not have, and for a state or a table out of range, where a record reads it: if it is a table, the other records may have made
             their step. On a GPU such a record comes out as `rollout` says.
     """
+    if not isinstance(tables, RolloutTables) or not isinstance(state, RolloutState):
+        _require("tables", tables, RolloutTables)
+        _require("state", state, RolloutState)
     everything = (*tables, *state, action)
-    if _checks.compiling() or not _plain(everything):
+    pointers = None if _checks.compiling() else _pointers(everything)
+    if pointers is None:
+        _require("tables", tables, RolloutTables)
+        _require("state", state, RolloutState)
         _checks.shape("action", action, ["R"])
         out = torch.ops.icrl.rollout(*tables, None, None, [], action.unsqueeze(1), list(state), 1, "auto")
         return out[2].squeeze(1), out[3].squeeze(1), out[5].squeeze(1)
@@ -242,11 +259,18 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
     R = len(action)
     reward, next_state = tables.reward.new_empty(R), tables.window.new_empty(R)
     done = tables.terminal.new_empty(R, dtype=torch.uint8)
-    pointers = list(map(Tensor.data_ptr, everything))
     out = [0, 0, reward.data_ptr(), done.data_ptr(), 0, next_state.data_ptr(), 0]
     sizes = (N, S, A, len(tables.cumulative) - READ_PAST, 0, 0, R, 1, FAST, torch.get_num_threads())
     _C.rollout(pointers[:11], 0, 0, 0, [], pointers[25], pointers[11:25], out, *sizes)
     return reward, done, next_state
+
+
+def _pointers(everything: tuple[Tensor, ...]) -> list[int] | None:
+    """Of a step's tensors, where they are `_plain`."""
+    try:
+        return list(map(Tensor.data_ptr, everything)) if _plain(everything) else None
+    except RuntimeError:  # a tensor that is not dense may have no strides and no memory
+        return None
 
 
 _DTYPES = [*DTYPES, *STATE_DTYPES]
@@ -285,26 +309,26 @@ def _learners_fit(learners: list[torch.Size], shapes: tuple[tuple[int, ...], ...
     return all(own in (shape, (0,)) for own, shape in zip(learners, shapes, strict=True))
 
 
+def _require(name: str, given: Any, kind: type) -> None:
+    """ValueError unless `given` is a `kind` of dense tensors."""
+    if not isinstance(given, kind):
+        raise ValueError(f"{name}: wanted {kind.__name__}, got {type(given).__name__}")
+    if not _checks.compiling():
+        for field, tensor in given._asdict().items():
+            _checks.dense(field if name == "behaviours" else f"{name}.{field}", tensor)
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _as_int64(seed: int) -> int:
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: wanted 64 bits, got {seed}")
     return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _steps(steps: int) -> int:
-    if not isinstance(steps, Integral):
-        raise ValueError(f"steps: wanted an int >= 0, got {steps!r}")
-    return int(steps)
 
 
 def _policies(policies: Tensor, N: int) -> Tensor:
     """Actions [N,P,S] int16, or probabilities as thresholds: zeros in place of rows that are no distribution."""
-    if not isinstance(policies, Tensor):
-        raise _checks.not_a_tensor("policies", policies)
+    _checks.dense("policies", policies)
     if not policies.dtype.is_floating_point:
         _checks.shape("policies", policies, [N, "P", "S"], N=N)
         _checks.dtype("policies", policies, INTEGERS)

@@ -217,6 +217,7 @@ def rollout_tables(
 def check_mask(action_mask: Tensor, terminal: Tensor, num_states: Tensor, num_actions: Tensor, A: int) -> None:
     """ValueError if a mask is not [N,S,A] bool where `terminal` is, or on a CPU leaves a state without an action."""
     N, S = terminal.shape
+    _checks.dense("action_mask", action_mask)
     _checks.shape("action_mask", action_mask, ["N", "S", "A"], N=N, S=S, A=A)
     _checks.dtype("action_mask", action_mask, [torch.bool])
     _checks.same_device(terminal=terminal, num_states=num_states, num_actions=num_actions, action_mask=action_mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -91,16 +90,36 @@ def value_iteration(
     """
     windows: list[Tensor] = []
     if isinstance(transition, PackedTransition):
-        transition, *windows = transition
-    for name, x in (("discount", discount), ("tol", tol)):
-        if not isinstance(x, (Real, Tensor)):
-            raise ValueError(f"{name}: wanted a number, got {x!r}")
-    single = not isinstance(discount, Tensor)
-    if not isinstance(discount, Tensor):
-        discount = torch.full((1,), float(discount), dtype=torch.float64, device=transition.device)
+        transition, *windows = transition.check_shapes()
+    transition, reward, discount, terminal, num_states = (
+        _checks.from_numpy(name, x)
+        for name, x in (
+            ("transition", transition),
+            ("reward", reward),
+            ("discount", discount),
+            ("terminal", terminal),
+            ("num_states", num_states),
+        )
+    )
+    for name, x in (("transition", transition), ("reward", reward)):
+        _checks.dense(name, x)
+    single = not isinstance(discount, Tensor) or not discount.dim()
+    if single:
+        gamma = _checks.number("discount", discount)
+        discount = torch.full((1,), gamma, dtype=torch.float64, device=transition.device)
+    for name, x in (("discount", discount), ("terminal", terminal), ("num_states", num_states)):
+        if x is not None:
+            _checks.dense(name, x)
+    if not isinstance(method, str):
+        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    if backend is not None:
+        _checks.backend(backend)
+    tol = _checks.number("tol", tol)
     missing = None
     if action_mask is not None:
-        n, s, a = _check(transition, reward, windows, discount, terminal, num_states, float(tol), method)
+        action_mask = _checks.from_numpy("action_mask", action_mask)
+        _checks.dense("action_mask", action_mask)
+        n, s, a = _check(transition, reward, windows, discount, terminal, num_states, tol, method)
         _checks.shape("action_mask", action_mask, ("N", "S", "A"), N=n, S=s, A=a)
         _checks.dtype("action_mask", action_mask, (torch.bool,))
         _checks.same_device(transition=transition, action_mask=action_mask)
@@ -114,7 +133,7 @@ def value_iteration(
         discount,
         terminal,
         num_states,
-        float(tol),
+        tol,
         method,
         "auto" if backend is None else backend,
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class Arg:
     scalars: tuple[Any, ...] = ()
     wants: Callable[[Any], bool] = lambda x: True
     type: type | tuple[type, ...] = Tensor
+    numpy: bool = False
+    """Whether an array is taken in the place of a tensor."""
 
     @property
     def names(self) -> set[str]:
@@ -101,7 +104,19 @@ class Door:
 # ---- the judge ----------------------------------------------------------------------------------------------------------
 
 
+def plain(x: Any) -> bool:
+    """Whether it is a tensor whose elements lie in memory as its strides say."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested and not x.is_quantized
+
+
+def as_taken(arg: Arg, x: Any) -> Any:
+    if isinstance(x, np.integer):
+        return int(x)
+    return torch.from_numpy(x) if arg.numpy and isinstance(x, np.ndarray) else x
+
+
 def judge(variant: Variant, args: Args) -> Verdict:
+    args = args | {a.name: as_taken(a, args[a.name]) for a in variant.args}
     problems = list(_problems(variant, args))
     refused = [p for p in problems if p.kind != "unsaid"]
     names = set().union(*(p.names for p in problems)) if problems else set()
@@ -119,10 +134,11 @@ def _problems(variant: Variant, args: Args) -> Iterator[Problem]:
                 found.append(Problem(arg.names, "unsaid" if arg.type is bool else "type"))
         elif not isinstance(x, arg.type) or (isinstance(x, bool) and arg.type is not bool):
             found.append(Problem(arg.names, "unsaid" if arg.type is bool else "type"))  # 1 and None may do for a flag
-        elif not isinstance(x, Tensor) and not arg.wants(x):
+        elif (isinstance(x, Tensor) and not plain(x)) or (not isinstance(x, Tensor) and not arg.wants(x)):
             found.append(Problem(arg.names))
-    tensors = {a: args[a.name] for a in variant.args if isinstance(args[a.name], Tensor)}
-    unfit, sizes = _fit(variant, args, tensors, not any(p.kind == "type" for p in found))
+    tensors = {a: args[a.name] for a in variant.args if plain(args[a.name])}
+    odd = any(isinstance(x, Tensor) and not plain(x) for x in args.values())
+    unfit, sizes = _fit(variant, args, tensors, not odd and not any(p.kind == "type" for p in found))
     found += unfit
     for arg, x in tensors.items():
         if arg.dtypes and (problem := _dtype_problem(arg, x, args)):
@@ -174,7 +190,7 @@ def _dtype_problem(arg: Arg, x: Tensor, args: Args) -> Problem | None:
     if not isinstance(arg.dtypes, str):
         return None if x.dtype in arg.dtypes else Problem(arg.names)
     other = arg.dtypes.split()[0 if arg.dtypes.endswith("wider") else 1]
-    if not isinstance(args[other], Tensor):
+    if not plain(args[other]):
         return None
     dtype = args[other].dtype
     allowed = {dtype}
@@ -276,6 +292,26 @@ def _empty(rng: random.Random, arg: Arg, x: Tensor) -> tuple[Tensor, str]:
     return x.new_empty(0), "an empty tensor"
 
 
+def _kind(rng: random.Random, arg: Arg, x: Tensor) -> tuple[Any, str]:
+    kinds = ["sparse", "quantised", "nested", "numpy", "numpy"]
+    if not x.is_floating_point():
+        kinds.remove("quantised")
+    if not x.dim() or not x.numel() or x.device.type != "cpu":
+        return _empty(rng, arg, x)
+    kind = rng.choice(kinds)
+    if kind == "sparse":
+        return x.to_sparse(), "sparse"
+    if kind == "quantised":
+        return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), "quantised"
+    if kind == "nested":
+        return torch.nested.nested_tensor([x]), "nested"
+    return x.numpy() if x.dtype != torch.bfloat16 else x.tolist(), "an array of numpy"
+
+
+def _integer(rng: random.Random, arg: Arg, x: int) -> tuple[Any, str]:
+    return np.int64(x), "an integer of numpy"
+
+
 def _none(rng: random.Random, arg: Arg, x: Any) -> tuple[None, str]:
     return None, "None"
 
@@ -304,7 +340,7 @@ def _given(rng: random.Random, variant: Variant, arg: Arg) -> tuple[Any, str]:
     return torch.zeros(shape, dtype=rng.choice(dtypes)), f"zeros {shape} instead of None"
 
 
-TENSOR = (_dims, _size, _size, _dtype, _device, _view, _empty, _none, _type)
+TENSOR = (_dims, _size, _size, _dtype, _device, _view, _empty, _kind, _none, _type)
 
 
 def mutate(rng: random.Random, variant: Variant, args: Args) -> str:
@@ -324,7 +360,7 @@ def mutate(rng: random.Random, variant: Variant, args: Args) -> str:
         args[arg.name] = rng.choice(arg.scalars)
         what = repr(args[arg.name])
     else:
-        args[arg.name], what = rng.choice([_none, _type])(rng, arg, x)
+        args[arg.name], what = rng.choice([_none, _type, *[_integer] * (type(x) is int)])(rng, arg, x)
     return f"{arg.name}: {what}"
 
 

@@ -98,21 +98,21 @@ def _solver_rules(backend: str, dense: bool):
 
 def _solver_variants(backends: tuple[str, ...], backend: str, public: bool) -> tuple[Variant, ...]:
     tail = (
-        Arg("discount", ("G", "N G"), (F32, F64), values=(NAN, INF, -0.1, 1.5, 0.5)),
-        Arg("terminal", ("N S",), (BOOL,), optional=True, values=(True, False)),
-        Arg("num_states", ("N",), (I64,), optional=True, values=SIZES),
+        Arg("discount", ("G", "N G"), (F32, F64), values=(NAN, INF, -0.1, 1.5, 0.5), numpy=public),
+        Arg("terminal", ("N S",), (BOOL,), optional=True, values=(True, False), numpy=public),
+        Arg("num_states", ("N",), (I64,), optional=True, values=SIZES, numpy=public),
         Arg("tol", type=(float, int), scalars=(0.0, -1.0, NAN, -INF), wants=lambda x: x > 0),
         Arg("method", type=str, scalars=("nope", "", *METHODS), wants=lambda x: x in METHODS),
         backend_arg(backends, optional=public),
     )
     dense = (
-        Arg("transition", ("N S A S",), (F32, F64), values=PROBABILITIES),
-        Arg("reward", ("N S A S", "N S A"), "as transition", values=(NAN, INF, 0.5)),
+        Arg("transition", ("N S A S",), (F32, F64), values=PROBABILITIES, numpy=public),
+        Arg("reward", ("N S A S", "N S A"), "as transition", values=(NAN, INF, 0.5), numpy=public),
         *tail,
     )
     packed = (
         Arg("transition", ("M",), (F32, F64), also=("probability",), values=PROBABILITIES),
-        Arg("reward", ("M", "N S A"), "as transition", values=(NAN, INF, 0.5)),
+        Arg("reward", ("M", "N S A"), "as transition", values=(NAN, INF, 0.5), numpy=public),
         Arg(
             "offset",
             ("N S A",),

@@ -63,7 +63,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def copied(args: Args) -> Args:
-    return {n: x.contiguous().clone() if isinstance(x, Tensor) else x for n, x in args.items()}
+    return {n: x.contiguous().clone() if malformed.plain(x) else x for n, x in args.items()}
 
 
 def begin(door: Door, rng: random.Random) -> tuple[Variant, Args]:
@@ -96,7 +96,7 @@ class Canary:
 
 def outcome(door: Door, args: Args, verdict: malformed.Verdict, what: str) -> str:
     """ "" where all is well, or what is wrong."""
-    given = {n: x for n, x in args.items() if isinstance(x, Tensor) and x.device.type == "cpu"}
+    given = {n: x for n, x in args.items() if malformed.plain(x) and x.device.type == "cpu"}
     before = {n: x.detach().clone() for n, x in given.items()}
     try:
         result = door.call(args)

@@ -20,6 +20,7 @@ from icrl.offline.environments.source import DataSource, check_histories, half, 
 from icrl.offline.trajectories import Trajectories
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import Rollout, constant_behaviours, rollout
+from icrl_kernels.arguments import integer, integer_fields
 
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
 STARTS = ("random", "corner")
@@ -36,8 +37,10 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
     ) -> None:
         if start not in STARTS:
             raise ValueError(f"start: wanted one of {', '.join(STARTS)}, got {start!r}")
-        if not (0 <= goal[0] < size and 0 <= goal[1] < size) or horizon < 1:
-            raise ValueError(f"goal, size, horizon: wanted a goal in the room, got {goal}, {size}, {horizon}")
+        size, horizon = integer("size", size, 1), integer("horizon", horizon, 1)
+        goal = integer("goal", goal[0]), integer("goal", goal[1])
+        if not (0 <= goal[0] < size and 0 <= goal[1] < size):
+            raise ValueError(f"goal: wanted a cell of the room of size {size}, got {goal}")
         self.goal, self.size, self.horizon, self.start = goal, size, horizon, start
         self.observation_space = spaces.Box(0, size - 1, (2,), np.float32)
         self.action_space = spaces.Discrete(len(MOVES))
@@ -46,7 +49,7 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         self._at, self._elapsed = (0, 0), 0
         if self.start == "random":
             x, y = self.np_random.integers(self.size, size=2)
@@ -65,26 +68,27 @@ class DarkRoom(gymnasium.Env[np.ndarray, np.int64]):
 
 def darkroom_tasks(goals: Tensor, size: int = 10, horizon: int = 100, start: str = "random") -> TabularTasks:
     """The rooms with these goals [N,2] as tables; state x·size + y."""
+    size, horizon = integer("size", size, 1), integer("horizon", horizon, 1)
     N, S, A = len(goals), size * size, len(MOVES)
-    at = torch.stack([torch.arange(S) // size, torch.arange(S) % size], 1)
-    following = (at[:, None] + torch.tensor(MOVES)).clamp(0, size - 1)  # [S,A,2]
+    at = torch.stack([torch.arange(S, device="cpu") // size, torch.arange(S, device="cpu") % size], 1)
+    following = (at[:, None] + torch.tensor(MOVES, dtype=torch.int64, device="cpu")).clamp(0, size - 1)  # [S,A,2]
     index = following[..., 0] * size + following[..., 1]
-    transition = torch.zeros(S, A, S).scatter_(2, index[..., None], 1.0)
+    transition = torch.zeros(S, A, S, dtype=torch.float32, device="cpu").scatter_(2, index[..., None], 1.0)
     goal = torch.nn.functional.one_hot(goals[:, 0] * size + goals[:, 1], S).float()
-    first = torch.full((N, S), 1.0 / S)
+    first = torch.full((N, S), 1.0 / S, dtype=torch.float32, device="cpu")
     if start == "corner":
-        first = torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.int64), S).float()
+        first = torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.int64, device="cpu"), S).float()
     return TabularTasks(
         transition.expand(N, S, A, S).contiguous(),
         goal[:, None, None, :].expand(N, S, A, S).contiguous(),
-        torch.zeros(N, S),
-        torch.zeros(N, S, A),
+        torch.zeros(N, S, dtype=torch.float32, device="cpu"),
+        torch.zeros(N, S, A, dtype=torch.float32, device="cpu"),
         first,
-        torch.zeros(N, S, dtype=torch.bool),
-        torch.full((N,), horizon),
-        torch.arange(S).expand(N, S).contiguous(),
-        torch.full((N,), S),
-        torch.full((N,), A),
+        torch.zeros(N, S, dtype=torch.bool, device="cpu"),
+        torch.full((N,), horizon, dtype=torch.int64, device="cpu"),
+        torch.arange(S, device="cpu").expand(N, S).contiguous(),
+        torch.full((N,), S, dtype=torch.int64, device="cpu"),
+        torch.full((N,), A, dtype=torch.int64, device="cpu"),
         num_observations=S,
     )
 
@@ -112,6 +116,7 @@ class DarkRoomData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.size < 2 or self.horizon < 1 or not 0 < self.train_goals < self.size**2:
             raise ValueError(
                 f"size, horizon, train_goals: wanted at least 2, at least 1, and 1 to size²-1, got {self.size}, "
@@ -128,7 +133,7 @@ class DarkRoomData(DataSource):
     @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""
-        order = torch.randperm(self.size**2, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(self.size**2, generator=torch.Generator().manual_seed(self.seed), device="cpu")
         cells = torch.stack([order // self.size, order % self.size], 1)
         if self.split == "far":
             cells = cells[cells.sum(1).argsort(stable=True)]
@@ -148,7 +153,7 @@ class DarkRoomData(DataSource):
             tasks.tables(),
             steps=steps,
             seed=self.seed,
-            task_index=torch.arange(N).repeat_interleave(each),
+            task_index=torch.arange(N, device="cpu").repeat_interleave(each),
             policies=best[:, None],
             behaviours=behaviours,
         )
@@ -166,7 +171,11 @@ class DarkRoomData(DataSource):
 
 
 def best_returns(goals: Tensor, size: int, horizon: int, start: str) -> Tensor:
-    cells = torch.cartesian_prod(torch.arange(size), torch.arange(size)) if start == "random" else torch.zeros(1, 2)
+    cells = (
+        torch.cartesian_prod(torch.arange(size, device="cpu"), torch.arange(size, device="cpu"))
+        if start == "random"
+        else torch.zeros(1, 2, dtype=torch.int64, device="cpu")
+    )
     steps = (cells[None] - goals[:, None]).abs().sum(-1)
     return (horizon - (steps - 1).clamp_min(0)).clamp_min(0).float().mean(1)
 
@@ -193,9 +202,9 @@ def trajectories(
         out.action.long().flatten(),
         out.reward.flatten(),
         place(out.next_state),
-        torch.zeros(R * T, dtype=torch.bool),
-        torch.arange(1, R * T // horizon + 1) * horizon,
-        torch.arange(R // records).repeat_interleave(records * T // horizon),
+        torch.zeros(R * T, dtype=torch.bool, device="cpu"),
+        torch.arange(1, R * T // horizon + 1, device="cpu") * horizon,
+        torch.arange(R // records, device="cpu").repeat_interleave(records * T // horizon),
         best.gather(1, out.state.long()).flatten(),
         T // horizon if records > 1 else 0,
     )

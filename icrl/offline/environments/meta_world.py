@@ -30,6 +30,7 @@ from icrl.extras import require
 from icrl.offline.environments.source import DataSource, check_grades, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trajectory_shards import TaskByTask
+from icrl_kernels.arguments import integer, integer_fields
 
 OBJECT = (0.0, 0.6, 0.02)  # where it starts: Meta-World's own default
 GOALS = {
@@ -50,8 +51,7 @@ class MetaWorld(gymnasium.Env[np.ndarray, np.ndarray]):
     def __init__(self, name: str, goal: tuple[float, float, float], horizon: int = 100) -> None:
         if name not in GOALS:
             raise ValueError(f"name: wanted one of {', '.join(GOALS)}, got {name!r}")
-        if not 1 <= horizon <= MOST_STEPS:
-            raise ValueError(f"horizon: wanted 1 to {MOST_STEPS}, got {horizon}")
+        horizon = integer("horizon", horizon, 1, MOST_STEPS)
         metaworld = require("metaworld", name, "metaworld")
         policies = require("metaworld.policies", name, "metaworld")
         kind = metaworld.ALL_V3_ENVIRONMENTS[f"{name}-v3"]
@@ -67,7 +67,7 @@ class MetaWorld(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         self._seen, _ = self._simulator.reset()
         self._elapsed = 0
         return self._seen[self._shown].astype(np.float32), {}
@@ -109,6 +109,7 @@ class MetaWorldData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if not 1 <= self.horizon <= MOST_STEPS or self.tasks < 10:
             raise ValueError(
                 f"horizon, tasks: wanted 1 to {MOST_STEPS}, and at least 10, got {self.horizon}, {self.tasks}"
@@ -119,11 +120,13 @@ class MetaWorldData(DataSource):
     @on_cpu
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,3] float64 each."""
-        low, high = torch.tensor(GOALS[self.name], dtype=torch.float64)
-        uniform = torch.rand(self.tasks, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
+        low, high = torch.tensor(GOALS[self.name], dtype=torch.float64, device="cpu")
+        uniform = torch.rand(
+            self.tasks, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed), device="cpu"
+        )
         goals = low + (high - low) * uniform
         if self.split == "far":
-            distance = (goals - torch.tensor(STARTS[self.name], dtype=torch.float64)).norm(dim=1)
+            distance = (goals - torch.tensor(STARTS[self.name], dtype=torch.float64, device="cpu")).norm(dim=1)
             goals = goals[distance.argsort(stable=True)]
         train = self.tasks - self.tasks // 10
         return goals[:train], goals[train:]
@@ -176,9 +179,9 @@ class MetaWorldData(DataSource):
             torch.from_numpy(actions),
             torch.from_numpy(rewards),
             torch.from_numpy(next_states),
-            torch.zeros(T, dtype=torch.bool),
-            torch.arange(1, self.episodes + 1) * self.horizon,
-            torch.zeros(self.episodes, dtype=torch.int64),
+            torch.zeros(T, dtype=torch.bool, device="cpu"),
+            torch.arange(1, self.episodes + 1, device="cpu") * self.horizon,
+            torch.zeros(self.episodes, dtype=torch.int64, device="cpu"),
             history=self.history,
         )
 
@@ -193,7 +196,9 @@ class MetaWorldData(DataSource):
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] what the scripted policy earns in each task without noise: near what can be had, no bound on it."""
         goals = self.goals()[half(which)].tolist()
-        return torch.tensor([scripted_return(self.name, tuple(g), self.horizon) for g in goals])
+        return torch.tensor(
+            [scripted_return(self.name, tuple(g), self.horizon) for g in goals], dtype=torch.float32, device="cpu"
+        )
 
 
 @cache

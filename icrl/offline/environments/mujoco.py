@@ -20,6 +20,7 @@ from torch import Tensor
 from icrl.extras import require
 from icrl.offline.environments.source import DataSource, check_grades, half, on_cpu
 from icrl.offline.trajectories import Trajectories
+from icrl_kernels.arguments import integer, integer_fields
 
 
 class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -37,8 +38,7 @@ class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
         self.task = np.asarray(task, np.float64).reshape(-1)
         if self.task.shape != (self.num_parameters,) or not np.isfinite(self.task).all():
             raise ValueError(f"task: wanted {self.num_parameters} finite numbers, got {task}")
-        if horizon < 1:
-            raise ValueError(f"horizon: wanted at least 1, got {horizon}")
+        horizon = integer("horizon", horizon, 1)
         require("mujoco", self.name, "mujoco")
         self.horizon, self.render_mode = horizon, render_mode
         self.simulator: Any = self._robot(render_mode)
@@ -57,6 +57,7 @@ class MujocoTask(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        seed = None if seed is None else integer("seed", seed, 0)
         super().reset(seed=seed)
         observation, _ = self.simulator.reset(seed=seed)
         self._elapsed = 0
@@ -182,6 +183,7 @@ class MujocoData(DataSource):
     best_of: ClassVar[str] = "teacher"
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.horizon < 2 or self.tasks < 10:
             raise ValueError(f"horizon, tasks: wanted at least 2 and at least 10, got {self.horizon}, {self.tasks}")
         check_grades(self.split, self.quality)
@@ -203,7 +205,7 @@ class MujocoData(DataSource):
     @on_cpu
     def _test(self) -> Tensor:
         """[tasks] which are test tasks."""
-        index = torch.arange(self.tasks)
+        index = torch.arange(self.tasks, device="cpu")
         return index >= self.tasks - self.tasks // 10 if self.split == "far" else index % 10 == 5
 
     def _parameters(self) -> Tensor:
@@ -255,7 +257,7 @@ class CheetahVelData(MujocoData):
     environment = CheetahVel
 
     def _parameters(self) -> Tensor:
-        return 3.0 * torch.arange(1, self.tasks + 1, dtype=torch.float64)[:, None] / self.tasks
+        return 3.0 * torch.arange(1, self.tasks + 1, dtype=torch.float64, device="cpu")[:, None] / self.tasks
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class AntDirData(MujocoData):
     environment = AntDir
 
     def _parameters(self) -> Tensor:
-        return 2 * math.pi * torch.arange(self.tasks, dtype=torch.float64)[:, None] / self.tasks
+        return 2 * math.pi * torch.arange(self.tasks, dtype=torch.float64, device="cpu")[:, None] / self.tasks
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class WalkerParamData(MujocoData):
     def _parameters(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.tasks, WalkerParam.num_parameters)
-        u = 6 * torch.rand(shape, generator=generator, dtype=torch.float64) - 3
+        u = 6 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 3
         if self.split == "far":
             beyond = u.sign() * (3 + u.abs() / 3)
             u = torch.where(self._test()[:, None], beyond, u)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from icrl.offline.environments.source import DataSource, check_grades, check_histories, half, on_cpu
 from icrl.offline.trajectories import Trajectories
+from icrl_kernels.arguments import integer, integer_fields
 
 
 class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -27,8 +28,9 @@ class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's declaration)
 
     def __init__(self, angle: float = 1.0, horizon: int = 50, reach: float = 0.1) -> None:
-        if horizon < 1 or not reach > 0:
-            raise ValueError(f"horizon, reach: wanted at least 1 and a positive number, got {horizon}, {reach}")
+        horizon = integer("horizon", horizon, 1)
+        if not reach > 0:
+            raise ValueError(f"reach: wanted a positive number, got {reach}")
         self.goal = np.array([math.cos(angle), math.sin(angle)])
         self.horizon, self.reach = horizon, reach
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -38,7 +40,7 @@ class PointRobot(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else integer("seed", seed, 0))
         self._at, self._elapsed = np.zeros(2), 0
         return self._at.astype(np.float32), {}
 
@@ -68,6 +70,7 @@ class PointRobotData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.horizon < 1 or self.tasks < 10 or not self.reach > 0:
             raise ValueError(
                 f"horizon, tasks, reach: wanted at least 1, at least 10 and a positive number, got {self.horizon}, "
@@ -79,10 +82,10 @@ class PointRobotData(DataSource):
     @on_cpu
     def angles(self) -> tuple[Tensor, Tensor]:
         """Of training and test goals."""
-        angles = torch.linspace(0, math.pi, self.tasks, dtype=torch.float64)
-        test = torch.arange(self.tasks) % 10 == 5
+        angles = torch.linspace(0, math.pi, self.tasks, dtype=torch.float64, device="cpu")
+        test = torch.arange(self.tasks, device="cpu") % 10 == 5
         if self.split == "far":
-            test = torch.arange(self.tasks) >= self.tasks - self.tasks // 10
+            test = torch.arange(self.tasks, device="cpu") >= self.tasks - self.tasks // 10
         return angles[~test], angles[test]
 
     @on_cpu
@@ -96,13 +99,17 @@ class PointRobotData(DataSource):
         goals = self.goals()[0].repeat_interleave(self.episodes, 0)  # [E,2]
         E, H = len(goals), self.horizon
         generator = torch.Generator().manual_seed(self.seed)
-        falling = 1.0 - (torch.arange(E) % self.history).double() / max(1, self.history - 1)
-        share = {"mixed": falling, "medium": torch.full((E,), 0.5), "expert": torch.full((E,), 0.05)}[self.quality]
-        at = torch.zeros(E, 2, dtype=torch.float64)
+        falling = 1.0 - (torch.arange(E, device="cpu") % self.history).double() / max(1, self.history - 1)
+        share = {
+            "mixed": falling,
+            "medium": torch.full((E,), 0.5, dtype=torch.float32, device="cpu"),
+            "expert": torch.full((E,), 0.05, dtype=torch.float32, device="cpu"),
+        }[self.quality]
+        at = torch.zeros(E, 2, dtype=torch.float64, device="cpu")
         rows: list[tuple[Tensor, ...]] = []
         for _ in range(H):
-            noisy = torch.rand(E, generator=generator) < share
-            anything = 2 * torch.rand(E, 2, generator=generator, dtype=torch.float64) - 1
+            noisy = torch.rand(E, generator=generator, dtype=torch.float32, device="cpu") < share
+            anything = 2 * torch.rand(E, 2, generator=generator, dtype=torch.float64, device="cpu") - 1
             action = torch.where(noisy[:, None], anything, ((goals - at) / self.reach).clamp(-1, 1))
             following = at + self.reach * action
             rows.append((at, action, -(following - goals).norm(dim=1), following))
@@ -117,9 +124,9 @@ class PointRobotData(DataSource):
             actions,
             rewards,
             next_states,
-            torch.zeros(E * H, dtype=torch.bool),
-            torch.arange(1, E + 1) * H,
-            torch.arange(len(self.goals()[0])).repeat_interleave(self.episodes),
+            torch.zeros(E * H, dtype=torch.bool, device="cpu"),
+            torch.arange(1, E + 1, device="cpu") * H,
+            torch.arange(len(self.goals()[0]), device="cpu").repeat_interleave(self.episodes),
             history=self.history,
         )
 
@@ -134,7 +141,7 @@ class PointRobotData(DataSource):
     def best_returns(self, which: str = "test") -> Tensor:
         """[N] the return of the straight walk."""
         goals = self.goals()[half(which)]
-        at, total = torch.zeros_like(goals), torch.zeros(len(goals), dtype=torch.float64)
+        at, total = torch.zeros_like(goals), torch.zeros(len(goals), dtype=torch.float64, device="cpu")
         for _ in range(self.horizon):
             at = at + self.reach * ((goals - at) / self.reach).clamp(-1, 1)
             total -= (at - goals).norm(dim=1)

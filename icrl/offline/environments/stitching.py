@@ -21,6 +21,7 @@ from icrl.offline.environments.source import DataSource, half, on_cpu
 from icrl.offline.trajectories import Trajectories
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import constant_behaviours, rollout
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class StitchingData(DataSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer_fields(self)
         if self.size < 4 or self.size % 2:
             raise ValueError(f"size: wanted an even number of at least 4, got {self.size}")
         cells = self.size**2 // 2
@@ -60,7 +62,7 @@ class StitchingData(DataSource):
     def goals(self) -> tuple[Tensor, Tensor]:
         """Training and test goals, [.,2] each."""
         half = self.size**2 // 2
-        order = half + torch.randperm(half, generator=torch.Generator().manual_seed(self.seed))
+        order = half + torch.randperm(half, generator=torch.Generator().manual_seed(self.seed), device="cpu")
         cells = torch.stack([order // self.size, order % self.size], 1)
         return cells[: self.train_goals], cells[self.train_goals :]
 
@@ -70,10 +72,14 @@ class StitchingData(DataSource):
         goals, n = self.goals()[0], self.episodes // 2
         N = len(goals)
         both = Trajectories.concatenate([self._leaving(N, 2 * self.seed), self._arriving(goals, n, 2 * self.seed + 1)])
-        order = (torch.arange(2)[None, :, None] * N + torch.arange(N)[:, None, None]) * n + torch.arange(n)
+        order = (
+            torch.arange(2, device="cpu")[None, :, None] * N + torch.arange(N, device="cpu")[:, None, None]
+        ) * n + torch.arange(n, device="cpu")
         generator = torch.Generator().manual_seed(self.seed + 2)
-        order = order.flatten(1).gather(1, torch.rand(N, 2 * n, generator=generator).argsort(1))
-        return both.reorder(order.flatten(), torch.arange(N).repeat_interleave(2 * n))
+        order = order.flatten(1).gather(
+            1, torch.rand(N, 2 * n, generator=generator, dtype=torch.float32, device="cpu").argsort(1)
+        )
+        return both.reorder(order.flatten(), torch.arange(N, device="cpu").repeat_interleave(2 * n))
 
     @on_cpu
     def prompts(self) -> Trajectories:
@@ -84,11 +90,11 @@ class StitchingData(DataSource):
         """From (0, 0) to cells of the left half; no reward, so that the goal does not matter."""
         half, S, A = self.size // 2, self.size**2, len(MOVES)
         generator = torch.Generator().manual_seed(self.seed + 1)
-        cells = torch.randint(half * self.size, (N * self.targets,), generator=generator)
+        cells = torch.randint(half * self.size, (N * self.targets,), generator=generator, device="cpu")
         places = torch.stack([cells // self.size, cells % self.size], 1)
         to_target = darkroom_tasks(places, self.size, self.horizon)
         policies = F.one_hot(to_target.solve(0.99).q.argmax(-1), A).float().view(N, self.targets, S, A)
-        allowed = torch.ones(S, A)
+        allowed = torch.ones(S, A, dtype=torch.float32, device="cpu")
         allowed[(half - 1) * self.size : half * self.size, MOVES.index((1, 0))] = 0.0  # not into the right half
         tasks = darkroom_tasks(self.goals()[0][:N], self.size, self.horizon, "corner")
         return self._gather(tasks, policies, allowed / allowed.sum(1, keepdim=True), self.episodes // 2, seed)
@@ -96,11 +102,13 @@ class StitchingData(DataSource):
     def _arriving(self, goals: Tensor, episodes: int, seed: int) -> Trajectories:
         """From the left half's border to the goal."""
         half, S, A = self.size // 2, self.size**2, len(MOVES)
-        border = torch.zeros(len(goals), S)
+        border = torch.zeros(len(goals), S, dtype=torch.float32, device="cpu")
         border[:, (half - 1) * self.size : half * self.size] = 1.0 / self.size
         tasks = replace(darkroom_tasks(goals, self.size, self.horizon), start=border)
         policies = F.one_hot(tasks.solve(0.99).q.argmax(-1), A).float()[:, None]
-        return self._gather(tasks, policies, torch.full((S, A), 1.0 / A), episodes, seed)
+        return self._gather(
+            tasks, policies, torch.full((S, A), 1.0 / A, dtype=torch.float32, device="cpu"), episodes, seed
+        )
 
     def _gather(self, tasks: TabularTasks, policies: Tensor, spread: Tensor, episodes: int, seed: int) -> Trajectories:
         """Episodes of the policies [N,P,S,A], one drawn anew for each, with a share of actions drawn from `spread`."""

@@ -92,7 +92,7 @@ class Teacher:
     def act(self, observations: np.ndarray, tasks: np.ndarray, mean: bool = False) -> np.ndarray:
         """Actions [N,A] in [-1, 1], drawn with torch's generator, or the policy's means."""
         told = np.concatenate([observations, tasks], 1).astype(np.float32)
-        normal = torch.as_tensor(self._normal.normalize_obs(told))
+        normal = torch.from_numpy(np.asarray(self._normal.normalize_obs(told)))
         with torch.no_grad():
             actions = self._ppo.policy(normal, deterministic=mean)[0]
         return actions.numpy().clip(-1.0, 1.0)
@@ -104,8 +104,8 @@ class Teacher:
         for name, state in self._ppo.get_parameters().items():
             checkpoint.flatten(name, state, tensors, facts)
         for name, moments in (("observations", self._normal.obs_rms), ("rewards", self._normal.ret_rms)):
-            tensors[f"{name}.mean"] = torch.as_tensor(moments.mean)
-            tensors[f"{name}.var"] = torch.as_tensor(moments.var)
+            tensors[f"{name}.mean"] = torch.from_numpy(np.asarray(moments.mean))
+            tensors[f"{name}.var"] = torch.from_numpy(np.asarray(moments.var))
             facts[f"{name}.count"] = float(moments.count)
         checkpoint.save(path, tensors, facts)
 
@@ -221,9 +221,9 @@ def gather(source: MujocoData, folder: Path) -> tuple[Trajectories, dict[str, An
         type(environments[0]).__name__,
         0,
         **rows,
-        terminated=torch.zeros(N * E * H, dtype=torch.bool),
-        ends=torch.arange(1, N * E + 1) * H,
-        tasks=torch.arange(N).repeat_interleave(E),
+        terminated=torch.zeros(N * E * H, dtype=torch.bool, device="cpu"),
+        ends=torch.arange(1, N * E + 1, device="cpu") * H,
+        tasks=torch.arange(N, device="cpu").repeat_interleave(E),
     )
     return data, {"checkpoint_returns": [round(r, 3) for r in returns], **reached}
 

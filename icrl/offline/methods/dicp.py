@@ -18,6 +18,7 @@ from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMe
 from icrl.offline.method import Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
 from icrl.offline.trunk import TrunkState
+from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class DICPConfig(HistoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 1 or self.beam < 1:
-            raise ValueError(f"depth, beam: wanted at least 1, got {self.depth}, {self.beam}")
+        integer_fields(self, depth=1, beam=1)
         if not 0 <= self.discount < 1:
             raise ValueError(f"discount: wanted a number in [0, 1), got {self.discount}")
 
@@ -80,11 +80,13 @@ class DICP(HistoryMethod):
         if self.spaces.num_actions:
             first = output.softmax(-1).multinomial(c.beam, replacement=True)  # [B,K]
         else:
-            first = output[:, None] + 0.1 * torch.randn(B, c.beam, output.shape[-1], device=output.device)
+            first = output[:, None] + 0.1 * torch.randn(
+                B, c.beam, output.shape[-1], device=output.device, dtype=torch.float32
+            )
         K = first.shape[1]
         action = first.flatten(0, 1)
         x, f, m = self.normal(state).repeat_interleave(K, 0), features.repeat_interleave(K, 0), spread(memory, K)
-        total, weight = torch.zeros(B * K, device=output.device), 1.0
+        total, weight = torch.zeros(B * K, device=output.device, dtype=torch.float32), 1.0
         depth = min(c.depth, c.horizon - (memory.length - 1) % c.horizon)  # nothing comes after the episode
         for i in range(depth):
             reward, after, change = self.predict(f, action)

@@ -101,8 +101,8 @@ class IDTAgent:
     """Keeps its newest episodes, sorted by return, and wants the best return of each new one."""
 
     def __init__(self, method: IDT, batch: int) -> None:
-        self.method, self.batch = method, batch
-        self.episode = Episode()
+        self.method, self.episode = method, Episode(batch, method.spaces, begun=False)
+        self.batch = self.episode.batch
         self.past: list[tuple[Tensor, ...]] = []
         self.state: TrunkState | None = None
 
@@ -118,15 +118,16 @@ class IDTAgent:
             h = sort_episodes(History(s, a, r, n, torch.zeros_like(r)), len(self.past))
             left = h.reward.unflatten(1, (len(self.past), -1)).flip(-1).cumsum(-1).flip(-1).flatten(1)
             _, self.state = m.decide_all(h, left)
-        self.episode = Episode()
+        self.episode = Episode(self.batch, self.method.spaces)
         self.wanted = m.best.expand(self.batch)
 
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
+        self.episode.see(state)
         t = len(self.episode.steps)
         if t % m.config.span == 0:
-            before = torch.zeros(self.batch, 1, m.config.trunk.width, device=m.device)
+            before = torch.zeros(self.batch, 1, m.config.trunk.width, device=m.device, dtype=torch.float32)
             if t:
                 s, a, r, _ = (torch.stack(x, 1) for x in zip(*self.episode.steps[-m.config.span :], strict=True))
                 before = m.summary(s, a, r)

@@ -1,0 +1,187 @@
+"""What an agent is given: values that no step can bring are refused by name, and leave the agent as it was."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from icrl.omnirl import Agent, OmniRL, OmniRLConfig, Temperature
+
+B, S = 3, 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return OmniRL(OmniRLConfig(layers=2)).eval()
+
+
+def seen():
+    return torch.tensor([0, 3, 7])
+
+
+def best(agent):
+    """Runs the agent's model as before, and keeps its best actions."""
+    inner = agent.run
+
+    def run(tokens, state):
+        output, state = inner(tokens, state)
+        agent.best = output.readouts[-1].logits[:, 0, :, agent.prompt].argmax(-1)
+        return output, state
+
+    agent.run = run
+    return agent
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-45, 1e-30])
+def test_no_temperature_takes_the_best_action(model, temperature):
+    agent = best(Agent(model, 64, S, temperature=Temperature(temperature, temperature, 1)))
+    for t in range(8):
+        action = agent.act(torch.arange(64) % S)
+        assert torch.equal(action, agent.best)
+        agent.observe(torch.randn(64), torch.full((64,), int(t == 4)))
+
+
+def test_temperature_falls_to_the_best_action(model):
+    agent = best(Agent(model, 64, S, temperature=Temperature(5.0, 0.0, 3)))
+    same = []
+    for _ in range(6):
+        same.append(bool((agent.act(torch.arange(64) % S) == agent.best).all()))
+        agent.observe(torch.randn(64), torch.zeros(64))
+    assert same == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ((-0.1, 0.1), "start"),
+        ((0.5, -1e-9), "end"),
+        ((math.nan, 0.1), "start"),
+        ((0.5, math.inf), "end"),
+        (("warm", 0.1), "start"),
+        ((None, 0.1), "start"),
+        ((True, 0.1), "start"),
+        ((0.5, 0.1, -1), "steps"),
+        ((0.5, 0.1, 2.5), "steps"),
+    ],
+)
+def test_temperatures_are_judged(given, named):
+    with pytest.raises(ValueError, match=f"^{named}: wanted"):
+        Temperature(*given)
+
+
+NAN, INF = math.nan, math.inf
+REWARD, DONE = torch.zeros(B), torch.zeros(B, dtype=torch.int64)
+WRONG = [
+    ("reward", torch.tensor([0.0, NAN, 0.0]), DONE),
+    ("reward", torch.tensor([0.0, 0.0, INF]), DONE),
+    ("reward", torch.tensor([0.0, 1e300, 0.0], dtype=torch.float64), DONE),
+    ("reward", torch.zeros(B + 1), DONE),
+    ("reward", torch.zeros(B, 1), DONE),
+    ("reward", torch.zeros(()), DONE),
+    ("reward", torch.zeros(B, dtype=torch.complex64), DONE),
+    ("reward", np.zeros(B), DONE),
+    ("reward", [0.0] * B, DONE),
+    ("reward", None, DONE),
+    ("reward", torch.zeros(B).to_sparse(), DONE),
+    ("done", REWARD, torch.full((B,), 7)),
+    ("done", REWARD, torch.tensor([0, 1, 3])),
+    ("done", REWARD, torch.tensor([0, -1, 0])),
+    ("done", REWARD, torch.tensor([0.0, 0.5, 0.0])),
+    ("done", REWARD, torch.tensor([0.0, NAN, 0.0])),
+    ("done", REWARD, torch.zeros(B - 1)),
+    ("done", REWARD, False),
+    ("done", REWARD, np.zeros(B, np.int64)),
+]
+
+
+def tensors(agent):
+    return [*agent.state[2:], *agent.state.values, agent.state.transition, *agent._previous]
+
+
+@pytest.mark.parametrize(("name", "reward", "done"), WRONG)
+def test_outcomes_are_judged(model, name, reward, done):
+    agent = Agent(model, B, S)
+    agent.act(seen())
+    before = [x.clone() for x in tensors(agent)]
+    with pytest.raises(ValueError, match=f"^{name}: wanted"):
+        agent.observe(reward, done)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(agent), strict=True))
+    agent.observe(REWARD, DONE)
+    agent.act(seen())
+    assert all(bool(x.isfinite().all()) for x in tensors(agent))
+
+
+def test_outcomes_of_any_real_type(model):
+    actions = []
+    for reward, done in (
+        (REWARD, DONE),
+        (REWARD.double(), DONE.bool()),
+        (DONE, DONE.to(torch.uint8)),
+        (REWARD, REWARD),
+    ):
+        agent = Agent(model, B, S)
+        agent.act(seen())
+        agent.observe(reward, done)
+        actions.append(agent.act(seen()).tolist())
+    assert actions == actions[:1] * 4
+
+
+@pytest.mark.parametrize("tag", [-1, 8, 1.5, None, True])
+def test_tags_are_judged(model, tag):
+    agent = Agent(model, B, S)
+    agent.act(seen())
+    with pytest.raises(ValueError, match=r"^tag: wanted"):
+        agent.observe(REWARD, DONE, tag)
+
+
+@pytest.mark.parametrize(
+    "observation",
+    [
+        torch.tensor([0, 3, S]),
+        torch.tensor([-1, 3, 0]),
+        torch.zeros(B + 1, dtype=torch.int64),
+        torch.zeros(B, 1, dtype=torch.int64),
+        torch.zeros(B),
+        torch.zeros(B, dtype=torch.bool),
+        np.zeros(B, np.int64),
+        [0] * B,
+        0,
+        None,
+    ],
+)
+def test_observations_are_judged(model, observation):
+    agent = Agent(model, B, S)
+    before = [x.clone() for x in tensors(agent)]
+    with pytest.raises(ValueError, match=r"^observation: wanted"):
+        agent.act(observation)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(agent), strict=True))
+
+
+def test_an_outcome_needs_an_action(model):
+    with pytest.raises(RuntimeError, match=r"^observe: .* call act first"):
+        Agent(model, B, S).observe(REWARD, DONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 5),
+        ("prompt", -1),
+        ("prompt", 2.0),
+        ("temperature", 0.5),
+        ("temperature", (0.5, 0.1, 300)),
+        ("seed", None),
+        ("seed", 2**64),
+        ("num_actions", 0),
+        ("num_actions", 6),
+        ("num_actions", 2.5),
+        ("num_actions", torch.tensor([2, 3])),
+        ("num_actions", torch.tensor([2, 3, 9])),
+        ("num_actions", torch.tensor([2.0, 3.0, 4.0])),
+    ],
+)
+def test_settings_are_judged(model, name, value):
+    with pytest.raises(ValueError, match=f"^{name}: wanted"):
+        Agent(model, B, S, **{name: value})
