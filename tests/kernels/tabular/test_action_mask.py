@@ -207,7 +207,7 @@ def history(mask, T=70, seed=0):
     g = torch.Generator().manual_seed(seed)
     state = torch.randint(S, (R, T), generator=g)
     action = torch.multinomial(mask[torch.arange(R)[:, None], state].float().flatten(0, 1), 1, generator=g).view(R, T)
-    return state, action, torch.randn(R, T, generator=g), torch.randint(3, (R, T), generator=g)
+    return state, action, torch.randn(R, T, generator=g, dtype=torch.float32), torch.randint(3, (R, T), generator=g)
 
 
 @pytest.mark.parametrize(("s", "a"), [(6, 3), (17, 9)])

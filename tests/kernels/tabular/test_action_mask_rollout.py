@@ -98,7 +98,11 @@ def test_random_actions_are_uniform_over_those_that_are_there():
 def test_the_specification(weights):
     tasks, mask = masked(seed=4)
     g = torch.Generator().manual_seed(0)
-    p = torch.rand(N, 1, S, A, generator=g) * mask[:, None] * (torch.arange(A) < tasks.num_actions.view(N, 1, 1, 1))
+    p = (
+        torch.rand(N, 1, S, A, generator=g, dtype=torch.float32)
+        * mask[:, None]
+        * (torch.arange(A) < tasks.num_actions.view(N, 1, 1, 1))
+    )
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
     p[p.sum(-1) == 0] = torch.nn.functional.one_hot(torch.tensor(0), A).float()
     b = constant_behaviours(N, 1, weights, switch=0.3, epsilon=0.2)
@@ -133,14 +137,14 @@ def test_a_mask_of_a_call_is_that_of_tables():
 
 def test_learners_count_on_no_missing_action():
     """A state that lacks the better of two actions is worth what the other brings."""
-    t, r = torch.zeros(1, 3, 2, 3), torch.zeros(1, 3, 2, 3)
+    t, r, quiet, still = (torch.zeros(1, *x, dtype=torch.float32) for x in ((3, 2, 3), (3, 2, 3), (3,), (3, 2)))
     t[0, 0, 0, 1], t[0, 0, 1, 0], t[0, 1, :, 2] = 1, 1, 1
     r[0, 0, 0, 1], r[0, 0, 1, 0], r[0, 1, 0, 2], r[0, 1, 1, 2] = 0.0, 0.2, -1.0, 1.0
     mask = torch.tensor([[[True, True], [True, False], [False, False]]])
     size = {"max_steps": 20, "num_states": 3, "num_actions": 2}
     rest = {name: torch.tensor([x]) for name, x in size.items()}
-    terminal, start = torch.tensor([[False, False, True]]), torch.tensor([[1.0, 0.0, 0.0]])
-    tables = rollout_tables(t, r, torch.zeros(1, 3), torch.zeros(1, 3, 2), start, terminal, **rest, action_mask=mask)
+    terminal, start = torch.tensor([[False, False, True]]), torch.eye(3, dtype=torch.float32)[:1]
+    tables = rollout_tables(t, r, quiet, still, start, terminal, **rest, action_mask=mask)
     for name in ("q_learning", "model_based"):
         b = constant_behaviours(1, 0, {name: 1.0})
         run = rollout(tables, steps=3000, seed=0, behaviours=b)
