@@ -20,9 +20,11 @@ from icrl_kernels import _C, _checks
 
 LIBRARY = torch.library.Library("icrl", "FRAGMENT")
 NOT_DENSE = [
-    f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor", "Quantized") for device in ("CPU", "CUDA")
+    f"{kind}{device}"
+    for kind in ("Sparse", "SparseCsr", "NestedTensor", "Quantized")
+    for device in ("CPU", "CUDA", "Meta")
 ]
-NOT_DENSE.append("MkldnnCPU")  # torch's dispatch keys
+NOT_DENSE += ["MkldnnCPU", "AutogradNestedTensor"]  # torch's dispatch keys
 
 
 @dataclass(frozen=True)

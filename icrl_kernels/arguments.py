@@ -18,7 +18,7 @@ INT64 = -(2**63), 2**63 - 1
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """`value` as an int: Python's, numpy's, or a 0-dimensional tensor of integers; ValueError for all else, bools too."""
     number = value
-    if type(value) is not int:
+    if type(value) is not int and not isinstance(value, torch.SymInt):  # which a tracer means
         of_bools = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.bool_)
         if of_bools or (isinstance(value, (Tensor, np.ndarray)) and value.ndim):
             raise _no_integer(name, value)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icrl_kernels.arguments import dense, integer
+
 STEPS = ("states", "actions", "rewards", "next_states", "terminated", "optimal")
 """The tensors that have a row a step."""
 
@@ -51,6 +53,13 @@ class Trajectories:
 
     def __post_init__(self) -> None:
         """Check every field, and index episodes and tasks. Raises ValueError naming the field."""
+        self.num_actions, self.history = integer("num_actions", self.num_actions, 0), integer("history", self.history)
+        for name in (*STEPS, "ends", "tasks"):
+            if name != "optimal" or self.optimal is not None:
+                dense(name, getattr(self, name))
+        for name in ("states", "next_states"):
+            if getattr(self, name).dim() != 2:
+                raise ValueError(f"{name}: wanted shape [T, S], got {list(getattr(self, name).shape)}")
         T = self.states.shape[0]
         self.ends, self.tasks = self.ends.cpu(), self.tasks.cpu()
         shapes = {

@@ -112,6 +112,7 @@ def _best_reward_q(tasks: TabularTasks) -> Tensor:
 
 def references(tasks: TabularTasks, steps: int = 20_000, seed: int = 2**33 + 1) -> Reference:
     """What random and the oracles earn, by rollouts whose seed no evaluation uses; they run where the tasks are."""
+    steps = integer("steps", steps, 1)
     tables = tasks.tables()
     runs = {name: run_baseline(tasks, name, steps, seed, tables) for name in ("random", "oracle", "oracle, episode")}
     return Reference(

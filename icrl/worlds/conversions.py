@@ -61,6 +61,8 @@ def _normalised(rows: np.ndarray) -> np.ndarray:
 
 def from_xenoverse(task: dict[str, Any]) -> dict[str, Any]:
     """One task's fields; ValueError where it has no place in them."""
+    if not isinstance(task, dict):
+        raise ValueError(f"tasks: wanted dicts, got {type(task).__name__}")
     kind = task.get("task_type", "MDP")
     if kind not in ("MDP", "POMDP", "MTPOMDP"):
         raise ValueError(f"task_type: wanted 'MDP', 'POMDP' or 'MTPOMDP', got {kind!r}")
@@ -70,11 +72,18 @@ def from_xenoverse(task: dict[str, Any]) -> dict[str, Any]:
     if lacking := wanted - task.keys():
         raise ValueError(f"tasks: a task_type {kind!r} without {', '.join(sorted(lacking))}")
     t, r = np.asarray(task["transition"], dtype=np.float64), np.asarray(task["reward"], dtype=np.float64)
+    if t.ndim != 3 or t.shape[0] != t.shape[2] or r.shape != t.shape:
+        raise ValueError(f"transition, reward: wanted [S, A, S] both, got {list(t.shape)} and {list(r.shape)}")
     size = t.shape[0]
-    ends = np.asarray(task["s_e"], dtype=np.int64)
+    places = {name: np.asarray(task[name]).reshape(-1) for name in ("s_e", "s_0")}
+    for name, states in places.items():
+        if len(states) and (states.dtype.kind not in "iu" or states.min() < 0 or states.max() >= size):
+            raise ValueError(f"{name}: wanted states from 0 to {size - 1}, got {task[name]!s:.80}")
+    if np.shape(task["s_0_prob"]) != places["s_0"].shape:
+        raise ValueError(f"s_0_prob: wanted a probability of each state in s_0, got {task['s_0_prob']!s:.80}")
     terminal, start = np.zeros(size, dtype=bool), np.zeros(size)
-    terminal[ends] = True
-    start[np.asarray(task["s_0"], dtype=np.int64)] = task["s_0_prob"]
+    terminal[places["s_e"].astype(np.int64)] = True
+    start[places["s_0"].astype(np.int64)] = task["s_0_prob"]
     noise = np.broadcast_to(np.asarray(task["reward_noise"], dtype=np.float64), t.shape)
     # n(s') + n(s, a): the smallest entry over s' is n(s, a) up to a constant, which belongs to either
     by_action = noise.min(-1)

@@ -87,8 +87,11 @@ def _reached(p: Tensor, start: Tensor) -> Tensor:
 
 def compare(num_tasks: int, sizes: tuple[int, ...], num_actions: int, branching: int, seed: int) -> dict[str, Any]:
     """Numbers of AnyMDP beside Garnet at each size: slopes, and quantiles of visits by rank of value."""
-    for name, least, given in (("num_tasks", 2, num_tasks), ("num_states", 8, min(sizes, default=0))):
-        integer(name, given, least)
+    num_tasks, seed = integer("num_tasks", num_tasks, 2), integer("seed", seed)
+    sizes = tuple(integer("num_states", size, 8) for size in sizes)
+    if not sizes:
+        raise ValueError("num_states: wanted at least one, got none")
+    num_actions, branching = integer("num_actions", num_actions, 2), integer("branching", branching, 1)
     rows = []
     for size in sizes:
         families = {

@@ -151,9 +151,14 @@ class TabularEnv(gymnasium.Env[Any, Any]):
 
     def _act_in_turn(self, state: int, actions: Any) -> tuple[int, float, float, bool]:
         """The same after several actions, summed; and whether one of them ended the episode."""
-        taken, na = _integers("action", actions).tolist(), self._reward.shape[1]
+        na = self._reward.shape[1]
+        refusal = ValueError(f"action: wanted {self._tokens} of 0 to {na - 1}, got {actions!s:.80}")
+        try:
+            taken = _integers("action", actions).tolist()
+        except ValueError as error:
+            raise refusal from error
         if not isinstance(taken, list) or len(taken) != self._tokens or not all(a in range(na) for a in taken):
-            raise ValueError(f"action: wanted {self._tokens} of 0 to {na - 1}, got {actions}")
+            raise refusal
         total, total_mean = 0.0, 0.0
         for a in taken:
             state, reward, mean = self._act(state, a)

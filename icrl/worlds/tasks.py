@@ -17,7 +17,7 @@ from torch import Tensor
 from icrl.files import checksum
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
-from icrl_kernels.arguments import INT64, dense, integer
+from icrl_kernels.arguments import INT64, dense, integer, number
 from icrl_kernels.tabular import counter_rng
 from icrl_kernels.tabular import packed as packed_tables
 from icrl_kernels.tabular.emission import draw_tokens
@@ -481,8 +481,9 @@ class TabularTasks:
             q [N,G,S,A] float64 (−inf at actions that a state lacks, but 0 where it has none), v, policy [N,G,S], error_bound, iterations [N,G];
             no G for a float.
         """
-        if not isinstance(discounts, (float, int, Tensor)):
-            discounts = torch.tensor(list(discounts), dtype=torch.float64, device=self.device)
+        if isinstance(discounts, (Sequence, np.ndarray)) and np.ndim(discounts):
+            given = [number("discounts", g) for g in discounts]
+            discounts = torch.tensor(given, dtype=torch.float64, device=self.device)
         has = self.available_actions()
         return value_iteration(
             self.transition,
@@ -567,6 +568,8 @@ class TabularTasks:
         Raises ValueError for reward noise that is not of the form n(s') + n(s, a).
         """
         given = [tasks] if isinstance(tasks, dict) else tasks
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"tasks: wanted a dict or a list of them, got {type(tasks).__name__}")
         return cls.concatenate([cls._one(conversions.from_xenoverse(t)) for t in given])
 
     @classmethod

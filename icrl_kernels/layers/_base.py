@@ -271,6 +271,7 @@ class TokenMixer(nn.Module):
         N = x.shape[0]
         if cu_seqlens is not None:
             _checks.shape("cu_seqlens", cu_seqlens, ("N+1",))
+            _checks.dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
             N = cu_seqlens.shape[0] - 1
             if x.shape[0] != 1 or N < 0:
                 raise ValueError(
@@ -308,11 +309,16 @@ class TokenMixer(nn.Module):
 
     def _check_state(self, state: State, N: int) -> None:
         dtype = wide(self.o_proj.weight.dtype)
+        if not isinstance(state, State):
+            raise ValueError(f"state: wanted a State, got {type(state).__name__}")
         for field, shapes in zip(State._fields, self._state_shapes(), strict=True):
             tensors = getattr(state, field)
+            if not isinstance(tensors, (tuple, list)):
+                raise ValueError(f"state.{field}: wanted a tuple of tensors, got {type(tensors).__name__}")
             if len(tensors) != len(shapes):
                 raise ValueError(f"state.{field}: wanted {len(shapes)} tensors, got {len(tensors)}")
             for i, (t, shape) in enumerate(zip(tensors, shapes, strict=True)):
+                _checks.dense(f"state.{field}[{i}]", t)
                 if t.shape != (N, *shape) or t.dtype != dtype:
                     raise ValueError(
                         f"state.{field}[{i}]: wanted {[N, *shape]} of {dtype}, got {list(t.shape)} of {t.dtype}"

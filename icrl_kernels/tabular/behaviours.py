@@ -54,6 +54,8 @@ def same_behaviours(
     """As `constant_behaviours`, on any device."""
     num_records = _checks.integer("num_records", num_records, 0)
     num_policies = _checks.integer("num_policies", num_policies, 0)
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights: wanted a dict of numbers by policy, got {type(weights).__name__}")
     names = {**{i: i for i in range(num_policies)}, **{name: num_policies + i for i, name in enumerate(BUILTIN)}}
     row = torch.zeros(num_policies + len(BUILTIN), dtype=torch.float32, device=device)
     for name, weight in weights.items():

@@ -50,7 +50,7 @@ def value_iteration(
 
     Args:
         transition: T, `[N, S, A, S]`, float32 or float64, or a PackedTransition. An all-zero row ends the episode
-            after its reward.
+            after its reward. Here and below a numpy array is taken for a tensor on the CPU; what is returned are tensors.
         reward: r̄, `[N, S, A]`, or R, `[N, S, A, S]` (read where T > 0 only); same dtype. With a PackedTransition R is
             `[M]`, laid out as its probabilities.
         discount: γ in [0, 1]: a float, or a tensor `[G]` (the same for every task) or `[N, G]`.

@@ -232,7 +232,7 @@ def _public_call(op: str) -> Callable[[Args], Any]:
     def call(args: Args) -> Any:
         if op == "gsa":
             pair = (args["initial_keys"], args["initial_values"])
-            state = None if pair == (None, None) else pair
+            state = None if all(x is None for x in pair) else pair
         else:
             state = args["initial_state"]
         more = {"qk_l2norm": args["qk_l2norm"]} if op == "gated_delta_rule" else {}

@@ -215,3 +215,35 @@ def test_nan_passes_through_tokens_and_no_further(value):
     call, given = OPS["model_based_q"]
     with pytest.raises(ValueError, match=r"^reward"):
         call(**given | {"reward": given["reward"] + value})
+
+
+LAYERS = [
+    layers.GLA(32, num_heads=2),
+    layers.GSA(32, num_heads=2),
+    layers.GatedDeltaNet(32, head_dim=16, num_heads=2),
+    layers.LinearAttention(32, num_heads=2),
+    layers.RWKV7(32, head_dim=16),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@torch.no_grad()
+def test_layers_refuse_them_too(layer):
+    x, state = torch.randn(2, 5, 32), layer.initial_state(2)
+    for _, value in others(x):
+        with pytest.raises(ValueError, match=r"^x: wanted "):
+            layer(value)
+    for _, value in others(x[:, 0]):
+        with pytest.raises(ValueError, match=r"^x: wanted "):
+            layer.step(value, state)
+    for value in (3, "x", (1, 2), torch.zeros(2), tuple(state)):
+        with pytest.raises(ValueError, match=r"^state: wanted a State, got "):
+            layer(x, value)
+        with pytest.raises(ValueError, match=r"^state: wanted a State, got "):
+            layer.step(x[:, 0], value)
+    for value in (3, None, (None,), (state.recurrent[0].to_sparse(), *state.recurrent[1:])):
+        with pytest.raises(ValueError, match=r"^state\.recurrent(\[0\])?: wanted "):
+            layer(x, state._replace(recurrent=value))
+    for value in ([0, 5], np.array([0, 5]), "x", torch.tensor([0.0, 5.0])):
+        with pytest.raises(ValueError, match=r"^cu_seqlens: wanted "):
+            layer(x[:1], None, value)
