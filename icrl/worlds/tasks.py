@@ -478,8 +478,8 @@ class TabularTasks:
             discounts: γ in [0, 1]: a float; or G of them, a sequence or a tensor [G] or [N,G].
             options: tol, method, backend.
         Returns:
-            q [N,G,S,A] float64 (−inf at actions that a state lacks, but 0 where it has none), v, policy [N,G,S], error_bound, iterations [N,G];
-            no G for a float.
+            q [N,G,S,A] float64 (−inf at actions that a state lacks, but 0 where it has none), v, policy [N,G,S],
+            error_bound, iterations [N,G]; no G for a float.
         """
         if isinstance(discounts, (Sequence, np.ndarray)) and np.ndim(discounts):
             given = [number("discounts", g) for g in discounts]
