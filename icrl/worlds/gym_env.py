@@ -231,7 +231,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError(f"options: wanted none, got {sorted(options)}")
         if seed is None:
             seeds: list[int | None] = [None] * self.num_envs
-        elif isinstance(seed, (Sequence, np.ndarray, torch.Tensor)) and np.ndim(seed):
+        elif isinstance(seed, Sequence) or (isinstance(seed, (np.ndarray, torch.Tensor)) and seed.ndim):
             seeds = [None if s is None else integer("seed", s) for s in seed]
         else:
             seeds = [integer("seed", seed) + i for i in range(self.num_envs)]

@@ -481,7 +481,7 @@ class TabularTasks:
             q [N,G,S,A] float64 (−inf at actions that a state lacks, but 0 where it has none), v, policy [N,G,S],
             error_bound, iterations [N,G]; no G for a float.
         """
-        if isinstance(discounts, (Sequence, np.ndarray)) and np.ndim(discounts):
+        if isinstance(discounts, Sequence):
             given = [number("discounts", g) for g in discounts]
             discounts = torch.tensor(given, dtype=torch.float64, device=self.device)
         has = self.available_actions()
