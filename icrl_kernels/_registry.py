@@ -1,8 +1,8 @@
 """The torch.library handle, and how an op is defined and its backend chosen.
 
-Every op has a schema `torch.ops.icrl.<op>` with `str backend` ("auto" or a name), after which only arguments with a default stand. Its `check` runs once per
-call, before any backend, for the public function and for `torch.ops.icrl.<op>` alike. An explicit backend that cannot serve
-raises: nothing falls back in silence.
+Every op has a schema `torch.ops.icrl.<op>` with `str backend` ("auto" or a name), after which only arguments with a default
+stand. Its `check` runs once per call, before any backend, for the public function and for `torch.ops.icrl.<op>` alike. An
+explicit backend that cannot serve raises: nothing falls back in silence.
 """
 
 from __future__ import annotations
