@@ -1,8 +1,8 @@
 """The torch.library handle, and how an op is defined and its backend chosen.
 
-Every op has a schema `torch.ops.icrl.<op>` whose last argument is `str backend` ("auto" or a name). Its `check` runs once per
-call, before any backend, for the public function and for `torch.ops.icrl.<op>` alike. An explicit backend that cannot serve
-raises: nothing falls back in silence.
+Every op has a schema `torch.ops.icrl.<op>` with `str backend` ("auto" or a name), after which only arguments with a default
+stand. Its `check` runs once per call, before any backend, for the public function and for `torch.ops.icrl.<op>` alike. An
+explicit backend that cannot serve raises: nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def define(
     check: Callable[..., Any],
     values: Callable[..., None] | None = None,
 ) -> None:
-    """Define `icrl::<schema>`, whose last argument must be `str backend`.
+    """Define `icrl::<schema>`, which must have `str backend`, last but for arguments with a default.
 
     Args:
         fake: `fake(found, *arguments)` returns empty outputs on the inputs' device.
@@ -78,6 +78,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     BACKENDS[name] = backends
     declared = [a.rsplit(" ", 1) for a in schema[len(name) + 1 : schema.rindex(") ->")].split(", ")]  # type and name
+    place = declared.index(["str", "backend"])
     written = [i for i, (kind, _) in enumerate(declared) if "!" in kind]
     # the dispatcher takes None for a tensor that is not optional
     required = [
@@ -91,9 +92,9 @@ def define(
         return check(*arguments)
 
     def run(device: str, *args: Any) -> Any:
-        arguments = args[:-1]
+        arguments = (*args[:place], *args[place + 1 :])
         found = checked(*arguments)
-        backend = resolve(name, device, args[-1])[1]
+        backend = resolve(name, device, args[place])[1]
         if values is not None and device == "cpu":
             values(found, *arguments)
         result = backend.run(found, *arguments)
@@ -108,7 +109,8 @@ def define(
     LIBRARY.impl(name, lambda *args: run("cuda", *args), "CUDA")
 
     def refuse(*args: Any) -> NoReturn:
-        for (kind, argument), x in zip(declared, args, strict=True):
+        for (kind, named), x in zip(declared, args, strict=False):  # those left to their defaults are not among them
+            argument = named.split("=")[0]
             if kind.startswith("Tensor"):
                 many = isinstance(x, (list, tuple))
                 for i, tensor in enumerate(x if many else [x]):
@@ -120,7 +122,8 @@ def define(
         LIBRARY.impl(name, refuse, kind)
 
     def traced(*args: Any) -> Any:
-        return fake(checked(*args[:-1]), *args[:-1])
+        arguments = (*args[:place], *args[place + 1 :])
+        return fake(checked(*arguments), *arguments)
 
     torch.library.register_fake(f"icrl::{name}", traced, lib=LIBRARY)
 

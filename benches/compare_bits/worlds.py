@@ -60,7 +60,7 @@ def world_calls() -> None:
                     "mean": tasks.expected_reward(),
                     "successors": tasks.num_successors(),
                     "behind": tasks.state_of() if tasks.emission is None else None,
-                    "masks": (tasks.state_mask(), tasks.action_mask()),
+                    "masks": (tasks.state_mask(), tasks.available_actions()),
                     "few": few.tensors(),
                     "wide": wide.tensors(),
                     "both": both.tensors(),

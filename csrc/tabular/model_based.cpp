@@ -17,7 +17,7 @@ constexpr double kBackupNanoseconds = 5;  // about what a sweep takes for a stat
 // `plain`: the GPU's code on the CPU.
 void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state,
                    uintptr_t q, int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps,
-                   bool plain, int threads) {
+                   uintptr_t action_mask, bool plain, int threads) {
   const auto integers = [](uintptr_t p) { return reinterpret_cast<const int64_t*>(p); };
   const ModelHistory h{integers(state),
                        integers(action),
@@ -31,7 +31,8 @@ void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_
                        A,
                        sweeps,
                        bonus,
-                       discount};
+                       discount,
+                       reinterpret_cast<const uint8_t*>(action_mask)};
   threads = team_for(kBackupNanoseconds * static_cast<double>(R * T * sweeps * S * A), threads);
   parallel_for(R, threads, [&](int64_t r) {
     std::vector<float> scratch(static_cast<size_t>(history_scratch(S, A)), 0.f);

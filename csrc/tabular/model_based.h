@@ -48,14 +48,24 @@ struct ModelBased {
   ICRL_HD static int64_t scratch_floats(int64_t S, int64_t A) { return (3 * S + 1) * padded_actions(A); }
 
   ICRL_HD void begin(float* scratch) {
+    begin(scratch, [](int64_t, int64_t) { return true; });
+  }
+
+  // `has(s, a)`: whether state s has action a. The others are worth -inf; a state that has none, which ends, has all.
+  template <class Has>
+  ICRL_HD void begin(float* scratch, Has has) {
     L = padded_actions(A);
     mean = scratch, inverse = mean + S * L, follow = inverse + S * L, row = follow + S * L;
     optimistic = beyond = width = 0;
-    for (int64_t s = 0; s < ns; ++s)
+    for (int64_t s = 0; s < ns; ++s) {
+      bool none = true;
+      for (int64_t a = 0; a < na; ++a) none &= !has(s, a);
       for (int64_t a = 0; a < L; ++a) {
-        mean[s * L + a] = -INFINITY, inverse[s * L + a] = a < na ? 0.f : 1.f, follow[s * L + a] = 0;
-        if (a < na && visits[s * A + a]) refresh(s, a);
+        const bool own = a < na && (none || has(s, a));
+        mean[s * L + a] = -INFINITY, inverse[s * L + a] = own ? 0.f : 1.f, follow[s * L + a] = 0;
+        if (own && visits[s * A + a]) refresh(s, a);
       }
+    }
   }
 
   ICRL_HD void refresh(int64_t s, int64_t a) {
@@ -147,7 +157,7 @@ ICRL_HD inline int64_t history_scratch(int64_t S, int64_t A) {
 }
 
 // The q of record r's history before each step, learning from the steps before it; NaN from the first step on whose
-// state, action, done or next state is out of range. scratch: zeros.
+// state, action, done or next state is out of range, or whose action its state lacks. scratch: zeros.
 template <class Ops>
 ICRL_HD void history(const ModelHistory& h, int64_t r, float* scratch) {
   const int64_t S = h.S, A = h.A;
@@ -160,14 +170,15 @@ ICRL_HD void history(const ModelHistory& h, int64_t r, float* scratch) {
   int32_t* known = reinterpret_cast<int32_t*>(scratch);
   m.known = known, scratch += S * A;
   m.span = reinterpret_cast<int16_t*>(scratch), scratch += S;
-  m.begin(scratch);
+  const uint8_t* mask = h.action_mask ? h.action_mask + r * S * A : nullptr;
+  m.begin(scratch, [=](int64_t s, int64_t a) { return !mask || mask[s * A + a]; });
   double square = 0;
   for (int64_t t = 0; t < h.T; ++t) {
     const int64_t i = r * h.T + t, s = h.state[i], a = h.action[i], done = h.done[i];
     // without next_state, the state after a truncated step is the next episode's first
     const bool known_next = h.next_state || (done == 0 && t + 1 < h.T);
     const int64_t to = h.next_state ? h.next_state[i] : known_next ? h.state[i + 1] : 0;
-    if (s < 0 || s >= S || a < 0 || a >= A || done < 0 || done > 2 || to < 0 || to >= S) {
+    if (s < 0 || s >= S || a < 0 || a >= A || done < 0 || done > 2 || to < 0 || to >= S || (mask && !mask[s * A + a])) {
       for (int64_t k = i * A; k < (r + 1) * h.T * A; ++k) h.q[k] = NAN;
       return;
     }

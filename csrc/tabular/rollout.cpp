@@ -63,6 +63,9 @@ std::string describe(const RolloutCall& c, const RolloutFault& f) {
     case RolloutFault::policy:
       return "policies" + place(tb.S, c.P) + ": wanted thresholds that end above 1 at the task's last action";
     case RolloutFault::row:
+      if (tb.window[2 * f.at + 1] == 0)
+        return (c.actions ? "action" : "window, policies") + std::string(" of record ") + r + ": state " +
+               text(f.at / tb.A % tb.S) + " of task " + text(n) + " does not have action " + text(f.at % tb.A);
       return "window, offset" + place(tb.A, tb.S) + ": wanted next states within the task's " + text(tb.num_states[n]) +
              " and " + text(tb.M) + " thresholds, got first " + text(tb.window[2 * f.at]) + ", length " +
              text(tb.window[2 * f.at + 1]) + ", offset " + text(tb.offset[f.at]);
@@ -85,6 +88,10 @@ void check(const RolloutCall& c) {
     const int64_t na = c.tables.num_actions[c.state.task[r]];
     for (int64_t i = r * c.T; c.actions && i < (r + 1) * c.T; ++i)
       if (c.actions[i] < 0 || c.actions[i] >= na) refuse(c, {RolloutFault::action, r, i});
+    if (c.actions && c.T && c.state.state[r] >= 0) {  // of later steps, the state is not known yet
+      const int64_t row = (c.state.task[r] * c.tables.S + c.state.state[r]) * c.tables.A + c.actions[r * c.T];
+      if (c.tables.window[2 * row + 1] == 0) refuse(c, {RolloutFault::row, r, row});
+    }
   }
 }
 

@@ -49,7 +49,7 @@ void rollout(const Pointers& tables, uintptr_t probabilities, uintptr_t choices,
 // scratch: zeros, R * history_scratch(S, A) floats.
 void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_t done, uintptr_t next_state,
                    uintptr_t q, int64_t R, int64_t T, int64_t S, int64_t A, float bonus, float discount, int64_t sweeps,
-                   uintptr_t scratch, int device, uintptr_t stream) {
+                   uintptr_t action_mask, uintptr_t scratch, int device, uintptr_t stream) {
   if (R == 0) return;
   Guard guard(device);
   const auto integers = [](uintptr_t p) { return reinterpret_cast<const int64_t*>(p); };
@@ -65,7 +65,8 @@ void model_based_q(uintptr_t state, uintptr_t action, uintptr_t reward, uintptr_
                        A,
                        sweeps,
                        bonus,
-                       discount};
+                       discount,
+                       reinterpret_cast<const uint8_t*>(action_mask)};
   history_kernel<<<blocks(R), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
       h, reinterpret_cast<float*>(scratch), history_scratch(S, A));
   check(cudaGetLastError(), "model_based_q");

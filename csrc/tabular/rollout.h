@@ -87,6 +87,7 @@ struct ModelHistory {
   float* q;                                           // [R,T,A]
   int64_t R, T, S, A, sweeps;
   float bonus, discount;
+  const uint8_t* action_mask;  // [R,S,A], or null: every state has every action
 };
 
 // rollout_records simulates the records [from, to) with rollout_scratch(c) floats of scratch. model_based_history fills

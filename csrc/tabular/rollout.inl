@@ -171,7 +171,7 @@ struct Lane {
     if (source == kOutside)  // judged before
       a = r.c->actions[r.r * r.c->T + from + i];
     else if (source == kUniform || (explores >> i & 1))
-      a = below(x.choice[i], r.na);
+      a = r.anything(x.choice[i], s);
     else if (source == kRandom)
       record.s = s, a = FastOps::search(record.random_row(), r.na, uniform(x.choice[i]));
     else {

@@ -8,7 +8,7 @@
 //   s, next   states; a an action; sa = s * A + a its row
 //   who       the behaviour that acts: below P a policy by table; then uniform, random, Q-learner, model-based
 //   cumulative, reward             float32, rows one behind the other: row sa is window[sa] = (first, length), and
-//                                  begins at offset[sa]
+//                                  begins at offset[sa]; it is empty where s does not have a
 //   offset, window                 [S, A] int64, [S, A, 2] int16, of this task
 //   noise_state, noise_action      [S], [S, A] float32: standard deviations
 //   probabilities, choices         [P, S, A] float32 cumulative, [P, S] int16, of this task; one of them or neither
@@ -70,6 +70,7 @@ struct Record {
   float epsilon, decay;
   // the learners; both learn from every step, under every behaviour
   bool use_q, use_model;
+  bool lacks;        // whether a state that is not terminal lacks an action; known where something is learned
   ModelBased model;  // its sizes and visits are those of the Q-learner too
   float* q;
   double scale;   // root mean square of the rewards so far
@@ -99,7 +100,7 @@ struct Record {
     probabilities = call.probabilities ? call.probabilities + n * P * S * A : nullptr;
     choices = call.choices ? call.choices + n * P * S : nullptr;
     references = call.references ? call.references + n * S * G : nullptr;
-    epsilon = decay = 0, use_q = use_model = false;
+    epsilon = decay = 0, use_q = use_model = lacks = false;
     const RolloutBehaviours& b = call.behaviours;
     if (b.initial) {
       epsilon = b.epsilon[r], decay = b.epsilon_decay[r];
@@ -112,11 +113,16 @@ struct Record {
       model.known = model.visits;
       scale = step ? std::sqrt(st.reward_square[r] / static_cast<double>(step)) : 0.0;
       q = use_q ? st.q + r * S * A : nullptr;
+      for (int64_t i = 0; i < ns; ++i)
+        for (int64_t a = 0; a < na; ++a) lacks |= !has(i, a) && !terminal[i];
       if (use_model) {
         model.reward_sum = st.reward_sum + r * S * A, model.successors = st.successors + r * S * S * A;
         model.span = st.span + r * S * 2, model.value = st.value + r * S;
         model.discount = b.model_discount[r], model.bonus = b.model_bonus[r];
-        model.begin(scratch + S * A);
+        if (lacks)
+          model.begin(scratch + S * A, [this](int64_t i, int64_t a) { return has(i, a); });
+        else
+          model.begin(scratch + S * A);
       }
     }
     if (s < 0)
@@ -129,6 +135,20 @@ struct Record {
 
   ICRL_HD void fail(RolloutFault::Kind kind, int64_t at) {
     if (!fault.kind) fault = {kind, r, at};
+  }
+  ICRL_HD bool has(int64_t state, int64_t a) const { return window[2 * (state * A + a) + 1] > 0; }
+  // One of the state's actions, uniformly: one of the task's, and where the state lacks it one of those that it has, by
+  // what the first draw leaves of x.
+  ICRL_HD int64_t anything(uint32_t x, int64_t state) const {
+    const int64_t a = below(x, na);
+    return has(state, a) ? a : another(x, state);
+  }
+  ICRL_HD int64_t another(uint32_t x, int64_t state) const {
+    int64_t count = 0, a = 0;
+    for (int64_t b = 0; b < na; ++b) count += has(state, b);
+    int64_t k = below(static_cast<uint32_t>(x * static_cast<uint64_t>(na)), count);
+    while (a + 1 < na && (!has(state, a) || k-- > 0)) ++a;
+    return a;
   }
   ICRL_HD bool no_action(int64_t a) const { return static_cast<uint64_t>(a) >= static_cast<uint64_t>(na); }
   // Whether a row, of window w[0] and w[1], leads out of the task's states, or its numbers lie outside the table.
@@ -182,21 +202,23 @@ struct Record {
     if (row[na - 1] != 0) return row;
     const float spread = c->behaviours.policy_scale[r];
     float peak = -INFINITY, total = 0, sum = 0;
+    int64_t last = na - 1;
+    while (last > 0 && !has(s, last)) --last;
     for (int64_t a = 0; a < na; ++a) {
       row[a] =
           spread * static_cast<float>(normal(philox(seed, number, static_cast<uint64_t>(s * A + a), kPolicy).v[0]));
-      peak = row[a] > peak ? row[a] : peak;
+      peak = row[a] > peak && has(s, a) ? row[a] : peak;
     }
-    for (int64_t a = 0; a < na; ++a) total += row[a] = static_cast<float>(portable_exp(row[a] - peak));
-    for (int64_t a = 0; a < na; ++a) row[a] = (sum += row[a]) / total;
-    row[na - 1] = 2;
+    for (int64_t a = 0; a < na; ++a)
+      total += row[a] = has(s, a) ? static_cast<float>(portable_exp(row[a] - peak)) : 0.f;
+    for (int64_t a = 0; a < na; ++a) row[a] = a < last ? (sum += row[a]) / total : 2;
     return row;
   }
 
-  // Ties go to the first of them from a random place on, round the circle.
+  // Ties go to the first of them from a random place on, round the circle. Actions that the state lacks score -inf.
   template <class F>
   ICRL_HD int64_t greedy(uint32_t x, F score) const {
-    const int64_t from = below(x, na);
+    const int64_t from = anything(x, s);
     int64_t best = from;
     float best_score = -INFINITY;
     for (int64_t i = 0, a = from; i < na; ++i, a = a + 1 == na ? 0 : a + 1) {
@@ -212,8 +234,10 @@ struct Record {
     double total = 1;
     for (int64_t a = 0; a < na; ++a) total += visits[a];
     const float width = c->behaviours.q_bonus[r] * static_cast<float>(scale * std::sqrt(portable_log(total)));
-    return greedy(
-        x, [=](int64_t a) { return visits[a] ? row[a] + width / std::sqrt(static_cast<float>(visits[a])) : INFINITY; });
+    return greedy(x, [=](int64_t a) {
+      if (lacks && !has(s, a)) return -INFINITY;
+      return visits[a] ? row[a] + width / std::sqrt(static_cast<float>(visits[a])) : INFINITY;
+    });
   }
 
   ICRL_HD int64_t act_model(uint32_t x) {
@@ -234,8 +258,8 @@ struct Record {
       float best = 0;
       if (!terminated) {
         const float* row = q + next * A;
-        best = row[0];
-        for (int64_t b = 1; b < na; ++b) best = row[b] > best ? row[b] : best;
+        best = lacks && !has(next, 0) ? -INFINITY : row[0];
+        for (int64_t b = 1; b < na; ++b) best = row[b] > best && !(lacks && !has(next, b)) ? row[b] : best;
       }
       q[i] += (H + 1) / (H + visits) * (gain + discount * best - q[i]);
     }
@@ -250,7 +274,7 @@ struct Record {
     if (c->actions)
       a = c->actions[o];
     else if (who == P || (epsilon > 0 && uniform(explore) < epsilon - decay * static_cast<float>(step)))
-      a = below(choice, na);
+      a = anything(choice, s);
     else if (who < P)
       a = choices ? choices[who * S + s] : Ops::search(probabilities + (who * S + s) * A, na, uniform(choice));
     else if (!kLearns || who == P + 1)

@@ -19,17 +19,20 @@ struct Tasks {
   const int32_t *first, *length;            // [N,S,A], or null
   const uint8_t* terminal;                  // [N,S]
   const int64_t *num_states, *num_actions;  // [N]
+  const uint8_t* action_mask;               // [N,S,A], or null: every state has all of its task's actions
   int64_t N, S, A;
 
   bool left(int64_t n, int64_t s, int64_t a) const {  // whether a step can start there
-    return s < num_states[n] && a < num_actions[n] && !terminal[n * S + s];
+    return s < num_states[n] && a < num_actions[n] && !terminal[n * S + s] &&
+           (!action_mask || action_mask[(n * S + s) * A + a]);
   }
   int64_t from(int64_t row) const { return offset ? first[row] : 0; }  // the first stored successor
   int64_t at(int64_t row) const { return offset ? offset[row] : row * S; }
 };
 
 Tasks tasks(uintptr_t transition, uintptr_t reward, uintptr_t offset, uintptr_t first, uintptr_t length,
-            uintptr_t terminal, uintptr_t num_states, uintptr_t num_actions, int64_t N, int64_t S, int64_t A) {
+            uintptr_t terminal, uintptr_t num_states, uintptr_t num_actions, uintptr_t action_mask, int64_t N,
+            int64_t S, int64_t A) {
   return {reinterpret_cast<const float*>(transition),
           reinterpret_cast<const float*>(reward),
           reinterpret_cast<const int64_t*>(offset),
@@ -38,6 +41,7 @@ Tasks tasks(uintptr_t transition, uintptr_t reward, uintptr_t offset, uintptr_t 
           reinterpret_cast<const uint8_t*>(terminal),
           reinterpret_cast<const int64_t*>(num_states),
           reinterpret_cast<const int64_t*>(num_actions),
+          reinterpret_cast<const uint8_t*>(action_mask),
           N,
           S,
           A};
@@ -62,9 +66,9 @@ std::pair<int64_t, int64_t> window_of(const float* p, int64_t n) {
 // window [N,S,A,2]: first successor, how many; none where no step can start. Returns the first row with mass past its
 // task's own states, or -1.
 int64_t rollout_windows(uintptr_t transition, uintptr_t offset, uintptr_t first, uintptr_t length, uintptr_t terminal,
-                        uintptr_t num_states, uintptr_t num_actions, uintptr_t window_, int64_t N, int64_t S, int64_t A,
-                        int threads) {
-  const Tasks t = tasks(transition, 0, offset, first, length, terminal, num_states, num_actions, N, S, A);
+                        uintptr_t num_states, uintptr_t num_actions, uintptr_t action_mask, uintptr_t window_,
+                        int64_t N, int64_t S, int64_t A, int threads) {
+  const Tasks t = tasks(transition, 0, offset, first, length, terminal, num_states, num_actions, action_mask, N, S, A);
   auto* window = reinterpret_cast<int16_t*>(window_);
   std::vector<int64_t> bad(static_cast<size_t>(N), -1);
   parallel_for(N, team_for(kEntryNanoseconds * static_cast<double>(N * S * A * S), threads), [&](int64_t n) {
@@ -105,10 +109,12 @@ bool accumulate(const float* p, int64_t n, float* c) {
 // entry; kind: 0 none, 1 transition row, 2 reward row, 3 start row.
 std::pair<int, int64_t> rollout_tables(uintptr_t transition, uintptr_t reward, uintptr_t offset, uintptr_t first,
                                        uintptr_t length, uintptr_t terminal, uintptr_t num_states,
-                                       uintptr_t num_actions, uintptr_t start_, uintptr_t window_,
-                                       uintptr_t offset_out_, uintptr_t cumulative_, uintptr_t reward_out_,
-                                       uintptr_t start_cumulative_, int64_t N, int64_t S, int64_t A, int threads) {
-  const Tasks t = tasks(transition, reward, offset, first, length, terminal, num_states, num_actions, N, S, A);
+                                       uintptr_t num_actions, uintptr_t action_mask, uintptr_t start_,
+                                       uintptr_t window_, uintptr_t offset_out_, uintptr_t cumulative_,
+                                       uintptr_t reward_out_, uintptr_t start_cumulative_, int64_t N, int64_t S,
+                                       int64_t A, int threads) {
+  const Tasks t =
+      tasks(transition, reward, offset, first, length, terminal, num_states, num_actions, action_mask, N, S, A);
   const auto* start = reinterpret_cast<const float*>(start_);
   const auto* window = reinterpret_cast<const int16_t*>(window_);
   const auto* offset_out = reinterpret_cast<const int64_t*>(offset_out_);

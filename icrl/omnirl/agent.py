@@ -113,8 +113,12 @@ class Agent:
             raise ValueError(f"{name}: wanted {'integers' if of_integers else 'real numbers'}, got {tensor.dtype}")
 
     @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        """Observations `[batch]` of integers, on any device -> actions of the tasks `[batch]` int64, on the model's."""
+    def act(self, observation: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        """Observations `[batch]` of integers, on any device -> actions of the tasks `[batch]` int64, on the model's.
+
+        With an `action_mask` `[batch, A]` bool, A at most the model's number of actions, they are among those that it marks:
+        one at least for each task, and of the task's own.
+        """
         self._check("observation", observation)
         if observation.device.type == "cpu":
             low, high = (int(x) for x in observation.aminmax())
@@ -125,6 +129,8 @@ class Agent:
         with threads_here(1) if self._alone else nullcontext():
             output, self.state = self.run(tokens, self.state)
         logits = output.readouts[-1].logits[:, 0, :, self.prompt]
+        if action_mask is not None:
+            logits = logits.masked_fill(~self._own(action_mask, logits), -torch.inf)
         uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32).clamp_(
             1e-9, 1 - 1e-7
         )
@@ -134,6 +140,24 @@ class Agent:
         self._action = (logits + self.temperature.at(self.step) * noise).argmax(-1)
         self.step += 1
         return self._action % self.num_actions
+
+    def _own(self, action_mask: Tensor, logits: Tensor) -> Tensor:
+        """The mask over all of the model's actions."""
+        batch, actions = logits.shape
+        dense("action_mask", action_mask)
+        if action_mask.dtype != torch.bool or action_mask.dim() != 2 or len(action_mask) != batch:
+            raise ValueError(
+                f"action_mask: wanted [{batch}, A] of bool, got {list(action_mask.shape)} of {action_mask.dtype}"
+            )
+        most = self.num_actions if isinstance(self.num_actions, int) else self.num_actions[:, None]
+        own = torch.arange(action_mask.shape[1], dtype=torch.int64, device=self.device) < most
+        own = own & action_mask.to(self.device)
+        if own.shape[1] > actions or not bool(own.any(1).all()):
+            raise ValueError(
+                f"action_mask: wanted an action or more of each task's own, among at most {actions}, got "
+                f"{own.sum(1).tolist()!s:.80} among {own.shape[1]}"
+            )
+        return torch.nn.functional.pad(own, (0, actions - own.shape[1]))
 
     def observe(self, reward: Tensor, done: Tensor, tag: int = UNKNOWN) -> None:
         """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated), on any device.

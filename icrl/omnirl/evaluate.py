@@ -231,12 +231,14 @@ def run_agent(
     )
     simulator = rollout_start(tables, seed=seed)
     shape, device = (len(tasks), steps), tasks.device
+    has = None if tasks.action_mask is None else tasks.available_actions()
+    each = torch.arange(len(tasks), dtype=torch.int64, device=device)
     rewards = torch.zeros(shape, dtype=torch.float32, device=device)
     dones = torch.zeros(shape, dtype=torch.uint8, device=device)
     for t in tqdm(range(steps), desc=progress, unit="step", disable=progress is None):
         state = simulator.state.clone()
         observation = tasks.emit(state, seed=seed, step=t)[:, 0]
-        action = agent.act(observation).to(device)
+        action = agent.act(observation, None if has is None else has[each, state]).to(device)
         reward, done, _ = rollout_step(tables, simulator, action)
         agent.observe(reward, done)
         rewards[:, t], dones[:, t] = reward, done

@@ -122,12 +122,22 @@ def targets_of(records: Records, config: OmniRLTraining) -> Targets:
         c.actions,
         bonus=config.explorer_bonus,
         discount=c.explorer_discount,
+        action_mask=_action_mask(records, config.data.states),
     ).to(records.q.device)
     q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
     best = q.amax(2, keepdim=True)
     ties = (q >= best - 1e-6 * (1 + best.abs())).float()
     discounts = torch.tensor(c.policy_discounts, dtype=torch.float32, device=q.device)
     return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
+
+
+def _action_mask(records: Records, states: int) -> Tensor | None:
+    """[B,states,A] bool on the CPU: what was seen lacks the actions whose value is −inf; None where nothing is lacking."""
+    lacks = records.q[:, :, 0].isneginf().cpu()
+    if not lacks.any():
+        return None
+    mask = torch.ones(len(lacks), states, lacks.shape[2], dtype=torch.bool, device="cpu")
+    return mask.scatter_(1, records.observation.cpu()[..., None].expand_as(lacks), ~lacks)
 
 
 def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,6 +21,11 @@ def to_xenoverse(task: Any) -> dict[str, Any]:
     s_0 = np.flatnonzero(start)
     noise = task.noise_state[0, None, None, :ns] + task.noise_action[0, :ns, :na, None]
     terminal = task.terminal[0, :ns].cpu().numpy()
+    lacks = ~task.available_actions()[0, :ns, :na].all(-1).cpu().numpy() & ~terminal
+    if lacks.any():
+        raise ValueError(
+            f"action_mask: xenoverse's tasks have every action in every state, but state {lacks.argmax()} lacks one"
+        )
     ids = task.state_mapping[0, :ns].cpu().numpy()
     out = {
         "ns": O,
@@ -132,10 +137,8 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
     while frontier:  # rows that no episode reaches (those of ended states) say nothing about ends
         live |= frontier
         frontier = set().union(*(following[s] for s in frontier)) - live
-    leads = {e[:2] for e in edges}
-    for s, a in ((s, a) for s in sorted(live) for a in range(na)):
-        if (s, a) not in leads:
-            raise ValueError(f"env: P[{s}][{a}] has no outcome, and episodes come to state {s}")
+    for s in sorted(live - {e[0] for e in edges}):
+        raise ValueError(f"env: P[{s}] has no action with an outcome, and episodes come to state {s}")
     ends = {e[3] for e in edges if e[5] and e[0] in live}
     mixed = sorted(ends & live)
     own: dict[int, int] = {s: ns + k for k, s in enumerate(mixed)}
@@ -150,6 +153,8 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
     t[terminal_states], r[terminal_states] = 0, 0
     terminal = np.zeros(total, dtype=bool)
     terminal[terminal_states] = True
+    has = np.zeros((total, na), dtype=bool)
+    has[[e[0] for e in edges], [e[1] for e in edges]] = True
     return {
         "transition": t,
         "reward": r,
@@ -160,6 +165,7 @@ def from_gymnasium(env: Any, max_steps: int | None) -> dict[str, Any]:
         "max_steps": horizon,
         "state_mapping": np.arange(total),
         "num_observations": total,
+        "action_mask": None if has[~terminal].all() else has,
     }
 
 
@@ -196,16 +202,23 @@ CHANGES = (
 
 def _outcomes(table: Any) -> tuple[int, int, list[Edge]]:
     """The numbers of states and of actions, and every outcome in a table {state: {action: [(probability, next state, reward,
-    ended)]}}; ValueError naming the entry that is not so, or whose probabilities do not sum to 1."""
+    ended)]}}, where a state may lack actions; ValueError naming the entry that is not so, or whose probabilities do not sum
+    to 1."""
     ns = len(table)
     if not ns or table.keys() != set(range(ns)):
         raise ValueError(f"env: P: wanted the states 0 to {ns - 1} as keys, got {list(table)!s:.80}")
-    na = len(table[0]) if isinstance(table[0], dict) else 0
+    for s in range(ns):
+        if not isinstance(table[s], dict):
+            raise ValueError(f"env: P[{s}]: wanted a dict of actions, got {table[s]!r:.80}")
+    actions = set().union(*table.values())
+    na = len(actions)
+    if not na or actions != set(range(na)):
+        raise ValueError(
+            f"env: P: wanted the actions 0 to {max(na, 1) - 1}, each in a state, got {list(actions)!s:.80}"
+        )
     edges: list[Edge] = []
     for s in range(ns):
-        if not isinstance(table[s], dict) or not na or table[s].keys() != set(range(na)):
-            raise ValueError(f"env: P[{s}]: wanted a dict of the actions 0 to {max(na, 1) - 1}, got {table[s]!r:.80}")
-        for a in range(na):
+        for a in table[s]:
             place, total = f"env: P[{s}][{a}]", 0.0
             if not isinstance(table[s][a], (list, tuple)):
                 raise ValueError(f"{place}: wanted a list of outcomes, got {table[s][a]!r:.80}")

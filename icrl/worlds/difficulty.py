@@ -56,11 +56,11 @@ def difficulty(tasks: TabularTasks, discount: float = 0.994) -> Difficulty:
 
 def _difficulty(tasks: TabularTasks, discount: float) -> Difficulty:
     states = tasks.state_mask()
-    lacking = ~tasks.action_mask()
-    share = (~lacking).double() / tasks.num_actions[:, None]
+    has = tasks.available_actions()
+    share = has.double() / has.sum(-1, keepdim=True).clamp_min(1)
     v = tasks.solve(discount).v
     p = (
-        torch.einsum("nsap,na->nsp", tasks.dense_tables()[0].double(), share)
+        torch.einsum("nsap,nsa->nsp", tasks.dense_tables()[0].double(), share)
         * (1 - 1 / tasks.max_steps.double())[:, None, None]
     )
     start = tasks.start.double()

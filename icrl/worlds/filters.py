@@ -45,14 +45,14 @@ def _quality(tasks: TabularTasks) -> Quality:
     gamma = torch.exp2(-1 / ns)
     best = tasks.solve(gamma[:, None])
     t, start = tasks.dense_tables()[0].double(), tasks.start.double()
-    lacking = ~tasks.action_mask()
-    share = (~lacking).double() / tasks.num_actions[:, None]
+    has = tasks.available_actions()
+    share = has.double() / has.sum(-1, keepdim=True).clamp_min(1)
     mean_reward = tasks.expected_reward().double()
-    discounted = gamma[:, None, None] * torch.einsum("nsap,na->nsp", t, share)
+    discounted = gamma[:, None, None] * torch.einsum("nsap,nsa->nsp", t, share)
     eye = torch.eye(t.shape[1], dtype=torch.float64, device=tasks.device)
-    random_v = torch.linalg.solve(eye - discounted, torch.einsum("nsa,na->ns", mean_reward, share))
+    random_v = torch.linalg.solve(eye - discounted, torch.einsum("nsa,nsa->ns", mean_reward, share))
     random_q = mean_reward + gamma[:, None, None] * torch.einsum("nsap,np->nsa", t, random_v)
-    random_best = random_q.masked_fill(lacking[:, None], -torch.inf).amax(-1)
+    random_best = random_q.masked_fill(~has, -torch.inf).amax(-1)
     advantage = (best.v[:, 0] - random_best) * (1 - gamma[:, None]) * tasks.max_steps[:, None]
 
     states = t.shape[1]

@@ -43,7 +43,8 @@ class TabularEnv(gymnasium.Env[Any, Any]):
     actions the task's own, all of several action tokens taken in turn in one step. Spaces are Discrete, MultiDiscrete
     for several tokens. It terminates on entering a terminal state, is truncated after the task's max_steps otherwise,
     and is reproducible by `reset(seed=...)`. The info holds the inner `state` and, after a step, `mean_reward`, the
-    reward without its noise.
+    reward without its noise; where states lack actions also `action_mask`, as Gymnasium's Taxi has it: int8, 1 for each
+    action that the new state has. A step by one that it lacks is a ValueError.
 
     Args:
         task: a TabularTasks of one task, or the seed of an AnyMDP task with num_states states and num_actions actions.
@@ -88,6 +89,9 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         emission = self.task.emission
         self._emission = None if emission is None else emission[0].cumsum(-1, dtype=torch.float64).numpy()
         self._tokens = self.task.action_tokens
+        masked = self.task.action_mask is not None
+        has = self.task.available_actions()[0, :, : int(self.task.num_actions[0])].numpy()
+        self._has = has.astype(np.int8) if masked else None
         self._terminal, self._horizon = self.task.terminal[0].numpy(), int(self.task.max_steps[0])
 
     def _draw(self, cumulative: np.ndarray) -> int:
@@ -113,7 +117,10 @@ class TabularEnv(gymnasium.Env[Any, Any]):
                 )
         self._state, self._steps, self._last = self._draw(self._start), 0, None
         self._seen = self._ids[self._state] if self._emission is None else self._emit(self._state)
-        return self._seen, {"state": self._state}
+        return self._seen, {"state": self._state, **self._mask(self._state)}
+
+    def _mask(self, state: int) -> dict[str, Any]:
+        return {} if self._has is None else {"action_mask": self._has[state].copy()}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self._state is None:
@@ -130,10 +137,13 @@ class TabularEnv(gymnasium.Env[Any, Any]):
         self._state = None if terminated or truncated else state
         self._shown = state
         self._seen = self._ids[state] if self._emission is None else self._emit(state)
-        return self._seen, reward, terminated, truncated, {"state": state, "mean_reward": mean}
+        info = {"state": state, "mean_reward": mean, **self._mask(state)}
+        return self._seen, reward, terminated, truncated, info
 
     def _act(self, state: int, action: int) -> tuple[int, float, float]:
         """The next state, the reward and its mean."""
+        if self._has is not None and not self._has[state, action]:
+            raise ValueError(f"action: state {state} does not have action {action}, see the info's action_mask")
         following = self._draw(self._cumulative[state, action])
         mean = self._reward.item(state, action, following)
         deviation = self._noise_state.item(following) + self._noise_action.item(state, action)
@@ -179,8 +189,9 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     seed and its actions alone. Rewards are float32. Observations are [N], or [N,K] for several observation tokens, and
     actions [N] or [N,D], as `TabularEnv` has them.
 
-    Infos are as those of Gymnasium's own vector environments: the inner `state` [N] and its mask `_state`; with
-    SAME_STEP, where episodes ended, `final_obs` (None where none did) and `final_info`, with their masks.
+    Infos are as those of Gymnasium's own vector environments: the inner `state` [N] and its mask `_state`; where states lack
+    actions, `action_mask` [N,A] and `_action_mask`; with SAME_STEP, where episodes ended, `final_obs` (None where none did)
+    and `final_info`, with their masks.
 
     Args:
         tasks: a batch of tasks. autoreset_mode: NEXT_STEP (the step after an end resets, ignoring its action), SAME_STEP,
@@ -202,6 +213,7 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = spaces.MultiDiscrete(own if D == 1 else np.repeat(own[:, None], D, 1))
         self._mode = mode
         self._tables = self.tasks.tables()
+        self._has = None if tasks.action_mask is None else self.tasks.available_actions()
         self._keys: torch.Tensor | None = None
         self._state: RolloutState | None = None
         self._asleep = torch.zeros(self.num_envs, dtype=torch.bool, device="cpu")
@@ -248,8 +260,17 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._seen = self._seen.copy()
             self._seen[again] = self._observe(self._state.state)[again]
         self._asleep = self._asleep & ~mask
-        info = {"state": fresh.state.where(mask, 0).numpy(), "_state": mask.numpy()}
-        return self._seen.copy(), info
+        return self._seen.copy(), self._info(fresh.state, mask)
+
+    def _info(self, states: torch.Tensor, told: torch.Tensor | None = None) -> dict[str, Any]:
+        """What is said of the environments in these states; of those that are `told`, zeros for the others."""
+        told = torch.ones(self.num_envs, dtype=torch.bool, device="cpu") if told is None else told
+        info = {"state": states.where(told, 0).numpy(), "_state": told.numpy().copy()}
+        if self._has is not None:
+            has = self._has[torch.arange(self.num_envs, dtype=torch.int64, device="cpu"), states]
+            actions = has[:, : int(self.tasks.num_actions.max())] & told[:, None]
+            info |= {"action_mask": actions.to(torch.int8).numpy(), "_action_mask": told.numpy().copy()}
+        return info
 
     def _reset_mask(self, mask: Any) -> torch.Tensor:
         """Which environments to reset: all where it is None."""
@@ -295,6 +316,15 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"step: the episodes of environments {over[:8]}{' and others' * (len(over) > 8)} have ended, reset them "
                 "first, by options={'reset_mask': ...}"
             )
+        if self._has is not None:
+            each = torch.arange(self.num_envs, dtype=torch.int64, device="cpu")
+            lacks = ~self._has[each, self._state.state, actions[:, 0]] & ~self._asleep
+            if lacks.any():
+                i = int(lacks.nonzero()[0])
+                raise ValueError(
+                    f"actions: state {int(self._state.state[i])} of environment {i} does not have action "
+                    f"{int(actions[i, 0])}, see the info's action_mask"
+                )
         # the next episode of those asleep has begun already, within the step that ended the last one: it waits
         reward, done, moved = self._act(actions[:, 0], self._asleep)
         if actions.shape[1] > 1:
@@ -315,18 +345,21 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 final = np.full(self.num_envs, None, dtype=object)
                 for i in over.nonzero()[0]:
                     final[i] = last[i]
-                of_final = {"state": moved.where(ended, 0).numpy(), "_state": over.copy()}
-                info = {"final_obs": final, "_final_obs": over, "final_info": of_final, "_final_info": over.copy()}
+                told = self._info(moved, ended)
+                info = {"final_obs": final, "_final_obs": over, "final_info": told, "_final_info": over.copy()}
         else:
             shown, self._seen = moved, self._observe(moved, ended)
             self._asleep = ended
-        info |= {"state": shown.numpy(), "_state": np.ones(self.num_envs, dtype=np.bool_)}
+        info |= self._info(shown)
         return self._seen.copy(), reward.numpy(), (done == 1).numpy(), (done == 2).numpy(), info
 
     def _act(self, actions: torch.Tensor, waits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reward, done and state of one action each; where it `waits`, 0, 0 and the state that it is in."""
         state, some_wait = self._state, bool(waits.any())
         assert state is not None
+        if some_wait and self._has is not None:  # what they do is undone, and must be an action that they have
+            each = torch.arange(self.num_envs, dtype=torch.int64, device="cpu")
+            actions = torch.where(waits, self._has[each, state.state].to(torch.int8).argmax(-1), actions)
         kept = [(t, t[waits]) for t in (state.step, state.state, state.elapsed)] if some_wait else []
         reward, done, moved = rollout_step(self._tables, state, actions.contiguous())
         moved = moved.long()

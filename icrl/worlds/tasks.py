@@ -40,6 +40,10 @@ LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "num_states": ("N", torch.int64),
     "num_actions": ("N", torch.int64),
 }
+OPTIONAL: dict[str, tuple[str, torch.dtype]] = {
+    "emission": ("NKSO", torch.float32),
+    "action_mask": ("NSA", torch.bool),
+}  # fields that may be None, and that old files lack
 PARTS = tuple(f"transition.{name}" for name in PackedTransition._fields)  # their names in files
 
 
@@ -73,6 +77,9 @@ class TabularTasks:
         emission: [N,K,S,O] float32, O = num_observations, probabilities of token k in state s (terminal ones too);
             zero in the padding. None: the state's id is observed.
         action_tokens: actions in a step of the environment.
+        action_mask: [N,S,A] bool, True where the state has the action; what the tables hold for the others is of no
+            account. Not read at terminal states, in the padding, and beyond a task's own actions. None: every state has
+            all of its task's actions.
     """
 
     transition: Tensor | PackedTransition
@@ -88,6 +95,7 @@ class TabularTasks:
     num_observations: int
     emission: Tensor | None = None
     action_tokens: int = 1
+    action_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.noise_action.shape[0]
@@ -131,7 +139,8 @@ class TabularTasks:
         if isinstance(self.transition, PackedTransition):
             del named["transition"]
             named = dict(zip(PARTS, self.transition, strict=True)) | named
-        return named if self.emission is None else named | {"emission": self.emission}
+        more = {name: getattr(self, name) for name in OPTIONAL}
+        return named | {name: t for name, t in more.items() if t is not None}
 
     def _replaced(self, tensors: dict[str, Tensor], **changes: Any) -> TabularTasks:
         """With these tensors, named as `tensors()` names them."""
@@ -200,7 +209,7 @@ class TabularTasks:
             size |= {"K": self.emission.shape[1], "O": self.emission.shape[3]}
 
         def grow(name: str, tensor: Tensor) -> Tensor:
-            symbols = "NKSO" if name == "emission" else LAYOUT[name][0]
+            symbols = (LAYOUT | OPTIONAL)[name][0]
             out = tensor.new_full([size[d] for d in symbols], -1 if name == "state_mapping" else 0)
             out[tuple(slice(n) for n in tensor.shape)] = tensor
             return out
@@ -232,6 +241,8 @@ class TabularTasks:
         states, actions = (max(b.shape[d] for b in batches) for d in (1, 2))
         ids = max(b.num_observations for b in batches)
         padded = [b.pad(states, actions) for b in batches]
+        if any(b.action_mask is not None for b in padded):
+            padded = [replace(b, action_mask=b.available_actions()) for b in padded]
         parts = [b._rows(lambda _, t: t) for b in padded]
         if tokens[0][0]:
             for p in parts:
@@ -250,9 +261,10 @@ class TabularTasks:
         """[N,S] bool: states that exist."""
         return torch.arange(self.shape[1], device=self.device) < self.num_states[:, None]
 
-    def action_mask(self) -> Tensor:
-        """[N,A] bool: actions that exist."""
-        return torch.arange(self.shape[2], device=self.device) < self.num_actions[:, None]
+    def available_actions(self) -> Tensor:
+        """[N,S,A] bool: the task's own actions, less those that the state lacks by `action_mask`."""
+        own = torch.arange(self.shape[2], device=self.device) < self.num_actions[:, None]
+        return own[:, None].expand(self.shape) if self.action_mask is None else own[:, None] & self.action_mask
 
     def validate(self) -> TabularTasks:
         """Return self if every field holds what the class promises, else raise a ValueError that names the field."""
@@ -275,6 +287,14 @@ class TabularTasks:
         states = self.state_mask()
         if (bad := self.terminal & ~states).any():
             raise ValueError(f"terminal: marks padding states, first in task {_task(bad)}")
+        if self.action_mask is not None:
+            none = states & ~self.terminal & ~self.available_actions().any(-1)
+            if none.any():
+                task, state = none.nonzero()[0].tolist()
+                raise ValueError(
+                    "action_mask: wanted an action in every state that is not terminal, got none in state "
+                    f"{state} of task {task}"
+                )
         self._check_rows(states)
         if (bad := (self.start.sum(-1, dtype=torch.float64) - 1).abs() > ROW_TOLERANCE).any():
             raise ValueError(f"start: must sum to 1, does not in task {_task(bad)}")
@@ -321,8 +341,8 @@ class TabularTasks:
                 raise ValueError(
                     f"emission: wanted shape [N, K, S, O] with a token or more, got {list(self.emission.shape)}"
                 )
-            layout["emission"] = "NKSO", torch.float32
             size |= {"K": self.emission.shape[1], "O": self.num_observations}
+        layout |= {name: OPTIONAL[name] for name in OPTIONAL if getattr(self, name) is not None}
         self.num_observations = integer("num_observations", self.num_observations, 1)
         self.action_tokens = integer("action_tokens", self.action_tokens, 1)
         for name, (symbols, dtype) in layout.items():
@@ -346,8 +366,10 @@ class TabularTasks:
         else:
             rows = self.transition.sum(-1, dtype=torch.float64)
             outside = self.transition.amax((1, 2)) * ~states > 0
-        live = (states & ~self.terminal)[:, :, None] & self.action_mask()[:, None, :]
+        live = (states & ~self.terminal)[:, :, None] & self.available_actions()
         wrong = (rows - live.double()).abs() > ROW_TOLERANCE
+        if self.action_mask is not None:
+            wrong &= self.action_mask | (self.terminal | ~states)[:, :, None]
         if wrong.any():
             task, state, action = (int(i) for i in wrong.nonzero()[0])
             kind = "a live row must sum to 1" if live[task, state, action] else "terminal and padding rows must be zero"
@@ -456,31 +478,22 @@ class TabularTasks:
             discounts: γ in [0, 1]: a float; or G of them, a sequence or a tensor [G] or [N,G].
             options: tol, method, backend.
         Returns:
-            q [N,G,S,A] float64 (−inf at actions that a task lacks), v, policy [N,G,S], error_bound, iterations [N,G];
-            no G for a float.
+            q [N,G,S,A] float64 (−inf at actions that a state lacks, but 0 where it has none), v, policy [N,G,S],
+            error_bound, iterations [N,G]; no G for a float.
         """
         if isinstance(discounts, Sequence):
             given = [number("discounts", g) for g in discounts]
             discounts = torch.tensor(given, dtype=torch.float64, device=self.device)
-        lacking = ~self.action_mask()
-        transition: Any = self.transition
-        reward = self.reward
-        if lacking.any():  # a copy of action 0 changes no value and, coming later, no policy
-            if isinstance(transition, PackedTransition):
-                absent = lacking[:, None, :]
-                rows = (torch.where(absent, x[:, :, :1], x) for x in transition[1:])
-                transition = PackedTransition(transition.probability, *rows)
-            else:
-                absent = lacking[:, None, :, None]
-                transition = torch.where(absent, transition[:, :, :1], transition)
-                reward = torch.where(absent, reward[:, :, :1], reward)
-        found = value_iteration(
-            transition, reward, discounts, terminal=self.terminal, num_states=self.num_states, **options
+        has = self.available_actions()
+        return value_iteration(
+            self.transition,
+            self.reward,
+            discounts,
+            terminal=self.terminal,
+            num_states=self.num_states,
+            action_mask=None if has.all() else has,
+            **options,
         )
-        if lacking.any():
-            shape = (len(self), *(1,) * (found.q.dim() - 2), lacking.shape[1])
-            found = found._replace(q=found.q.masked_fill(lacking.view(shape), -torch.inf))
-        return found
 
     def tables(self) -> RolloutTables:
         """The simulator's form of these tasks, for `icrl_kernels.rollout` and `rollout_step`.
@@ -490,7 +503,7 @@ class TabularTasks:
         do.
         """
         here = self.to("cpu")
-        given = {name: getattr(here, name) for name in LAYOUT if name != "state_mapping"}
+        given = {name: getattr(here, name) for name in [*LAYOUT, "action_mask"] if name != "state_mapping"}
         return rollout_tables(**given | {"max_steps": here.max_steps * self.action_tokens}).to(self.device)
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -524,7 +537,7 @@ class TabularTasks:
         if metadata.get("version") not in ("1", VERSION):
             raise ValueError(f"{path}: version {shown(metadata.get('version'))}, this code reads '1' to {VERSION!r}")
         names = set(LAYOUT) - {"transition"} | {*PARTS} if PARTS[0] in tensors else set(LAYOUT)
-        if tensors.keys() - {"emission"} != names:
+        if tensors.keys() - OPTIONAL.keys() != names:
             raise ValueError(f"{path}: damaged (its tensors are not those that were saved)")
         check_seal(path, tensors, metadata, {"format", "version", "num_observations", "action_tokens"})
         try:
@@ -539,7 +552,8 @@ class TabularTasks:
     def to_xenoverse(self, i: int) -> dict[str, Any]:
         """Task i as the dict that xenoverse's AnyMDPEnv.set_task takes (numpy, float64): MDP, POMDP or MTPOMDP.
 
-        xenoverse demands rows that sum to 1 in float64 to about 1e-8, so the float32 rows are renormalised.
+        xenoverse demands rows that sum to 1 in float64 to about 1e-8, so the float32 rows are renormalised. It knows no
+        action mask: ValueError for a task whose states lack actions.
         """
         return conversions.to_xenoverse(self[i].dense())
 
@@ -559,7 +573,8 @@ class TabularTasks:
         """From an environment with a table `env.unwrapped.P` (FrozenLake, CliffWalking, Taxi): a batch of one.
 
         A transition that ends the episode leads to its state where episodes only ever end there; otherwise to an extra
-        terminal state appended for it, whose observed id comes after the environment's own.
+        terminal state appended for it, whose observed id comes after the environment's own. An action that a state's table
+        lacks, or that has no transitions there, is one that the state does not have: `action_mask`.
         The horizon is `max_steps`, else the environment's TimeLimit; ValueError where there is neither.
         """
         return cls._one(conversions.from_gymnasium(env, max_steps))
@@ -567,9 +582,9 @@ class TabularTasks:
     @classmethod
     def _one(cls, fields: dict[str, Any]) -> TabularTasks:
         """A batch of one from a task's fields as arrays."""
-        fields = dict(fields)
+        fields = {name: x for name, x in fields.items() if x is not None}
         fields["num_states"], fields["num_actions"] = np.shape(fields["transition"])[:2]
-        types = {name: dtype for name, (_, dtype) in LAYOUT.items()} | {"emission": torch.float32}
+        types = {name: dtype for name, (_, dtype) in (LAYOUT | OPTIONAL).items()}
         for name in types.keys() & fields.keys():
             fields[name] = torch.from_numpy(np.array(fields[name])).to(types[name])[None]
         return cls(**fields).validate()

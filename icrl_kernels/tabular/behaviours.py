@@ -24,6 +24,9 @@ class Behaviours(NamedTuple):
     `model_based` counts, and sweeps optimistic value iteration once over the states a step, with the bonus
     model_bonus·σ/sqrt(n); an untried action is worth (the best mean reward + bonus seen + σ)/(1-model_discount). σ is
     the root mean square of the record's rewards. Both learners observe every step, also those of other behaviours.
+
+    None of them takes an action that the state lacks: uniform actions and the softmax are over those that the state has,
+    and so are the learners' maxima.
     """
 
     initial: Tensor  # [R,M] weights

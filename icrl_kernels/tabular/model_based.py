@@ -30,6 +30,7 @@ def model_based_q(
     discount: float = 0.9,
     sweeps: int = 2,
     backend: str = "auto",
+    action_mask: Tensor | None = None,
 ) -> Tensor:
     """Optimistic action values, before each step, of a learner that has watched the history so far: `[R,T,A]` float32.
 
@@ -51,17 +52,23 @@ def model_based_q(
             a truncated step led is not on record: its reward counts all the same.
         sweeps: 1 to 65536.
         backend: "cpu", "cuda", "plain" (the GPU's code on the CPU; the same bits) or "reference".
+        action_mask: [R,num_states,num_actions] bool, True where the state has the action; None: every state has all. V is
+            the best of those that the state has, and Q is −inf at the others. A state without actions counts as one that
+            has all.
 
     Raises:
         ValueError: shapes, dtypes or devices differ from the above, a size, the discount, the bonus or the sweeps are out of
-            range, or the reward requires a gradient; on a CPU also for an index out of range and a reward that is not
-            finite. On a GPU, where reading them would wait, the values of a record are NaN from its first step on whose
-            state, action, done or next state is out of range, and rewards that are not finite spread.
+            range, or the reward requires a gradient; on a CPU also for an index out of range, an action that its state
+            lacks and a reward that is not finite. On a GPU, where reading them would wait, the values of a record are NaN
+            from its first step on whose state, action, done or next state is out of range, or whose action its state
+            lacks, and rewards that are not finite spread.
     """
     given = {"state": state, "action": action, "reward": reward, "done": done, "next_state": next_state}
     for name, tensor in given.items():
         if tensor is not None or name != "next_state":
             _checks.dense(name, tensor)
+    if action_mask is not None:
+        _checks.dense("action_mask", action_mask)
     _checks.backend(backend)
     return torch.ops.icrl.model_based_q(
         *given.values(),
@@ -69,6 +76,7 @@ def model_based_q(
         *(_checks.number(n, x) for n, x in (("bonus", bonus), ("discount", discount))),
         _checks.integer("sweeps", sweeps, *_checks.INT64),
         backend,
+        action_mask,
     )
 
 
@@ -83,6 +91,7 @@ def _check(
     bonus: float,
     discount: float,
     sweeps: int,
+    action_mask: Tensor | None = None,
 ) -> None:
     _checks.shape("state", state, ["R", "T"])
     R, T = state.shape
@@ -91,7 +100,10 @@ def _check(
         if tensor is not None:
             _checks.shape(name, tensor, ["R", "T"], R=R, T=T)
             _checks.dtype(name, tensor, [torch.float32 if name == "reward" else torch.int64])
-    _checks.same_device(**given)
+    if action_mask is not None:
+        _checks.shape("action_mask", action_mask, ["R", "S", "A"], R=R, S=num_states, A=num_actions)
+        _checks.dtype("action_mask", action_mask, [torch.bool])
+    _checks.same_device(**given, action_mask=action_mask)
     if reward.requires_grad and torch.is_grad_enabled():
         raise ValueError("reward: model_based_q has no gradient; detach it")
     for name, size, most in (("num_states", num_states, 32767), ("num_actions", num_actions, MOST_ACTIONS)):
@@ -120,7 +132,10 @@ def _values(
     next_state: Tensor | None,
     num_states: int,
     num_actions: int,
-    *rest: float,
+    bonus: float,
+    discount: float,
+    sweeps: int,
+    action_mask: Tensor | None = None,
 ) -> None:
     if not state.numel():
         return
@@ -137,31 +152,39 @@ def _values(
             raise ValueError(f"{name}: wanted 0 to {most - 1}, got {low} to {high}")
     if not bool(reward.isfinite().all()):
         raise ValueError("reward: holds NaN or infinity")
+    if action_mask is not None:
+        each = torch.arange(len(state), dtype=torch.int64, device=state.device)[:, None]
+        if (lacks := ~action_mask[each, state, action]).any():
+            r, t = lacks.nonzero()[0].tolist()
+            raise ValueError(
+                f"action: in step {t} of record {r} it is {int(action[r, t])}, which state {int(state[r, t])} does not have"
+            )
 
 
 def _host(plain: bool) -> Callable[..., Tensor]:
     def run(_: None, *args: Any) -> Tensor:
-        tensors, sizes, settings = args[:5], args[5:7], args[7:]
+        tensors, sizes, settings, mask = args[:5], args[5:7], args[7:10], args[10:]
         state = tensors[0]
         q = torch.empty(*state.shape, sizes[1], dtype=torch.float32, device=state.device)
-        inputs = [None if t is None else t.contiguous() for t in (*tensors, q)]
-        pointers = [0 if t is None else t.data_ptr() for t in inputs]
-        _C.model_based_q(*pointers, *state.shape, *sizes, *settings, plain, torch.get_num_threads())
+        inputs = [None if t is None else t.contiguous() for t in (*tensors, q, *(mask or [None]))]
+        *pointers, masked = [0 if t is None else t.data_ptr() for t in inputs]
+        _C.model_based_q(*pointers, *state.shape, *sizes, *settings, masked, plain, torch.get_num_threads())
         return q
 
     return run
 
 
 def _cuda(_: None, *args: Any) -> Tensor:
-    inputs = [None if t is None else t.contiguous() for t in args[:5]]
-    state, sizes = args[0], args[5:7]
+    state, sizes, mask = args[0], args[5:7], args[10:]
+    inputs = [None if t is None else t.contiguous() for t in (*args[:5], *(mask or [None]))]
     q = torch.empty(*state.shape, sizes[1], dtype=torch.float32, device=state.device)
     each = _C.model_based_q_cuda_scratch(*sizes)
     scratch = torch.zeros(state.shape[0] * each, dtype=torch.float32, device=state.device)
-    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, q)]
+    *pointers, masked = [0 if t is None else t.data_ptr() for t in inputs]
     index = state.get_device()
     stream = torch.cuda.current_stream(index).cuda_stream
-    _C.model_based_q_cuda(*pointers, *state.shape, *sizes, *args[7:], scratch.data_ptr(), index, stream)
+    call = (*pointers, q.data_ptr(), *state.shape, *sizes, *args[7:10], masked, scratch.data_ptr(), index, stream)
+    _C.model_based_q_cuda(*call)
     return q
 
 
@@ -177,6 +200,7 @@ def _reference(
     bonus: float,
     discount: float,
     sweeps: int,
+    action_mask: Tensor | None = None,
 ) -> Tensor:
     """The specification, in float64: all records at once, one step after another."""
     R, T = state.shape
@@ -186,6 +210,9 @@ def _reference(
     out = torch.empty(R, T, A, dtype=torch.float32, device=state.device)
     states = torch.arange(S, dtype=torch.int64, device=state.device)
     blocks = list(states.split(8))
+    lacks = torch.zeros(R, S, A, dtype=torch.bool, device=state.device)
+    if action_mask is not None:
+        lacks = ~action_mask & action_mask.any(-1, keepdim=True)
 
     for t in range(T):
         sigma = (reward[:, :t] ** 2).sum(1).div(max(t, 1)).sqrt()[:, None, None]
@@ -196,7 +223,7 @@ def _reference(
             after = torch.einsum("rsaj,rj->rsa", follow[:, s], value) / known[:, s]
             after = after.where(known[:, s] > 0, optimistic)
             tried = total[:, s] / n[:, s] + discount * after + bonus * sigma / n[:, s].sqrt()
-            return tried.where(n[:, s] > 0, optimistic)
+            return tried.where(n[:, s] > 0, optimistic).masked_fill(lacks[:, s], -math.inf)
 
         for k in range(sweeps):
             for block in blocks if k % 2 else reversed(blocks):
@@ -220,7 +247,7 @@ def _fake(_: None, state: Tensor, *args: Any) -> Tensor:
 
 define(
     "model_based_q(Tensor state, Tensor action, Tensor reward, Tensor done, Tensor? next_state, int num_states, "
-    "int num_actions, float bonus, float discount, int sweeps, str backend) -> Tensor",
+    "int num_actions, float bonus, float discount, int sweeps, str backend, Tensor? action_mask=None) -> Tensor",
     {
         "cpu": Backend(("cpu",), _host(plain=False)),
         "plain": Backend(("cpu",), _host(plain=True)),

@@ -22,7 +22,7 @@ from icrl_kernels._registry import Backend, define, no_cuda
 from icrl_kernels.tabular import behaviours as behaving
 from icrl_kernels.tabular.behaviours import BUILTIN, Behaviours
 from icrl_kernels.tabular.rollout_reference import OUT_DTYPES, thresholds
-from icrl_kernels.tabular.rollout_tables import DTYPES, READ_PAST, RolloutTables, fit, refuse
+from icrl_kernels.tabular.rollout_tables import DTYPES, READ_PAST, RolloutTables, check_mask, fit, refuse
 
 MOST_POLICIES = 255 - len(BUILTIN)  # Rollout.behaviour is uint8, and 255 is taken
 MOST_ENTRIES = 2**58  # of an output, whose bytes 64 bits count
@@ -158,6 +158,7 @@ def rollout(
     references: Tensor | None = None,
     state: RolloutState | None = None,
     backend: str = "auto",
+    action_mask: Tensor | None = None,
 ) -> Rollout:
     """Simulate `steps` steps of R records. `state` is not changed; the result's `final` continues it bit for bit.
 
@@ -169,10 +170,13 @@ def rollout(
         references: [N,G,S] integers, actions of G policies, which label every step.
         state: continues these records, with the same behaviours.
         backend: "cpu", "cuda", or "plain": the GPU's code on the CPU, record by record. All give the same bits.
+        action_mask: [N,S,A] bool, False at actions that the state does not have, beside those that the tables already
+            lack (`rollout_tables`). Random actions are uniform over the others, learners take the best of the others.
 
     Raises:
         ValueError: a shape, dtype, device or layout is not as above. On a CPU also where a policy row is not a distribution
-            over the task's own actions; where behaviours are out of range (negative weights, epsilon outside [0,1], discount
+            over the task's own actions; where a policy takes an action that the state lacks; where a state that is not
+            terminal has no action; where behaviours are out of range (negative weights, epsilon outside [0,1], discount
             outside [0,1), ...); where the state is; and where a table is, as soon as a record reads it there.
 
     On a GPU values are not looked at before, as the host would have to wait. A record that meets one out of range (its task
@@ -188,6 +192,11 @@ def rollout(
     _checks.backend(backend)
     _checks.shape("tables.offset", tables.offset, ["N", "S", "A"])
     N = tables.offset.shape[0]
+    if action_mask is not None:
+        if not fit([t.shape for t in tables]):
+            refuse(tables)
+        check_mask(action_mask, tables.terminal, tables.num_states, tables.num_actions, tables.offset.shape[2])
+        tables = tables._replace(window=tables.window.masked_fill(~action_mask[..., None], 0))
     policies = None if policies is None else _policies(policies, N)
     P = 0 if policies is None else policies.shape[1]
     if state is not None:
@@ -233,8 +242,8 @@ def rollout_step(tables: RolloutTables, state: RolloutState, action: Tensor) -> 
         after it, the state to act in is `state.state`).
 
     Raises:
-        ValueError: a shape, dtype, device or layout is not as above; on a CPU also for an action that is not its task's, and
-            for a state or a table out of range, where a record reads it: if it is a table, the other records may have made
+        ValueError: a shape, dtype, device or layout is not as above; on a CPU also for an action that is not its task's or
+            that its state does not have, and for a state or a table out of range, where a record reads it: if it is a table, the other records may have made
             their step. On a GPU such a record comes out as `rollout` says.
     """
     if not isinstance(tables, RolloutTables) or not isinstance(state, RolloutState):

@@ -30,16 +30,20 @@ def rollout_reference(
     policies: Tensor | None = None,
     behaviours: Behaviours | None = None,
     actions: Tensor | None = None,
+    action_mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The specification in plain torch, rewards in float64 arithmetic: the fields of `Rollout` but the last.
 
     The same bits as `rollout`, for behaviours that are policy tables or uniform, or for outside `actions` [R,T].
+    A uniform action is one of the task's; where the state lacks it, one of those that the state has, by the low bits of
+    the same product, which the first draw leaves.
 
     Raises:
         ValueError: as `rollout_tables` and `rollout` do.
     """
     tasks = (transition, reward, noise_state, noise_action, start, terminal, max_steps, num_states, num_actions)
-    N, S, A = rollout_tables(*tasks).offset.shape
+    has = rollout_tables(*tasks, action_mask).action_mask
+    N, S, A = has.shape
     _checks.shape("task_index", task_index, ["R"])
     R = task_index.shape[0]
     for name, tensor in (("task_index", task_index), ("seed", seed), ("record", record)):
@@ -82,6 +86,7 @@ def rollout_reference(
         return chosen
 
     cumulative, starts = thresholds(transition), thresholds(start)
+    everyone = torch.arange(R, dtype=torch.int64, device=transition.device)
     P = 0 if policies is None else policies.shape[1]
     if behaviours is None:
         behaviours = same_behaviours(R, P, {0: 1.0} if P else {"uniform": 1.0}, transition.device)
@@ -95,11 +100,16 @@ def rollout_reference(
         if actions is not None:
             action = actions[:, t]
         else:
-            action = anything = x[2] * num_actions[task_index] >> 32
+            product, own = x[2] * num_actions[task_index], has[task_index, state]
+            place = (product & 0xFFFFFFFF) * own.sum(1) >> 32
+            another = (own.cumsum(1) <= place[:, None]).sum(1)
+            action = anything = torch.where(own[everyone, product >> 32], product >> 32, another)
             if acts is not None:
                 by_table = sample(acts[task_index, who.clamp_max(P - 1), state], x[2])
                 explore = _uniform(x[3]) < behaviours.epsilon - behaviours.epsilon_decay * float(t)
                 action = torch.where(explore | (who == P), anything, by_table)
+        if not bool(has[task_index, state, action].all()):
+            raise ValueError("actions, policies: wanted actions that the states have")
         following = sample(cumulative[task_index, state, action], x[0])
         std = (noise_state[task_index, following] + noise_action[task_index, state, action]).double()
         mean = reward[task_index, state, action, following].double()

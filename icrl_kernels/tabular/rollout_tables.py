@@ -23,7 +23,8 @@ DTYPES = (
 class RolloutTables(NamedTuple):
     """Tasks made ready for simulation by `rollout_tables`: N tasks of at most S states and A actions.
 
-    Row (n, s, a) leads to successor window[..., 0] + j for 0 ≤ j < window[..., 1], and its numbers are at offset + j.
+    Row (n, s, a) leads to successor window[..., 0] + j for 0 ≤ j < window[..., 1], and its numbers are at offset + j. It is
+    empty, of length 0, where the state does not have the action.
     """
 
     cumulative: Tensor  # [M + 16] float32
@@ -37,6 +38,11 @@ class RolloutTables(NamedTuple):
     max_steps: Tensor  # [N] int64
     num_states: Tensor  # [N] int64
     num_actions: Tensor  # [N] int64
+
+    @property
+    def action_mask(self) -> Tensor:
+        """[N,S,A] bool: the actions that each state has; none where it is terminal or padding."""
+        return self.window[..., 1] > 0
 
     def to(self, device: torch.device | str) -> RolloutTables:
         """The same tables on another device: a simulation runs where they are."""
@@ -98,6 +104,7 @@ def rollout_tables(
     max_steps: Tensor,
     num_states: Tensor,
     num_actions: Tensor,
+    action_mask: Tensor | None = None,
 ) -> RolloutTables:
     """Check N tasks, pack their rows and sum them for sampling: once per set of tasks.
 
@@ -111,11 +118,14 @@ def rollout_tables(
             probabilities. noise_state: [N,S], noise_action: [N,S,A] float32, their sum is the reward's standard deviation.
             start: [N,S] float32, probabilities. terminal: [N,S] bool.
         max_steps, num_states, num_actions: [N] int64.
+        action_mask: [N,S,A] bool, True where the state has the action; None: every state has all of its task's. What
+            `transition` and `reward` hold for the others is not read. No behaviour takes them, and `rollout_step`
+            refuses them.
 
     Raises:
         ValueError: a shape, dtype or device is not as above; a window leaves its table; a row is not a distribution over
             the task's own states (negative, NaN, or a sum off 1 by more than 1e-4); a start state is terminal; a reward or
-            noise is not finite or a noise is negative; a size is out of range.
+            noise is not finite or a noise is negative; a size is out of range; a state that is not terminal has no action.
     """
     packed = isinstance(transition, PackedTransition)
     if packed:
@@ -154,13 +164,16 @@ def rollout_tables(
     for name, noise in (("noise_state", noise_state), ("noise_action", noise_action)):
         if noise.numel() and not (float(noise.min()) >= 0 and float(noise.max()) < torch.inf):
             raise ValueError(f"{name}: wanted finite values >= 0")
+    if action_mask is not None:
+        check_mask(action_mask, terminal, num_states, num_actions, A)
+        action_mask = action_mask.contiguous()
 
     table, reward, start, terminal = (t.contiguous() for t in (table, reward, start, terminal))
     noise_state, noise_action = noise_state.contiguous(), noise_action.contiguous()
     max_steps, num_states, num_actions = (t.contiguous() for t in (max_steps, num_states, num_actions))
     rows = [t.contiguous() for t in transition[1:]] if packed else []
     places = [t.data_ptr() for t in rows] if packed else [0, 0, 0]
-    sizes = [t.data_ptr() for t in (terminal, num_states, num_actions)]
+    sizes = [0 if t is None else t.data_ptr() for t in (terminal, num_states, num_actions, action_mask)]
     threads = torch.get_num_threads()
     window = torch.empty(N, S, A, 2, dtype=torch.int16, device=table.device)
     bad = _C.rollout_windows(table.data_ptr(), *places, *sizes, window.data_ptr(), N, S, A, threads)
@@ -199,6 +212,24 @@ def rollout_tables(
         )
     rest = (noise_state, noise_action, start_cumulative, terminal, max_steps, num_states, num_actions)
     return RolloutTables(cumulative, own_reward, offset, window, *rest)
+
+
+def check_mask(action_mask: Tensor, terminal: Tensor, num_states: Tensor, num_actions: Tensor, A: int) -> None:
+    """ValueError if a mask is not [N,S,A] bool where `terminal` is, or on a CPU leaves a state without an action."""
+    N, S = terminal.shape
+    _checks.dense("action_mask", action_mask)
+    _checks.shape("action_mask", action_mask, ["N", "S", "A"], N=N, S=S, A=A)
+    _checks.dtype("action_mask", action_mask, [torch.bool])
+    _checks.same_device(terminal=terminal, num_states=num_states, num_actions=num_actions, action_mask=action_mask)
+    if action_mask.device.type != "cpu":
+        return
+    states, actions = (torch.arange(x, dtype=torch.int64, device=action_mask.device) for x in (S, A))
+    none = ~(action_mask & (actions < num_actions[:, None])[:, None]).any(-1)
+    if (wrong := none & ~terminal & (states < num_states[:, None])).any():
+        n, s = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"action_mask: wanted an action in every state that is not terminal, got none in state {s} of task {n}"
+        )
 
 
 def _on_cpu(**tensors: Tensor) -> None:

@@ -39,6 +39,7 @@ def value_iteration(
     tol: float = 1e-6,
     method: str = "auto",
     backend: str | None = None,
+    action_mask: Tensor | None = None,
 ) -> ValueIteration:
     r"""Solve N tabular control problems, each for one or several discounts.
 
@@ -65,6 +66,10 @@ def value_iteration(
             backups (Puterman & Shin 1978); or "auto", policy iteration. The two that sweep need κ < 1 (below).
         backend: "cpu", "cuda", "triton", "reference" or None, the fastest that serves the device. "triton" only sweeps:
             there "auto" is modified policy iteration, "policy_iteration" is refused, and so are γ = 1 and κ ≥ 1.
+        action_mask: `[N, S, A]` bool, True where the state has the action; None: every state has all. The maxima are over
+            the actions that the state has, and q is −inf at the others, whose transitions and rewards are not read (they may
+            be NaN). A state that is not terminal needs an action; without `terminal`, a state that has none must have
+            zero rows. Where a state has no action at all, its q is 0.
 
     Returns:
         q `[N, S, A]`, v = max_a q `[N, S]`, policy = argmax_a q (the lowest of equals) `[N, S]` int64, error_bound
@@ -80,8 +85,8 @@ def value_iteration(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; γ outside [0, 1]; a transition that is negative,
             not finite, or whose row sums to neither 0 nor, within 1e-4, 1; a window that leaves its table; a reward
-            that is not finite; values beyond float64; γ = 1 as above. On a GPU too: the host waits for what was refused, so
-            that a CUDA graph cannot capture this op.
+            that is not finite; values beyond float64; γ = 1 as above; a state that is not terminal without an action.
+            On a GPU too: the host waits for what was refused, so that a CUDA graph cannot capture this op.
     """
     windows: list[Tensor] = []
     if isinstance(transition, PackedTransition):
@@ -111,6 +116,18 @@ def value_iteration(
         raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     if backend is not None:
         _checks.backend(backend)
+    tol = _checks.number("tol", tol)
+    missing = None
+    if action_mask is not None:
+        action_mask = _checks.from_numpy("action_mask", action_mask)
+        _checks.dense("action_mask", action_mask)
+        n, s, a = _check(transition, reward, windows, discount, terminal, num_states, tol, method)
+        _checks.shape("action_mask", action_mask, ("N", "S", "A"), N=n, S=s, A=a)
+        _checks.dtype("action_mask", action_mask, (torch.bool,))
+        _checks.same_device(transition=transition, action_mask=action_mask)
+        transition, reward, windows, missing = specification.without_missing(
+            transition, reward, windows, terminal, num_states, action_mask
+        )
     out = torch.ops.icrl.value_iteration(
         table,
         reward,
@@ -118,10 +135,13 @@ def value_iteration(
         discount,
         terminal,
         num_states,
-        _checks.number("tol", tol),
+        tol,
         method,
         "auto" if backend is None else backend,
     )
+    if missing is not None:
+        q = out[0].masked_fill(missing[:, None], -torch.inf)
+        out = q, q.amax(-1), q.argmax(-1), *out[3:]
     return ValueIteration(*(x.squeeze(1) for x in out) if single else out)
 
 

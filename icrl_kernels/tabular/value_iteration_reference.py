@@ -35,6 +35,53 @@ def select(i: Tensor, transition: Tensor, reward: Tensor, windows: list[Tensor])
     return transition, reward if reward.dim() == 1 else reward[i], [x[i] for x in windows]
 
 
+def without_missing(
+    transition: Tensor,
+    reward: Tensor,
+    windows: list[Tensor],
+    terminal: Tensor | None,
+    num_states: Tensor | None,
+    action_mask: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """The same tasks without missing actions, and where q is −inf [N,S,A].
+
+    A missing action becomes a copy of the first that its state has, which changes no maximum: V*, the bound on its error
+    and the number of iterations are those of the actions that the states have. ValueError for a state without actions
+    that is not terminal.
+    """
+    none = ~action_mask.any(-1)
+    missing = ~action_mask & ~none[..., None]
+    if not (missing.any() or none.any()):
+        return transition, reward, windows, missing
+    own = torch.arange(action_mask.shape[2], dtype=torch.int64, device=action_mask.device)
+    first = action_mask.to(torch.int8).argmax(-1, keepdim=True)
+    source = torch.where(missing, first, own)
+    ended = none if terminal is None else none & terminal
+    if windows:
+        windows = [x.gather(2, source) for x in windows]
+        if terminal is not None:
+            windows[2] = windows[2].masked_fill(ended[..., None], 0)
+    else:
+        transition = transition.gather(2, source[..., None].expand_as(transition))
+        if terminal is not None:
+            transition.masked_fill_(ended[..., None, None], 0)
+    if reward.dim() > 1:
+        wide = source if reward.dim() == 3 else source[..., None].expand_as(reward)
+        reward = reward.gather(2, wide)
+    if num_states is not None:
+        none = none & (torch.arange(none.shape[1], dtype=torch.int64, device=none.device) < num_states[:, None])
+    if terminal is None and (some := none.any(-1).nonzero()[:, 0]).numel():
+        sizes = None if num_states is None else num_states[some]
+        rows = dense(*select(some, transition, reward, windows), sizes)[0]
+        ended = ended.index_copy(0, some, ended[some] & (rows == 0).flatten(2).all(-1))
+    if (wrong := none & ~ended).any():
+        n, s = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"action_mask: wanted an action in every state that is not terminal, got none in state {s} of task {n}"
+        )
+    return transition, reward, windows, missing
+
+
 def refuse(
     kind: int, row: tuple[int, int, int], g: int, transition: Tensor, windows: list[Tensor], discount: Tensor
 ) -> NoReturn:

@@ -92,7 +92,7 @@ def test_the_oracle_and_the_simulator_take_windows(dense, packed):
         ours, theirs = tasks.solve([0.5, 0.99]), dense.solve([0.5, 0.99])
         assert torch.equal(ours.policy, theirs.policy)
         torch.testing.assert_close(ours.q, theirs.q, rtol=1e-9, atol=1e-12)
-        assert torch.equal(ours.q.isinf(), ~dense.action_mask()[:, None, None].expand_as(ours.q))
+        assert torch.equal(ours.q.isinf(), ~dense.available_actions()[:, None].expand_as(ours.q))
         assert (ours.error_bound < 1e-6).all()
         one, two = (rollout(x.tables(), steps=200, seed=1) for x in (tasks, dense))
         for field in ("state", "action", "reward", "done"):

@@ -101,7 +101,7 @@ def test_solve_satisfies_bellman_and_ignores_lacking_actions(tasks):
     gammas = [0.0, 0.5, 0.994]
     found = mixed.solve(gammas)
     t, r = mixed.transition.double(), mixed.reward.double()
-    lacking = ~mixed.action_mask()[:, None, :]
+    lacking = ~mixed.available_actions()
     for k, gamma in enumerate(gammas):
         want = (t * (r + gamma * found.v[:, k, None, None, :])).sum(-1).masked_fill(lacking, -torch.inf)
         bound = 2 * found.error_bound[:, k, None, None] + 1e-10
