@@ -18,6 +18,7 @@ from icrl_kernels.linear_attention.triton.gated_delta_rule_kernels import (
 )
 from icrl_kernels.linear_attention.triton.plan import (
     SMS,
+    STATE_TILE,
     chunk_length,
     contiguous,
     cut,
@@ -121,7 +122,8 @@ def _prepared(
 def _carry(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], tuple, dict]:
     """Grid, last arguments and options of the launches that go along the sequences, or along their parts."""
     K = plan.sizes["K"]
-    BK, BV = pow2(K), min(COLUMNS, pow2(V))
+    BK = pow2(K)
+    BV = min(COLUMNS, pow2(V), STATE_TILE // BK)
     half = plan.work == torch.bfloat16
     options = {"GROUP": ready.group, "V": V, "BK": BK, "BV": BV, **plan.sizes, **plan.products}
     options |= {"num_warps": 8 if BK > 128 else 4, "num_stages": 2 if half and BK <= 128 else 1}

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
+STATE_TILE = 16384  # entries of the state that one program of 8 warps holds: 64 registers a thread
 SMS = 132
 
 
