@@ -1,4 +1,8 @@
-"""Which blocks the launchers of Triton kernels choose, found without running a kernel."""
+"""Which blocks the launchers of Triton kernels choose, found without running a kernel.
+
+A test of an op runs a list of shapes and asserts that these choose every block that any shape can choose; a slow test runs
+every combination of BLOCKS.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from triton.runtime.jit import KernelInterface
 
-BLOCKS = (16, 32, 64, 128, 256, 512)  # of K, of M, and of V, of which wider heads are taken in blocks of 256
+from icrl_kernels.linear_attention.triton.plan import chunk_length
+
+BLOCKS = (16, 32, 64, 128, 256, 512)  # of K, of M and of V, of which the backward takes wider heads in blocks of 256
+WIDE = (*BLOCKS, 1024, 2048, 4096)  # of V in a step
 SIZES = ("BK", "BV", "BM", "BN", "C")
-CASES = ("GATE", "ANY", "SINGLE", "DK", "DV", "SECOND", "REVERSE", "GROUP")
+CASES = ("GATE", "ANY", "SINGLE", "DK", "DV", "SECOND", "REVERSE")
 
 Choice = tuple[str, tuple[tuple[str, Any], ...], str, int]
 
@@ -28,14 +36,24 @@ class _Noted:
         return launch
 
 
-def chosen(modules: Iterable[ModuleType], calls: Iterable[Callable[[], Any]]) -> set[Choice]:
-    """Of the launches in these calls on meta tensors: kernel, gate and the like, block's name, its size."""
+def chosen(module: ModuleType, calls: Iterable[Callable[[], Any]], *called: ModuleType) -> set[Choice]:
+    """Of this module's launches in these calls on meta tensors: kernel, gate and the like, block's name, its size."""
     found: set[Choice] = set()
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            for name, kernel in list(vars(module).items()):
+        for m in (module, *called):  # those that it calls launch nothing either
+            for name, kernel in list(vars(m).items()):
                 if isinstance(kernel, KernelInterface):
-                    patch.setattr(module, name, _Noted(f"{module.__name__.rpartition('.')[2]}.{name}", found))
+                    patch.setattr(m, name, _Noted(name, found if m is module else set()))
         for call in calls:
             call()
+    assert found
     return found
+
+
+def meta(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if x is None else x.to("meta") for x in tensors]
+
+
+def tokens(*channels: int) -> int:
+    """A chunk of float32 and a few more."""
+    return chunk_length(torch.float32, max(channels)) + 6

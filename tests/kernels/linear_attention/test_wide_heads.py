@@ -5,10 +5,15 @@ import torch
 from on_device import assert_good
 
 import icrl_kernels as ik
+from icrl_kernels import layers
 from icrl_kernels.linear_attention.common import MAX_HEAD_DIM, MAX_VALUE_DIM
+from icrl_kernels.testing import assert_as_good_as_torch
 
 GPU = torch.cuda.is_available()
-BACKENDS = ["cpu", pytest.param("triton", marks=[pytest.mark.gpu] if GPU else [])]  # without a GPU in Triton's interpreter
+BACKENDS = [
+    "cpu",
+    pytest.param("triton", marks=[pytest.mark.gpu] if GPU else []),
+]  # without a GPU in Triton's interpreter
 CASES = [
     ("gla", "none"),
     ("gla", "scalar"),
@@ -31,7 +36,7 @@ def backend(request):
 
 def inputs(op, gate, K, V, T=18, M=20, N=1, dtype=torch.float32):
     """Tokens by name, the gate in float32, of one row with two heads of q (or of v) for a head of k; initial states."""
-    H, Hk = (2, 2) if op == "rwkv7" else (2, 1)
+    H, Hk = (1, 1) if op == "rwkv7" else (2, 1)
     few = H if op == "gated_delta_rule" else Hk  # heads of v, gates and states
     width = M if op == "gsa" else K  # of a gate
     q, k, v = torch.randn(1, T, H if few == Hk else Hk, K), torch.randn(1, T, Hk, K), torch.randn(1, T, few, V)
@@ -55,7 +60,9 @@ def run(f, tokens, states, weights=None, wide=None, **options):
     to = lambda x: None if x is None else x.detach().to(wide or x.dtype).requires_grad_(weights is not None)  # noqa: E731
     given = {n: to(x) for n, x in tokens.items()}
     initial = [to(x) for x in states]
-    o, final = f(**given, initial_state=initial[0] if len(initial) == 1 else tuple(initial), output_final_state=True, **options)
+    o, final = f(
+        **given, initial_state=initial[0] if len(initial) == 1 else tuple(initial), output_final_state=True, **options
+    )
     results = {"o": o} | {f"final{i}": x for i, x in enumerate([final] if len(initial) == 1 else final)}
     if weights is None:
         return results
@@ -79,35 +86,40 @@ def compare(op, backend, tokens, states, **options):
     assert result.keys() == exact.keys()
     for name, x in exact.items():
         assert result[name].dtype == plain[name].dtype, name
-        # Triton's dg is a sum of terms whose roundings stay where the terms cancel
-        factor = 16.0 if name in ("dg", "dw") and backend == "triton" else 4.0
-        assert_good(result[name], plain[name], x, factor=factor, name=name, dtype=v.dtype)
+        if backend == "cpu":
+            assert_good(result[name], plain[name], x, name=name)
+        else:  # whose dg is a sum of terms whose roundings stay where the terms cancel
+            roundings = 128.0 if name in ("dg", "dw") else 16.0
+            assert_as_good_as_torch(result[name], plain[name], x, roundings=roundings, name=name)
 
 
 @pytest.mark.parametrize(("op", "gate"), CASES)
-@pytest.mark.parametrize(("K", "V"), [(256, 512), (512, 40), (20, 300), (16, 513)])
-def test_values_and_gradients(op, gate, K, V, backend):
-    compare(op, backend, *inputs(op, gate, K, V))
+def test_values_and_gradients(op, gate, backend):
+    compare(op, backend, *inputs(op, gate, 264, 300))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "gate"), CASES)
-@pytest.mark.parametrize(("K", "V", "M"), [(512, 512, 64), (257, 1000, 300), (512, 4096, 512)])
+@pytest.mark.parametrize(
+    ("K", "V", "M"), [(256, 512, 64), (512, 512, 64), (512, 40, 20), (16, 1000, 300), (512, 4096, 512)]
+)
 def test_wider_still(op, gate, K, V, M, backend):
-    compare(op, backend, *inputs(op, gate, K, V, T=35, M=M))
+    compare(op, backend, *inputs(op, gate, K, V, T=18, M=M))
 
 
 @pytest.mark.parametrize(("op", "gate"), CASES)
 def test_packed_sequences(op, gate, backend):
-    tokens, states = inputs(op, gate, 24, 300, T=40, N=4)
+    tokens, states = inputs(op, gate, 8, 264, T=20, N=4)
     device = "cuda" if GPU and backend == "triton" else "cpu"
-    compare(op, backend, tokens, states, cu_seqlens=torch.tensor([0, 17, 17, 18, 40], device=device))
+    compare(op, backend, tokens, states, cu_seqlens=torch.tensor([0, 9, 9, 10, 20], device=device))
 
 
-@pytest.mark.parametrize(("op", "gate"), [("gla", "none"), ("gla", "channel"), ("gsa", "channel"), ("gated_delta_rule", "scalar")])
+@pytest.mark.parametrize(
+    ("op", "gate"), [("gla", "none"), ("gla", "channel"), ("gsa", "channel"), ("gated_delta_rule", "scalar")]
+)
 def test_half_precision(op, gate, backend):
     """Where V is cut into blocks, what these share is added up in float32."""
-    compare(op, backend, *inputs(op, gate, 32, 600, dtype=torch.float16))
+    compare(op, backend, *inputs(op, gate, 16, 520, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(("op", "gate"), CASES)
@@ -126,7 +138,9 @@ def test_columns_are_those_of_narrow_calls(op, gate):
 
 
 @pytest.mark.parametrize(("op", "gate"), CASES)
-@pytest.mark.parametrize(("K", "V", "M"), [(256, 512, 64), (512, 513, 300), (512, 4096, 512)])
+@pytest.mark.parametrize(
+    ("K", "V", "M"), [(256, 512, 64), (512, 513, 300), pytest.param(512, 4096, 512, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["cpu", "triton", "reference", "auto"])
 def test_step(op, gate, K, V, M, name):
     if name == "triton":
@@ -156,7 +170,8 @@ def test_compiled(op, gate):
 
 @pytest.mark.parametrize(("op", "gate"), CASES)
 @pytest.mark.parametrize(
-    ("symbol", "most", "sizes"), [("K", MAX_HEAD_DIM, {"V": 4}), ("V", MAX_VALUE_DIM, {"K": 4}), ("M", MAX_HEAD_DIM, {"K": 4, "V": 4})]
+    ("symbol", "most", "sizes"),
+    [("K", MAX_HEAD_DIM, {"V": 4}), ("V", MAX_VALUE_DIM, {"K": 4}), ("M", MAX_HEAD_DIM, {"K": 4, "V": 4})],
 )
 def test_beyond_the_limits(op, gate, symbol, most, sizes):
     if symbol == "M" and op != "gsa":
@@ -168,3 +183,31 @@ def test_beyond_the_limits(op, gate, symbol, most, sizes):
     one = {n: None if x is None else x[:, 0] for n, x in tokens.items()}
     with pytest.raises(ValueError, match=message):
         getattr(ik, f"{op}_step")(**one, state=states[0] if len(states) == 1 else tuple(states))
+
+
+@pytest.mark.parametrize(
+    ("make", "states"),
+    [
+        (lambda: layers.GLA(1024, num_heads=2), [(2, 256, 512)]),
+        (lambda: layers.LinearAttention(512, num_heads=1), [(1, 512, 512)]),
+        (lambda: layers.GSA(512, num_heads=1, num_slots=64), [(1, 512, 64), (1, 64, 512)]),
+        (lambda: layers.GatedDeltaNet(64, head_dim=256, num_heads=1), [(1, 256, 512)]),
+    ],
+    ids=["GLA", "LinearAttention", "GSA", "GatedDeltaNet"],
+)
+def test_layers_with_the_heads_of_default_layers(make, states):
+    layer = make()
+    x = torch.randn(1, 4, layer.hidden_size, requires_grad=True)
+    y, state = layer(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+    assert [tuple(s.shape[1:]) for s in state.recurrent] == states
+    carried, steps = layer.initial_state(1), []
+    with torch.no_grad():
+        for t in range(4):
+            one, carried = layer.step(x[:, t], carried)
+            steps.append(one)
+    torch.testing.assert_close(torch.stack(steps, 1), y, rtol=1e-4, atol=1e-5)
+    for a, b in zip(carried.recurrent, state.recurrent, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

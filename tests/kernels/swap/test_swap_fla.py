@@ -232,6 +232,29 @@ def test_functions_compute_the_same(case, T, dtype):
                 assert_as_good_as_torch(a, b, c, name=f"{name} {i}")
 
 
+CONFIGURATIONS = {  # and the case of the functions that its layers call
+    "GLAConfig": "gla",
+    "GSAConfig": "gsa",
+    "RetNetConfig": "simple gla",
+    "LinearAttentionConfig": "no gate",
+    "DeltaNetConfig": "delta rule",
+    "GatedDeltaNetConfig": "gated delta rule",
+    "KDAConfig": "kda",
+    "RWKV7Config": "rwkv7",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_heads_of_their_default_configurations(name, monkeypatch):
+    config = getattr(importlib.import_module("fla.models"), name)()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_heads
+    keys, values = int(head * getattr(config, "expand_k", 1)), int(head * getattr(config, "expand_v", 1))
+    sizes = {"B": 1, "H": 2, "K": keys, "V": values, "M": getattr(config, "num_slots", M)}
+    for symbol, size in sizes.items():
+        monkeypatch.setitem(globals(), symbol, size)
+    test_functions_compute_the_same(CONFIGURATIONS[name], 3, torch.float32)
+
+
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("case", ["gated delta rule", "kda"])
 def test_gates_computed_within(case, bounded):
