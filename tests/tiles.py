@@ -56,4 +56,4 @@ def meta(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
 
 def tokens(*channels: int) -> int:
     """A chunk of float32 and a few more."""
-    return chunk_length(torch.float32, max(channels)) + 6
+    return chunk_length(torch.float32, max(channels), 1) + 6

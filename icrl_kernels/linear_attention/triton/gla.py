@@ -11,6 +11,7 @@ from torch import Tensor
 from icrl_kernels.linear_attention.triton.gla_kernels import _grad_kv, _grad_q, _local_states, _outputs, _scan, _step
 from icrl_kernels.linear_attention.triton.plan import (
     CHUNK,
+    COLUMNS,
     SMS,
     STATE_TILE,
     chunk_length,
@@ -23,7 +24,6 @@ from icrl_kernels.linear_attention.triton.plan import (
     products,
 )
 
-COLUMNS = 256  # most of V that a program takes: the backward, which wants all of V on chip, takes wider heads in blocks
 ANCHOR = 1024  # most tokens over which the backward of gates sums what cancels, before it looks at a state again
 FULL = 0.6  # share of the SMs that whole sequences have to keep busy; cutting them costs 1.4 to 1.8 times the traffic
 
@@ -79,7 +79,7 @@ def _plan(
     if anchored:
         L = min(L, ANCHOR)
     N, segments, per, owner, first = cut(q, L, cu_seqlens)
-    chunk = chunk_length(q.dtype, max(K, v.shape[-1]))
+    chunk = chunk_length(q.dtype, K, v.shape[-1])
     return _Plan(
         chunk=chunk,
         single=single,
@@ -169,7 +169,7 @@ def backward(
     """dq, dk, dv, dg (None without gates), d initial_state (None without one), each in its input's dtype."""
     if v.shape[3] <= COLUMNS:
         return _backward(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens, False)
-    # Columns of the state do not touch one another: dq, dk and dg are sums, in float32, of what each block gives
+    # It wants all of V on chip. Columns of the state do not touch one another: dq, dk and dg are sums, in float32, of what each block gives
     shared, dvs, dinits = [None] * 3, [], []
     for i in range(0, v.shape[3], COLUMNS):
         of = [None if x is None else x[..., i : i + COLUMNS] for x in (do, dfinal_state, v, initial_state)]

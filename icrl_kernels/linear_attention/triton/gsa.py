@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from icrl_kernels.linear_attention.triton import gla
-from icrl_kernels.linear_attention.triton.gla import COLUMNS, _Plan, _warps
+from icrl_kernels.linear_attention.triton.gla import _Plan, _warps
 from icrl_kernels.linear_attention.triton.gla_kernels import _outputs as _gla_outputs
 from icrl_kernels.linear_attention.triton.gsa_kernels import (
     _grad_kv,
@@ -20,7 +20,7 @@ from icrl_kernels.linear_attention.triton.gsa_kernels import (
     _scan,
     _step,
 )
-from icrl_kernels.linear_attention.triton.plan import STATE_TILE, contiguous, levels, pow2
+from icrl_kernels.linear_attention.triton.plan import COLUMNS, STATE_TILE, contiguous, levels, pow2
 
 State = tuple[Tensor, Tensor]
 

@@ -10,10 +10,6 @@ from icrl_kernels.linear_attention.common import MAX_HEAD_DIM, MAX_VALUE_DIM
 from icrl_kernels.testing import assert_as_good_as_torch
 
 GPU = torch.cuda.is_available()
-BACKENDS = [
-    "cpu",
-    pytest.param("triton", marks=[pytest.mark.gpu] if GPU else []),
-]  # without a GPU in Triton's interpreter
 CASES = [
     ("gla", "none"),
     ("gla", "scalar"),
@@ -27,11 +23,15 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
+def with_backend(op, gate, backend):
+    """Without a GPU Triton's kernels are interpreted. Those of the delta rules always take V in blocks: tested elsewhere."""
+    marks = [pytest.mark.gpu] if GPU and backend == "triton" else []
+    if backend == "triton" and op in ("gated_delta_rule", "rwkv7"):
+        marks.append(pytest.mark.slow)
+    return pytest.param(op, gate, backend, marks=marks)
+
+
+EVERYWHERE = [with_backend(*case, backend) for backend in ("cpu", "triton") for case in CASES]
 
 
 def inputs(op, gate, K, V, T=18, M=20, N=1, dtype=torch.float32):
@@ -73,6 +73,8 @@ def run(f, tokens, states, weights=None, wide=None, **options):
 
 def compare(op, backend, tokens, states, **options):
     """With the reference in float64, as good as it is in the inputs' dtype."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     device = "cuda" if GPU and backend == "triton" else "cpu"
     tokens = {n: None if x is None else x.to(device) for n, x in tokens.items()}
     states = [x.to(device) for x in states]
@@ -93,13 +95,13 @@ def compare(op, backend, tokens, states, **options):
             assert_as_good_as_torch(result[name], plain[name], x, roundings=roundings, name=name)
 
 
-@pytest.mark.parametrize(("op", "gate"), CASES)
+@pytest.mark.parametrize(("op", "gate", "backend"), EVERYWHERE)
 def test_values_and_gradients(op, gate, backend):
     compare(op, backend, *inputs(op, gate, 264, 300))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "gate"), CASES)
+@pytest.mark.parametrize(("op", "gate", "backend"), EVERYWHERE)
 @pytest.mark.parametrize(
     ("K", "V", "M"), [(256, 512, 64), (512, 512, 64), (512, 40, 20), (16, 1000, 300), (512, 4096, 512)]
 )
@@ -107,16 +109,14 @@ def test_wider_still(op, gate, K, V, M, backend):
     compare(op, backend, *inputs(op, gate, K, V, T=18, M=M))
 
 
-@pytest.mark.parametrize(("op", "gate"), CASES)
+@pytest.mark.parametrize(("op", "gate", "backend"), EVERYWHERE)
 def test_packed_sequences(op, gate, backend):
     tokens, states = inputs(op, gate, 8, 264, T=20, N=4)
     device = "cuda" if GPU and backend == "triton" else "cpu"
     compare(op, backend, tokens, states, cu_seqlens=torch.tensor([0, 9, 9, 10, 20], device=device))
 
 
-@pytest.mark.parametrize(
-    ("op", "gate"), [("gla", "none"), ("gla", "channel"), ("gsa", "channel"), ("gated_delta_rule", "scalar")]
-)
+@pytest.mark.parametrize(("op", "gate", "backend"), [x for x in EVERYWHERE if x.values[1] != "none"])
 def test_half_precision(op, gate, backend):
     """Where V is cut into blocks, what these share is added up in float32."""
     compare(op, backend, *inputs(op, gate, 16, 520, dtype=torch.float16))
@@ -141,14 +141,9 @@ def test_columns_are_those_of_narrow_calls(op, gate):
 @pytest.mark.parametrize(
     ("K", "V", "M"), [(256, 512, 64), (512, 513, 300), pytest.param(512, 4096, 512, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", ["cpu", "triton", "reference", "auto"])
+@pytest.mark.parametrize("name", ["cpu", "reference", "auto"])
 def test_step(op, gate, K, V, M, name):
-    if name == "triton":
-        pytest.importorskip("triton")
-    device = "cuda" if GPU and name == "triton" else "cpu"
     tokens, states = inputs(op, gate, K, V, T=1, M=M)
-    tokens = {n: None if x is None else x.to(device) for n, x in tokens.items()}
-    states = [x.to(device) for x in states]
     reference = getattr(ik, f"{op}_reference")
     exact, plain = run(reference, tokens, states, wide=torch.float64), run(reference, tokens, states)
     carried = [x.clone() for x in states]
