@@ -97,7 +97,7 @@ def test_every_tile_that_a_plan_can_choose(K, V, gate):
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize(("K", "V"), itertools.product(BLOCKS, BLOCKS))
+@pytest.mark.parametrize(("K", "V"), list(itertools.product(BLOCKS, BLOCKS)))
 def test_every_pair_of_blocks(K, V, group, gate):
     compare_tile(K, V, gate, group, False)
 

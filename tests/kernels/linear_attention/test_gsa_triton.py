@@ -135,7 +135,7 @@ def test_every_tile_that_a_plan_can_choose(K, V, M, gated):
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize(("K", "V", "M"), itertools.product(BLOCKS[:5], BLOCKS[:5], BLOCKS[:4]))
+@pytest.mark.parametrize(("K", "V", "M"), list(itertools.product(BLOCKS[:5], BLOCKS[:5], BLOCKS[:4])))
 def test_every_combination_of_blocks(K, V, M, group, gated):
     check_tile(K, V, M, gated, group)
 

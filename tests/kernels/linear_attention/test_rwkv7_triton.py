@@ -85,7 +85,7 @@ def test_every_tile_that_a_plan_can_choose(K, V):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("K", "V"), itertools.product(BLOCKS, BLOCKS))
+@pytest.mark.parametrize(("K", "V"), list(itertools.product(BLOCKS, BLOCKS)))
 def test_every_pair_of_blocks(K, V):
     compare_tile(K, V, 1)
 
