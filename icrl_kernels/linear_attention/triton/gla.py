@@ -169,7 +169,8 @@ def backward(
     """dq, dk, dv, dg (None without gates), d initial_state (None without one), each in its input's dtype."""
     if v.shape[3] <= COLUMNS:
         return _backward(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens, False)
-    # It wants all of V on chip. Columns of the state do not touch one another: dq, dk and dg are sums, in float32, of what each block gives
+    # The kernels want all of V on chip: wider heads are taken in blocks of columns, which do not touch one another. What
+    # these share, dq, dk and dg, is summed in float32.
     shared, dvs, dinits = [None] * 3, [], []
     for i in range(0, v.shape[3], COLUMNS):
         of = [None if x is None else x[..., i : i + COLUMNS] for x in (do, dfinal_state, v, initial_state)]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
-COLUMNS = 256  # most of V that a program takes
+COLUMNS = 256  # most of V that a program's products take
 STATE_TILE = 16384  # entries of the state that one program of 8 warps holds: 64 registers a thread
 SMS = 132
 
