@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm, at_least_one, expanded, fla_conv, multiple, wide
-from icrl_kernels.linear_attention.common import MAX_HEAD_DIM, MAX_VALUE_DIM
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
 from icrl_kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
 GATES = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
@@ -44,10 +44,10 @@ class _DeltaRule(ConvolvedMixer):
             raise ValueError(f"head_dim: wanted at most {MAX_HEAD_DIM}, got {head_dim}")
         self.hidden_size, self.num_heads, self.num_v_heads = hidden_size, num_heads, num_v_heads
         self.head_k_dim, self.head_v_dim = head_dim, expanded("expand_v", head_dim, expand_v)
-        if self.head_v_dim > MAX_VALUE_DIM:
-            raise ValueError(
-                f"expand_v: wanted at most {MAX_VALUE_DIM} channels of a value head, got {self.head_v_dim}"
-            )
+        # Value channels do not touch one another but through beta and g: a head of too many is several heads to the op.
+        self._parts = -(-self.head_v_dim // 256)
+        if self.head_v_dim % self._parts:
+            self._parts = 1
         self.allow_neg_eigval = allow_neg_eigval
         K, V = num_heads * head_dim, num_v_heads * self.head_v_dim
         self._make_qkv(K, K, V, use_short_conv, conv_size, conv_bias)
@@ -68,7 +68,8 @@ class _DeltaRule(ConvolvedMixer):
         return options | fla_conv(layer), {}
 
     def _state_shapes(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        return self._window_shapes(), [(self.num_v_heads, self.head_k_dim, self.head_v_dim)]
+        heads, V = self.num_v_heads * self._parts, self.head_v_dim // self._parts
+        return self._window_shapes(), [(heads, self.head_k_dim, V)]
 
     o_norm: RMSNorm
 
@@ -85,8 +86,11 @@ class _DeltaRule(ConvolvedMixer):
         if self.allow_neg_eigval:
             beta = 2 * beta
         g = self._gate(x)
+        if self._parts > 1:
+            dim = x.dim() - 1
+            beta, g = beta.repeat_interleave(self._parts, dim), g.repeat_interleave(self._parts, dim)
         q, k = q.unflatten(-1, (-1, self.head_k_dim)), k.unflatten(-1, (-1, self.head_k_dim))
-        return (q, k, v.unflatten(-1, (-1, self.head_v_dim)), g, beta), after
+        return (q, k, v.unflatten(-1, (-1, self.head_v_dim // self._parts)), g, beta), after
 
     def _chunk(self, q, k, v, g, beta, recurrent, cu_seqlens) -> tuple[Tensor, tuple[Tensor, ...]]:
         o, final = gated_delta_rule(
@@ -107,6 +111,7 @@ class _DeltaRule(ConvolvedMixer):
         return gated_delta_rule_step(q, k, v, g, beta, recurrent[0], qk_l2norm=True)
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        o = o.flatten(-2).unflatten(-1, (-1, self.head_v_dim))
         z = self._output_gate(x)
         o = self.o_norm(o, None if z is None else z.unflatten(-1, (-1, self.head_v_dim)))
         return self.o_proj(o.flatten(-2))
@@ -129,7 +134,7 @@ class GatedDeltaNet(_DeltaRule):
         expand_v: V = expand_v · head_dim channels of a value head.
         head_dim: K, of q and k.
         num_heads: heads of q and k. num_v_heads: heads of v, g, beta and the state; a multiple of num_heads, default
-            the same.
+            the same. With V above 256 the state has each as several heads, of equal shares of V.
         use_gate: whether there is W_g. output_gate_activation: "silu" ("swish") or "sigmoid".
         use_short_conv: whether there are the convolutions, of `conv_size` taps, with a bias if conv_bias.
         allow_neg_eigval: beta up to 2, so that the state's transition may have negative eigenvalues.

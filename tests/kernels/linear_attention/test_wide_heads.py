@@ -186,7 +186,7 @@ def test_beyond_the_limits(op, gate, symbol, most, sizes):
         (lambda: layers.GLA(1024, num_heads=2), [(2, 256, 512)]),
         (lambda: layers.LinearAttention(512, num_heads=1), [(1, 512, 512)]),
         (lambda: layers.GSA(512, num_heads=1, num_slots=64), [(1, 512, 64), (1, 64, 512)]),
-        (lambda: layers.GatedDeltaNet(64, head_dim=256, num_heads=1), [(1, 256, 512)]),
+        (lambda: layers.GatedDeltaNet(64, head_dim=256, num_heads=1), [(2, 256, 256)]),
     ],
     ids=["GLA", "LinearAttention", "GSA", "GatedDeltaNet"],
 )
