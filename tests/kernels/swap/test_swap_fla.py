@@ -208,10 +208,7 @@ def module_of(name):
     return importlib.import_module(f"fla.ops.{package}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T", [1, 37])
-@pytest.mark.parametrize("case", CASES)
-def test_functions_compute_the_same(case, T, dtype, roundings=4.0):
+def compare_functions(case, T, dtype, roundings):
     names, _, options = CASES[case]
     inputs, state = make(case, T, dtype)
     double = {name: t.double() for name, t in inputs.items()}
@@ -230,6 +227,13 @@ def test_functions_compute_the_same(case, T, dtype, roundings=4.0):
             for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
                 assert a.dtype == b.dtype
                 assert_as_good_as_torch(a, b, c, name=f"{name} {i}", roundings=roundings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 37])
+@pytest.mark.parametrize("case", CASES)
+def test_functions_compute_the_same(case, T, dtype):
+    compare_functions(case, T, dtype, 4.0)
 
 
 CONFIGURATIONS = {  # and the case of the functions that its layers call
@@ -252,7 +256,7 @@ def test_heads_of_their_default_configurations(name, monkeypatch):
     sizes = {"B": 1, "H": 2, "K": keys, "V": values, "M": getattr(config, "num_slots", M)}
     for symbol, size in sizes.items():
         monkeypatch.setitem(globals(), symbol, size)
-    test_functions_compute_the_same(CONFIGURATIONS[name], 3, torch.float32, roundings=16.0)  # sums over 512 channels
+    compare_functions(CONFIGURATIONS[name], 3, torch.float32, 8.0)  # sums over up to 512 channels
 
 
 @pytest.mark.parametrize("bounded", [False, True])
