@@ -140,7 +140,9 @@ TILES = [
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
-@pytest.mark.parametrize(("K", "V"), TILES)
+@pytest.mark.parametrize(
+    ("K", "V"), [pytest.param(*x, marks=[pytest.mark.slow] if max(x) > 256 else []) for x in TILES]
+)
 def test_every_tile_that_a_plan_can_choose(K, V, gate, both_modes):
     """Where dq's launch cuts K in two and the launch for dk and dg has all of it, dg needs both parts of q·z."""
     check_tile(K, V, gate, 2)
