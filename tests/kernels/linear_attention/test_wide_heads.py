@@ -88,11 +88,9 @@ def compare(op, backend, tokens, states, **options):
     assert result.keys() == exact.keys()
     for name, x in exact.items():
         assert result[name].dtype == plain[name].dtype, name
-        if backend == "cpu":
-            assert_good(result[name], plain[name], x, name=name)
-        else:  # whose dg is a sum of terms whose roundings stay where the terms cancel
-            roundings = 128.0 if name in ("dg", "dw") else 16.0
-            assert_as_good_as_torch(result[name], plain[name], x, roundings=roundings, name=name)
+        # sums over 512 channels; Triton's dg is a sum of terms whose roundings stay where the terms cancel
+        roundings = 8.0 if backend == "cpu" else 128.0 if name in ("dg", "dw") else 16.0
+        assert_as_good_as_torch(result[name], plain[name], x, roundings=roundings, name=name)
 
 
 @pytest.mark.parametrize(("op", "gate", "backend"), EVERYWHERE)
