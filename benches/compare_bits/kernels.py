@@ -326,7 +326,7 @@ def kernel_calls() -> None:
                 given = {name: None if t is None else t.double() for name, t in given.items()}
                 options |= {"initial_state": None, "backend": "cpu"}
             elif change == "wide":
-                given, states = inputs(op, (1, 2, 1, 1, 128, 257), about["gates"][-1])
+                given, states = inputs(op, (1, 2, 1, 1, 128, 4097), about["gates"][-1])
                 options["initial_state"] = None
             elif change == "second derivative":
                 given["v"].requires_grad_()

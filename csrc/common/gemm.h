@@ -1,6 +1,6 @@
 // Small matrix products out of L1: C[m][n] = sum_k A(m, k) B[k][n], the tile of C in registers, A broadcast from any
-// strides, rows of B read as vectors. Each entry is one chain of multiply-adds in the order of k, so its bits depend
-// neither on the tile nor on the rows beside it.
+// strides, rows of B read as vectors. Each entry is one chain of multiply-adds in the order of k (of a long product one
+// for each kChain of k), so its bits depend neither on the tile nor on the rows beside it.
 //
 //   A      [M, K] float32 through Left: A(m, k) = p[m * row + k * col], so that a transpose needs no copy
 //   B, C   [K, N] and [M, N] float32, row-major, their rows ldb and ldc numbers apart
@@ -18,6 +18,8 @@
 
 namespace icrl::ICRL_ISA {
 namespace {
+
+constexpr int64_t kChain = 128;
 
 // A(m, k) = p[m * row + k * col]
 struct Left {
@@ -46,6 +48,12 @@ struct Tile {
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < NR; ++n) store(p + m * ld + n * kWidth, c[m][n]);
+  }
+  ICRL_INLINE void add(const float* p, int64_t ld) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) c[m][n] += load(p + m * ld + n * kWidth);
   }
   ICRL_INLINE void scale_rows(const float* w) {
 #pragma GCC unroll 16
@@ -88,6 +96,17 @@ struct Tile {
   }
   ICRL_INLINE void multiply(const Left& a, const float* b, int64_t ldb, int64_t m0, int64_t k0, int64_t k1) {
     for (int64_t k = k0; k < k1; ++k) step(a, b, ldb, m0, k, 0, MR);
+  }
+  // A B, zero before it, in sums of at most kChain products, of which each errs less than one long sum would. The tile
+  // stays in p meanwhile.
+  ICRL_INLINE void multiply_all(const Left& a, const float* b, int64_t ldb, int64_t m0, int64_t depth, float* p,
+                                int64_t ld) {
+    zero();
+    for (int64_t k = 0; k < depth; k += kChain) {
+      if (k) write(p, ld), zero();
+      multiply(a, b, ldb, m0, k, k + kChain < depth ? k + kChain : depth);
+      if (k) add(p, ld);
+    }
   }
   // A lower triangular, without its diagonal if Strict. What stands above is not read, so its NaN do no harm.
   template <bool Strict>
@@ -147,8 +166,7 @@ ICRL_INLINE void for_tiles(int64_t rows, int64_t columns, F&& f) {
 ICRL_INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t columns, Left a, const float* b, int64_t ldb,
                          int64_t depth) {
   for_tiles(rows, columns, [&](auto& t, int64_t m, int64_t n) __attribute__((always_inline)) {
-    t.zero();
-    t.multiply(a, b + n, ldb, m, 0, depth);
+    t.multiply_all(a, b + n, ldb, m, depth, c + m * ldc + n, ldc);
     t.write(c + m * ldc + n, ldc);
   });
 }

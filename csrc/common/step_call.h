@@ -25,9 +25,6 @@ struct StepTensor {
   bool gate_of(const StepTensor& inputs) const { return dtype == 0 || dtype == inputs.dtype; }
 };
 
-constexpr int64_t kMostChannels = 256;
-inline bool channels(int64_t n) { return n >= 1 && n <= kMostChannels; }
-
 // One call: the tensors are read one by one, and `ok` is false from the first on that is not plain.
 struct StepCall {
   bool ok = true;

@@ -256,8 +256,7 @@ struct Chunk {
     const float* u = split(held, w);
     if (along) __builtin_memset(dots, 0, sizeof dots);
     for_tiles(kChunk, Kp, [&](auto& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
-      tile.zero();
-      tile.multiply(Left{x, ld, 1}, state + j, Kp, i, 0, depth);
+      tile.multiply_all(Left{x, ld, 1}, state + j, Kp, i, depth, out + i * Kp + j, Kp);
       if constexpr (gate == Gate::scalar) {
         tile.scale_rows(p + i);
         if (along) tile.dot_rows(dots + i * kWidth, y + i * Kp + j, Kp);

@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/pointers.h"
 #include "common/step_call.h"
+#include "linear_attention/limits.h"
 
 namespace icrl {
 namespace {
@@ -62,7 +63,7 @@ PyObject* plain_step(PyObject* const* a) {
                    beta = call.optional(a[4]), state = call.state(a[5]);
   if (!call.ok || q.dims != 3 || v.dims != 3 || (a[6] != Py_True && a[6] != Py_False)) Py_RETURN_NONE;
   const int64_t B = q.shape[0], Hk = q.shape[1], K = q.shape[2], H = v.shape[1], V = v.shape[2];
-  if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || v.shape[0] != B || !state.is({B, H, K, V}) ||
+  if (H % Hk || !channels(K) || !value_channels(V) || !k.is({B, Hk, K}) || v.shape[0] != B || !state.is({B, H, K, V}) ||
       k.dtype != q.dtype || v.dtype != q.dtype || (beta.data && (!beta.is({B, H}) || !beta.gate_of(q))) ||
       (g.data && (!(g.is({B, H, K}) || g.is({B, H})) || !g.gate_of(q))))
     Py_RETURN_NONE;

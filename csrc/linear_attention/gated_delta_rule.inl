@@ -30,6 +30,7 @@
 #include "linear_attention/chunk.inl"
 #include "linear_attention/gate.h"
 #include "linear_attention/gated_delta_rule.h"
+#include "linear_attention/limits.h"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -316,11 +317,11 @@ bool delta_forward(const DeltaShape& s, const DeltaForward& p) { return ICRL_BY_
 bool delta_backward(const DeltaShape& s, const DeltaBackward& p) { return ICRL_BY_GATE(backward); }
 
 bool delta_step(const DeltaShape& s, const DeltaStep& p) {
-  constexpr int64_t kMost = 256;  // the Python side refuses larger heads
   const int64_t pairs = s.sequences * s.heads, group = s.heads / s.key_heads, K = s.k, V = s.v, Kp = pad16(K);
   int refused = 0;
   parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
-    alignas(64) float q[kMost], k[kMost], kd[kMost], v[kMost], e[kMost], out[kMost], tail[kMost * kWidth], norm;
+    alignas(64) float q[kMostChannels], k[kMostChannels], kd[kMostChannels], e[kMostChannels];
+    alignas(64) float v[kMostValues], out[kMostValues], tail[kMostChannels * kWidth], norm;
     const int64_t keys = pair / group * K, n = s.gate == Gate::channel ? K : s.gate == Gate::scalar ? 1 : 0;
     load_row(q, p.q, s.dtype, keys, K, Kp);
     load_row(k, p.k, s.dtype, keys, K, Kp);

@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/pointers.h"
 #include "common/step_call.h"
+#include "linear_attention/limits.h"
 
 namespace icrl {
 namespace {
@@ -60,8 +61,9 @@ PyObject* plain_step(PyObject* const* a) {
                    state = call.state(a[4]);
   if (!call.ok || q.dims != 3 || v.dims != 3) Py_RETURN_NONE;
   const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2];
-  if (H % Hk || !channels(K) || !channels(V) || !k.is({B, Hk, K}) || !v.is({B, Hk, V}) || !state.is({B, Hk, K, V}) ||
-      k.dtype != q.dtype || v.dtype != q.dtype || (g.data && (!(g.is({B, Hk, K}) || g.is({B, Hk})) || !g.gate_of(q))))
+  if (H % Hk || !channels(K) || !value_channels(V) || !k.is({B, Hk, K}) || !v.is({B, Hk, V}) ||
+      !state.is({B, Hk, K, V}) || k.dtype != q.dtype || v.dtype != q.dtype ||
+      (g.data && (!(g.is({B, Hk, K}) || g.is({B, Hk})) || !g.gate_of(q))))
     Py_RETURN_NONE;
   const Gate gate = static_cast<Gate>(g.data ? g.dims - 1 : 0);
   const GlaShape s{B, H, Hk, K, V, nullptr, q.dtype, g.dtype, gate, call.scale, call.allowance, call.threads};

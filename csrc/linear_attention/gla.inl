@@ -23,6 +23,7 @@
 #include "linear_attention/chunk.inl"
 #include "linear_attention/gate.h"
 #include "linear_attention/gla.h"
+#include "linear_attention/limits.h"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -207,11 +208,11 @@ bool gla_forward(const GlaShape& s, const GlaForward& p) { return ICRL_BY_GATE(f
 bool gla_backward(const GlaShape& s, const GlaBackward& p) { return ICRL_BY_GATE(backward); }
 
 bool gla_step(const GlaShape& s, const GlaStep& p) {
-  constexpr int64_t kMost = 256;  // the Python side refuses larger heads
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads, K = s.k, V = s.v;
   int refused = 0;
   parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
-    alignas(64) float q[kMost], k[kMost], v[kMost], e[kMost], out[kMost], tail[kMost * kWidth];
+    alignas(64) float q[kMostChannels], k[kMostChannels], e[kMostChannels], tail[kMostChannels * kWidth];
+    alignas(64) float v[kMostValues], out[kMostValues];
     load_row(k, p.k, s.dtype, pair * K, K, pad16(K));
     load_row(v, p.v, s.dtype, pair * V, V, pad16(V));
     const int64_t n = s.gate == Gate::channel ? K : s.gate == Gate::scalar ? 1 : 0;

@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/pointers.h"
 #include "common/step_call.h"
+#include "linear_attention/limits.h"
 
 namespace icrl {
 namespace {
@@ -85,7 +86,7 @@ PyObject* plain_step(PyObject* const* a) {
                    g = call.optional(a[4]), keys = call.state(a[5]), values = call.state(a[6]);
   if (!call.ok || q.dims != 3 || v.dims != 3 || w.dims != 3) Py_RETURN_NONE;
   const int64_t B = q.shape[0], H = q.shape[1], K = q.shape[2], Hk = v.shape[1], V = v.shape[2], M = w.shape[2];
-  if (H % Hk || !channels(K) || !channels(V) || !channels(M) || !k.is({B, Hk, K}) || v.shape[0] != B ||
+  if (H % Hk || !channels(K) || !value_channels(V) || !channels(M) || !k.is({B, Hk, K}) || v.shape[0] != B ||
       !w.is({B, Hk, M}) || !keys.is({B, Hk, K, M}) || !values.is({B, Hk, M, V}) || k.dtype != q.dtype ||
       v.dtype != q.dtype || w.dtype != q.dtype || (g.data && (!g.is({B, Hk, M}) || !g.gate_of(q))))
     Py_RETURN_NONE;

@@ -28,6 +28,7 @@
 #include "linear_attention/chunk.inl"
 #include "linear_attention/gate.h"
 #include "linear_attention/gsa.h"
+#include "linear_attention/limits.h"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -333,12 +334,11 @@ bool gsa_forward(const GsaShape& s, const GsaForward& p) { return ICRL_GATED(for
 bool gsa_backward(const GsaShape& s, const GsaBackward& p) { return ICRL_GATED(backward); }
 
 bool gsa_step(const GsaShape& s, const GsaStep& p) {
-  constexpr int64_t kMost = 256;  // the Python side refuses more channels or slots
   const int64_t pairs = s.sequences * s.kv_heads, group = s.heads / s.kv_heads, K = s.k, V = s.v, M = s.slots;
   int refused = 0;
   parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
-    alignas(64) float q[kMost], k[kMost], v[kMost], w[kMost], e[kMost], l[kMost], weights[kMost];
-    alignas(64) float out[kMost], tail[kMost * kWidth];
+    alignas(64) float q[kMostChannels], k[kMostChannels], w[kMostChannels], e[kMostChannels], l[kMostChannels];
+    alignas(64) float weights[kMostChannels], v[kMostValues], out[kMostValues], tail[kMostChannels * kWidth];
     load_row(k, p.k, s.dtype, pair * K, K, pad16(K));
     load_row(v, p.v, s.dtype, pair * V, V, pad16(V));
     load_row(w, p.s, s.dtype, pair * M, M, pad16(M));

@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/pointers.h"
 #include "common/step_call.h"
+#include "linear_attention/limits.h"
 
 namespace icrl {
 namespace {
@@ -61,7 +62,8 @@ PyObject* plain_step(PyObject* const* x) {
   const int64_t B = r.shape[0], H = r.shape[1], K = r.shape[2], V = v.shape[2];
   for (const StepTensor* t : {&w, &k, &a, &b})
     if (!t->is({B, H, K}) || (t == &w ? !w.gate_of(r) : t->dtype != r.dtype)) Py_RETURN_NONE;
-  if (!channels(K) || !channels(V) || !v.is({B, H, V}) || v.dtype != r.dtype || !state.is({B, H, K, V})) Py_RETURN_NONE;
+  if (!channels(K) || !value_channels(V) || !v.is({B, H, V}) || v.dtype != r.dtype || !state.is({B, H, K, V}))
+    Py_RETURN_NONE;
   const RwkvShape s{B, H, K, V, nullptr, r.dtype, w.dtype, call.scale, call.allowance, call.threads};
   return call.run(x[3], v, B, H, V, B * H * K * V, {x[6]}, [&](void* o) {
     return ICRL_DISPATCH(rwkv7_step, s,

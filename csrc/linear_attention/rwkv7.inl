@@ -29,6 +29,7 @@
 #include "common/vec.h"
 #include "linear_attention/chunk.inl"
 #include "linear_attention/gate.h"
+#include "linear_attention/limits.h"
 #include "linear_attention/rwkv7.h"
 
 namespace icrl::ICRL_ISA {
@@ -420,11 +421,11 @@ bool rwkv7_forward(const RwkvShape& s, const RwkvForward& p) { return forward(s,
 bool rwkv7_backward(const RwkvShape& s, const RwkvBackward& p) { return backward(s, p); }
 
 bool rwkv7_step(const RwkvShape& s, const RwkvStep& p) {
-  constexpr int64_t kMost = 256;  // the Python side refuses larger heads
   const int64_t pairs = s.sequences * s.heads, K = s.k, V = s.v, Kp = pad16(K);
   int refused = 0;
   parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
-    alignas(64) float r[kMost], e[kMost], k[kMost], v[kMost], a[kMost], b[kMost], out[kMost], tail[kMost * kWidth];
+    alignas(64) float r[kMostChannels], e[kMostChannels], k[kMostChannels], a[kMostChannels], b[kMostChannels];
+    alignas(64) float v[kMostValues], out[kMostValues], tail[kMostChannels * kWidth];
     load_row(r, p.r, s.dtype, pair * K, K, Kp);
     load_row(e, p.w, s.gate_dtype, pair * K, K, Kp);
     load_row(k, p.k, s.dtype, pair * K, K, Kp);

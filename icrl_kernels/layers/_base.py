@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from icrl_kernels import _checks
 from icrl_kernels.linear_attention import common
-from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM, MAX_VALUE_DIM
 
 
 class State(NamedTuple):
@@ -109,12 +109,12 @@ def head_dims(hidden_size: int, num_heads: int, num_kv_heads: int, expand_k: flo
     """K and V of heads that share hidden_size · expand_k and hidden_size · expand_v channels."""
     multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
     dims = []
-    for name, factor in (("expand_k", expand_k), ("expand_v", expand_v)):
+    for name, factor, most in (("expand_k", expand_k, MAX_HEAD_DIM), ("expand_v", expand_v, MAX_VALUE_DIM)):
         channels = expanded(name, hidden_size, factor)
         multiple(f"hidden_size · {name}", channels, "num_heads", num_heads)
         dims.append(channels // num_heads)
-        if dims[-1] > MAX_HEAD_DIM:
-            raise ValueError(f"num_heads: wanted at most {MAX_HEAD_DIM} channels per head, got {dims[-1]} ({name})")
+        if dims[-1] > most:
+            raise ValueError(f"num_heads: wanted at most {most} channels per head, got {dims[-1]} ({name})")
     return dims[0], dims[1]
 
 

@@ -61,8 +61,9 @@ class _DeltaRule(ConvolvedMixer):
         self.hidden_size, self.num_heads, self.num_v_heads = hidden_size, num_heads, num_v_heads
         self.head_k_dim, self.head_v_dim = head_dim, expanded("expand_v", head_dim, expand_v)
         # Value channels do not touch one another but through beta and g: a head of too many is several heads to the op.
-        self._parts = -(-self.head_v_dim // MAX_HEAD_DIM)
-        multiple("head_dim · expand_v", self.head_v_dim, "the parts it takes", self._parts)
+        self._parts = -(-self.head_v_dim // 256)
+        if self.head_v_dim % self._parts:
+            self._parts = 1
         self.allow_neg_eigval = allow_neg_eigval
         K, V = num_heads * head_dim, num_v_heads * self.head_v_dim
         self._make_qkv(K, K, V, use_short_conv, conv_size, conv_bias)

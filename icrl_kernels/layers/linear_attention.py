@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icrl_kernels.layers._base import Linear, RMSNorm, TokenMixer, at_least_one, fill, fla_norm, head_dims, refuse, wide
-from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM, MAX_VALUE_DIM
 from icrl_kernels.linear_attention.gla import gla, gla_step
 
 NORMALIZER_EPSILON = 1e-10
@@ -124,9 +124,12 @@ class LinearAttention(TokenMixer):
         )
         K, V = head_dims(hidden_size, num_heads, num_kv_heads, expand_k, expand_v)
         self.feature_dim = 2 * K if feature_map == "hedgehog" else K
-        for name, size in (("feature_map", self.feature_dim), ("do_feature_map_norm", V + do_feature_map_norm)):
-            if size > MAX_HEAD_DIM:
-                raise ValueError(f"{name}: wanted at most {MAX_HEAD_DIM} channels per head, got {size} with it")
+        for name, size, most in (
+            ("feature_map", self.feature_dim, MAX_HEAD_DIM),
+            ("do_feature_map_norm", V + do_feature_map_norm, MAX_VALUE_DIM),
+        ):
+            if size > most:
+                raise ValueError(f"{name}: wanted at most {most} channels per head, got {size} with it")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_k_dim, self.head_v_dim = K, V
         self.norm_q, self.norm_k, self.do_feature_map_norm = norm_q, norm_k, do_feature_map_norm

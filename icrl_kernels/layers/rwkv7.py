@@ -24,7 +24,7 @@ from icrl_kernels.layers._base import (
     wide,
     zeros,
 )
-from icrl_kernels.linear_attention.common import MAX_HEAD_DIM
+from icrl_kernels.linear_attention.common import MAX_HEAD_DIM, MAX_VALUE_DIM
 from icrl_kernels.linear_attention.rwkv7 import rwkv7, rwkv7_step
 
 SHIFTS = "rwkvag"  # what each has its own mixture of the token and the one before it for
@@ -148,9 +148,9 @@ class RWKV7(TokenMixer):
         multiple("hidden_size", hidden_size, "head_dim", head_dim)
         H = hidden_size // head_dim
         multiple("value_dim", value_dim, "the number of heads", H)
-        for name, size in (("head_dim", head_dim), ("value_dim", value_dim // H)):
-            if size > MAX_HEAD_DIM:
-                raise ValueError(f"{name}: wanted at most {MAX_HEAD_DIM} channels per head, got {size}")
+        for name, size, most in (("head_dim", head_dim, MAX_HEAD_DIM), ("value_dim", value_dim // H, MAX_VALUE_DIM)):
+            if size > most:
+                raise ValueError(f"{name}: wanted at most {most} channels per head, got {size}")
         layer_idx = _checks.integer("layer_idx", layer_idx)
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"layer_idx: wanted 0 to num_layers - 1 = {num_layers - 1}, got {layer_idx}")

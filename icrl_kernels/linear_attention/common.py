@@ -14,7 +14,12 @@ from icrl_kernels import _checks
 GATE_ALLOWANCE = 1e-4
 """Gates are logarithms of decays in [0, 1]. What rounding may put above 0 passes; a gate above this is refused."""
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+"""Channels of a key (K), and slots (M)."""
+
+MAX_VALUE_DIM = 4096
+"""Channels of a value (V): the columns of a state, which do not touch one another."""
+
 MOST = torch.finfo(torch.float32).max
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/common/vec.h
 

@@ -85,8 +85,8 @@ def gated_delta_rule(
     for keys of norm 1). The recurrence is stable while 0 ≤ beta ‖k‖² ≤ 2; beyond that it grows, here as by definition.
 
     Args:
-        q, k: [B, T, Hk, K], of one dtype with v: float32, bfloat16, float16 (K, V up to 256), or float64, which the
-            reference backend serves. Sums and states are float32 (float64 there).
+        q, k: [B, T, Hk, K], of one dtype with v: float32, bfloat16, float16 (K up to 512, V to 4096), or float64, which
+            the reference backend serves. Sums and states are float32 (float64 there).
         v: [B, T, H, V]. H may be a multiple of Hk: value head h has its own state, gates and beta and reads q and k of
             head h // (H // Hk), as the published hybrid models have it (Qwen3-Next: 16 heads of q and k, 32 of v).
             `gla` groups the other way round, several queries of one state, as softmax attention does.

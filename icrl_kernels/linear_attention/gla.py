@@ -67,8 +67,8 @@ def gla(
 
     Args:
         q: [B, T, H, K]. H may be a multiple of Hk: query head h reads key/value head h // (H // Hk).
-        k, v: [B, T, Hk, K] and [B, T, Hk, V], of q's dtype: float32, bfloat16, float16 (K, V up to 256), or float64,
-            which the reference backend serves. Sums and states are float32 (float64 there).
+        k, v: [B, T, Hk, K] and [B, T, Hk, V], of q's dtype: float32, bfloat16, float16 (K up to 512, V to 4096), or
+            float64, which the reference backend serves. Sums and states are float32 (float64 there).
         g: natural logarithms of decays, ≤ 0: None (no decay), [B, T, Hk] (one per head) or [B, T, Hk, K] (one per key
             channel), float32 (best) or q's dtype. −inf resets the state. A gate above `GATE_ALLOWANCE` is an error on
             the CPU; a GPU does not look. A NaN gate makes NaN of what depends on it, as any NaN does.

@@ -79,8 +79,8 @@ def gsa(
 
     Args:
         q: [B, T, H, K]. H may be a multiple of Hk: query head h reads key/value head h // (H // Hk).
-        k, v, s: [B, T, Hk, K], [B, T, Hk, V] and [B, T, Hk, M], of q's dtype: float32, bfloat16, float16 (K, V, M up
-            to 256), or float64, which the reference backend serves. s_t is what a token writes to each slot; it is
+        k, v, s: [B, T, Hk, K], [B, T, Hk, V] and [B, T, Hk, M], of q's dtype: float32, bfloat16, float16 (K, M up to
+            512, V to 4096), or float64, which the reference backend serves. s_t is what a token writes to each slot; it is
             taken as it is. Sums, the softmax and states are float32 (float64 there).
         g: natural logarithms of the slots' decays, ≤ 0: [B, T, Hk, M], float32 (best) or q's dtype, or None: no decay
             (flash-linear-attention's g=None is another thing: it makes g and s out of s's running logsumexp).

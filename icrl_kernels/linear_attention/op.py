@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icrl_kernels import _C, _checks, _registry, _torch_private
 from icrl_kernels.linear_attention import common
-from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM
+from icrl_kernels.linear_attention.common import DTYPES, GATE_ALLOWANCE, MAX_HEAD_DIM, MAX_VALUE_DIM
 
 Sizes = dict[str, Any]  # by symbol; also "bounds", where each sequence's tokens begin, once values were checked
 
@@ -256,11 +256,10 @@ class Op:
         if sizes["H"] < 1:
             raise ValueError(f"{self.first}: wanted at least one head, got H=0")
         for symbol in "KVM":
-            if symbol in sizes and not 1 <= sizes[symbol] <= MAX_HEAD_DIM:
+            most = MAX_VALUE_DIM if symbol == "V" else MAX_HEAD_DIM
+            if symbol in sizes and not 1 <= sizes[symbol] <= most:
                 owner = next(a.label for a in self.tokens for s in a.shapes.values() if symbol in s)
-                raise ValueError(
-                    f"{owner}: wanted {symbol} of 1 to {MAX_HEAD_DIM} per head, got {symbol}={sizes[symbol]}"
-                )
+                raise ValueError(f"{owner}: wanted {symbol} of 1 to {most} per head, got {symbol}={sizes[symbol]}")
 
     def values(self, sizes: Sizes, *args: Any) -> None:
         """cu_seqlens' values; the C++ kernels refuse gates as they read them."""

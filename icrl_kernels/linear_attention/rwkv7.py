@@ -69,8 +69,8 @@ def rwkv7(
     definition. The arguments are those of flash-linear-attention's chunk_rwkv7, in its order.
 
     Args:
-        r, k, a, b: [B, T, H, K], of one dtype with v: float32, bfloat16, float16 (K, V up to 256), or float64, which the
-            reference backend serves. Sums and states are float32 (float64 there).
+        r, k, a, b: [B, T, H, K], of one dtype with v: float32, bfloat16, float16 (K up to 512, V to 4096), or float64,
+            which the reference backend serves. Sums and states are float32 (float64 there).
         w: [B, T, H, K], natural logarithms of decays, ≤ 0, float32 (best) or r's dtype. RWKV-7's lie between -exp(-1/2)
             and 0. −inf empties a channel of the state but for what b_t and k_t write. A gate above `GATE_ALLOWANCE` is
             an error on the CPU; a GPU does not look. A NaN gate makes NaN of what depends on it, as any NaN does.

@@ -15,7 +15,7 @@ from torch import Tensor
 import icrl_kernels as ik
 
 GATE_ALLOWANCE = 1e-4
-MOST = 256  # channels or slots of a head
+MOST = {"K": 512, "V": 4096, "M": 512}  # channels or slots of a head
 NAN, INF = math.nan, math.inf
 DIMENSIONS = {"B": 2, "T": 5, "H": 4, "G": 2, "K": 8, "V": 12, "M": 6}  # G heads are those of which there may be fewer
 
@@ -118,8 +118,8 @@ def _rules(op: str, step: bool, public: bool) -> Callable[[Args, Sizes], Iterato
         H, G = sizes["H"], sizes.get("G", sizes["H"])
         if H < 1 or G < 1 or H % G:
             yield Problem({few, "q", "k", "v", "H", "Hk"})
-        for letter in "KVM":
-            if not 1 <= sizes.get(letter, 1) <= MOST:
+        for letter, most in MOST.items():
+            if not 1 <= sizes.get(letter, 1) <= most:
                 yield Problem({letter, "q", "k", "v", "s", "r"})
         gate = args[gate_of(op)]
         if gate is not None and bool((gate > GATE_ALLOWANCE).any()):

@@ -18,6 +18,7 @@ from icrl_kernels.linear_attention.triton.gated_delta_rule_kernels import (
 )
 from icrl_kernels.linear_attention.triton.plan import (
     SMS,
+    STATE_TILE,
     chunk_length,
     contiguous,
     cut,
@@ -28,7 +29,7 @@ from icrl_kernels.linear_attention.triton.plan import (
     products,
 )
 
-COLUMNS = 64  # of the state, that one program carries along the sequence: the rows of its products
+CARRIED = 64  # columns of the state, that one program carries along the sequence: the rows of its products
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _parts(programs: int, tokens: int) -> int:
 def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
     B, T, Hk, K = q.shape
     H, V = v.shape[2:]
-    C = chunk_length(q.dtype, max(K, V))
+    C = chunk_length(q.dtype, K, V)
     N, grid, per, owner, first = cut(q, C, cu_seqlens)
     return _Plan(
         chunk=C,
@@ -88,7 +89,7 @@ def _plan(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> 
         products=products(q.dtype),
         gates={"LEVELS": levels(C), "LIMIT": limit(q.dtype)},
         passes=passes(g),
-        parts=1 if cu_seqlens is not None else _parts(B * H * triton.cdiv(V, COLUMNS), T),
+        parts=1 if cu_seqlens is not None else _parts(B * H * triton.cdiv(V, CARRIED), T),
         work=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
     )
 
@@ -121,7 +122,8 @@ def _prepared(
 def _carry(plan: _Plan, ready: _Prepared, V: int) -> tuple[tuple[int], tuple, dict]:
     """Grid, last arguments and options of the launches that go along the sequences, or along their parts."""
     K = plan.sizes["K"]
-    BK, BV = pow2(K), min(COLUMNS, pow2(V))
+    BK = pow2(K)
+    BV = min(CARRIED, pow2(V), STATE_TILE // BK)
     half = plan.work == torch.bfloat16
     options = {"GROUP": ready.group, "V": V, "BK": BK, "BV": BV, **plan.sizes, **plan.products}
     options |= {"num_warps": 8 if BK > 128 else 4, "num_stages": 2 if half and BK <= 128 else 1}

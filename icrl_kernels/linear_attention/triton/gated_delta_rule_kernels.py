@@ -4,7 +4,7 @@ Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that
 Grids run fastest over their last factor.
   B, T, N         rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed)
   H, HK, GROUP    heads of v, g, beta, o and the states; heads of q and k; H / HK
-  K, V            channels of q and k; of v and o: each 1 to 256
+  K, V            channels of q and k; of v and o: 1 to 512; 1 to 4096
   PER, NC, C      chunks of a sequence (packed: 0); of the batch (packed: at most); tokens of a chunk: 16, 32 or 64
   PARTS, L        parts that each sequence is cut into (packed: 1); tokens of a part
   q, k            io [B, T, HK, K]

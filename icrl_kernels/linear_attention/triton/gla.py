@@ -11,7 +11,9 @@ from torch import Tensor
 from icrl_kernels.linear_attention.triton.gla_kernels import _grad_kv, _grad_q, _local_states, _outputs, _scan, _step
 from icrl_kernels.linear_attention.triton.plan import (
     CHUNK,
+    COLUMNS,
     SMS,
+    STATE_TILE,
     chunk_length,
     contiguous,
     cut,
@@ -22,7 +24,6 @@ from icrl_kernels.linear_attention.triton.plan import (
     products,
 )
 
-STATE_TILE = 16384  # entries of the state that one program of 8 warps holds: 64 registers a thread
 ANCHOR = 1024  # most tokens over which the backward of gates sums what cancels, before it looks at a state again
 FULL = 0.6  # share of the SMs that whole sequences have to keep busy; cutting them costs 1.4 to 1.8 times the traffic
 
@@ -78,7 +79,7 @@ def _plan(
     if anchored:
         L = min(L, ANCHOR)
     N, segments, per, owner, first = cut(q, L, cu_seqlens)
-    chunk = chunk_length(q.dtype, max(K, v.shape[-1]))
+    chunk = chunk_length(q.dtype, K, v.shape[-1])
     return _Plan(
         chunk=chunk,
         single=single,
@@ -98,12 +99,17 @@ def _warps(state_entries: int) -> int:
     return 8 if state_entries > STATE_TILE // 2 else 4
 
 
+def _forward_tile(K: int, V: int) -> tuple[int, int]:
+    """All of K, and as much of V as fits."""
+    return pow2(K), min(pow2(V), COLUMNS, STATE_TILE // pow2(K))
+
+
 def _segment_states(
     plan: _Plan, k: Tensor, v: Tensor, g: Tensor | None, init: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The state before each segment, [segments, Hk, K, V], that after the last, and the segments' decays."""
     K, V, gate = plan.sizes["K"], plan.sizes["V"], plan.sizes["GATE"]
-    BK, BV = pow2(K), min(pow2(V), STATE_TILE // pow2(K))
+    BK, BV = _forward_tile(K, V)
     states, decay = plan.states(plan.segments, k), None
     if gate:
         shape = (plan.segments, plan.heads, K if gate == 2 else 1)
@@ -145,7 +151,7 @@ def forward(
         states, last, _ = _segment_states(plan, k, v, g, initial_state)
         ends = None
     strong = torch.empty(plan.units, plan.heads, dtype=torch.int32, device=q.device) if len(plan.passes) > 1 else None
-    BK, BV = pow2(K), min(pow2(V), STATE_TILE // pow2(K))
+    BK, BV = _forward_tile(K, V)
     for any_gate in plan.passes if plan.units else ():
         _outputs[(plan.units * plan.heads * triton.cdiv(V, BV),)](
             q, k, v, g, states, ends, strong, o, scale, *plan.span, plan.heads,
@@ -161,10 +167,31 @@ def backward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dg (None without gates), d initial_state (None without one), each in its input's dtype."""
+    if v.shape[3] <= COLUMNS:
+        return _backward(do, dfinal_state, q, k, v, g, scale, initial_state, cu_seqlens, False)
+    # The kernels want all of V on chip: wider heads are taken in blocks of columns, which do not touch one another. What
+    # these share, dq, dk and dg, is summed in float32.
+    shared, dvs, dinits = [None] * 3, [], []
+    for i in range(0, v.shape[3], COLUMNS):
+        of = [None if x is None else x[..., i : i + COLUMNS] for x in (do, dfinal_state, v, initial_state)]
+        dq, dk, dv, dg, dinit = _backward(of[0], of[1], q, k, of[2], g, scale, of[3], cu_seqlens, True)
+        shared = [b if a is None else a.add_(b) for a, b in zip(shared, (dq, dk, dg), strict=True)]
+        dvs.append(dv)
+        dinits.append(dinit)
+    dq, dk, dg = (None if a is None else a.to(x.dtype) for a, x in zip(shared, (q, k, g), strict=True))
+    return dq, dk, torch.cat(dvs, 3), dg, None if initial_state is None else torch.cat(dinits, 3)
+
+
+def _backward(
+    do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, wide: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `backward`, for V up to COLUMNS; wide: dq, dk and dg in float32, to be summed."""
     do, q, k, v, g, initial_state, dfinal_state = contiguous(do, q, k, v, g, initial_state, dfinal_state)
     plan = _plan(q, k, v, g, cu_seqlens, anchored=g is not None)
     K, V, H, gate = plan.sizes["K"], plan.sizes["V"], q.shape[2], plan.sizes["GATE"]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk = (torch.empty_like(x, dtype=torch.float32 if wide else None) for x in (q, k))
+    dv = torch.empty_like(v)
     BK, BV = pow2(K), pow2(V)
     # What is on chip, [K columns, V columns]: with all of V for dq, dk and dg, with all of K for dv; dk, dg and dv in
     # one launch where the state fits. With gates dq's state takes half the registers, and all launches half a chunk at a
@@ -181,7 +208,7 @@ def backward(
         own = triton.cdiv(K, tiles[0][0])  # parts of K in the launch for dg: all of it where the state fits
         dg = torch.empty(own, *g.shape, dtype=torch.float32, device=g.device)
     elif gate == 2:
-        dg = torch.empty_like(g)
+        dg = torch.empty_like(g, dtype=torch.float32 if wide else None)
         z = dg if dg.dtype == torch.float32 and plan.heads == H else torch.empty_like(q, dtype=torch.float32)
         strong = torch.empty(parts, plan.units, plan.heads, dtype=torch.int32, device=q.device)
     if plan.single:
@@ -217,7 +244,7 @@ def backward(
                 num_warps=_warps(bk * bv if g is None else 2 * bk * bv), **share,
             )  # fmt: skip
     if gate == 1:
-        dg = dg.sum(0).to(g.dtype)
+        dg = dg.sum(0).to(torch.float32 if wide else g.dtype)
     return dq, dk, dv, dg, None if initial_state is None else dinit
 
 

@@ -4,7 +4,7 @@ Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that
 their last factor.
   B, T, N         rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed)
   H, HK, GROUP    heads of q and o; heads of k, v, g and the states; H / HK
-  K, V            channels of q and k; of v and o: 1 to 256
+  K, V            channels of q and k; of v and o: 1 to 512; 1 to 4096 (`_grad_q` and `_grad_kv`: to 256)
   L, PER, NS      tokens of a segment; segments of a sequence (packed: 0); of the batch (packed: at most)
   U               units: N if SINGLE, else NS
   q, dq; k, dk    io [B, T, H, K]; io [B, T, HK, K]

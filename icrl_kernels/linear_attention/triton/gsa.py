@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from icrl_kernels.linear_attention.triton import gla
-from icrl_kernels.linear_attention.triton.gla import STATE_TILE, _Plan, _warps
+from icrl_kernels.linear_attention.triton.gla import _Plan, _warps
 from icrl_kernels.linear_attention.triton.gla_kernels import _outputs as _gla_outputs
 from icrl_kernels.linear_attention.triton.gsa_kernels import (
     _grad_kv,
@@ -20,7 +20,7 @@ from icrl_kernels.linear_attention.triton.gsa_kernels import (
     _scan,
     _step,
 )
-from icrl_kernels.linear_attention.triton.plan import contiguous, levels, pow2
+from icrl_kernels.linear_attention.triton.plan import COLUMNS, STATE_TILE, contiguous, levels, pow2
 
 State = tuple[Tensor, Tensor]
 
@@ -73,7 +73,7 @@ def forward(
     q, k, v, s, g, keys, values = contiguous(q, k, v, s, g, initial_keys, initial_values)
     plan = _plan(q, k, v, s, g, cu_seqlens)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
-    if pow2(M) > 128 or pow2(M) * (pow2(K) + pow2(V)) > 2 * STATE_TILE:
+    if pow2(M) > 128 or max(K, V) > COLUMNS or pow2(M) * (pow2(K) + pow2(V)) > 2 * STATE_TILE:
         keys = None if keys is None else keys.mT.contiguous()
         z, last = _wide_logits(q, k, s, g, keys, cu_seqlens)
         o, last_values = gla.forward(torch.softmax(z * scale, 3), s, v, g, 1.0, values, cu_seqlens)
@@ -103,7 +103,7 @@ def backward(
     keys, values, dkeys, dvalues = contiguous(initial_keys, initial_values, dfinal_keys, dfinal_values)
     plan = _plan(q, k, v, s, g, cu_seqlens, anchored=g is not None)
     K, V, M, H = plan.sizes["K"], plan.sizes["V"], plan.sizes["M"], q.shape[2]
-    if pow2(M) > 64 or pow2(M) * (pow2(K) + pow2(V)) > STATE_TILE:
+    if pow2(M) > 64 or max(K, V) > COLUMNS or pow2(M) * (pow2(K) + pow2(V)) > STATE_TILE:
         return _wide_backward(do, dkeys, dvalues, q, k, v, s, g, scale, keys, values, cu_seqlens)
     dq, dk, dv, ds = (torch.empty_like(x) for x in (q, k, v, s))
     dg = None if g is None else torch.empty_like(g)
@@ -163,7 +163,8 @@ def _wide_logits(
     z = torch.empty(*q.shape[:3], M, dtype=torch.float32, device=q.device)
     plan = gla._plan(z, s, k, g, cu_seqlens)
     states, last, _ = gla._segment_states(plan, s, k, g, keys)
-    BK, BM = pow2(K), min(pow2(M), 64)
+    BK = pow2(K)
+    BM = min(pow2(M), 64, STATE_TILE // BK)
     parts = triton.cdiv(M, BM)
     strong = None if g is None else torch.empty(plan.segments, plan.heads, parts, dtype=torch.int32, device=q.device)
     for any_gate in plan.passes if plan.segments else ():

@@ -6,7 +6,7 @@ Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that
 Grids run fastest over their last factor.
   B, T, N            rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed)
   H, HK, GROUP       heads of q and o; heads of k, v, s, g and the states; H / HK
-  K, V, M            channels of q and k; of v and o; slots: each 1 to 256
+  K, V, M            channels of q and k; of v and o; slots: 1 to 256, 256 and 128, in `_logits` and `_step` to 512, 4096 and 512
   L, PER, NS         tokens of a segment; segments of a sequence (packed: 0); of the batch (packed: at most)
   q, dq; k, dk       io [B, T, H, K] (dq by `_outputs` of gla_kernels.py); io [B, T, HK, K]
   v, dv; o, do       io [B, T, HK, V]; io [B, T, H, V]

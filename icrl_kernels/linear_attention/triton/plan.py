@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
+COLUMNS = 256  # most of V that a program's products take
+STATE_TILE = 16384  # entries of the state that one program of 8 warps holds: 64 registers a thread
 SMS = 132
 
 
@@ -24,9 +26,10 @@ def levels(chunk: int) -> int:
     return chunk.bit_length() - 1
 
 
-def chunk_length(dtype: torch.dtype, widest: int) -> int:
-    """float32 operands take two to four times the shared memory: shorter chunks there."""
-    return CHUNK if dtype == torch.bfloat16 or widest <= 64 else CHUNK // 2 if widest <= 128 else CHUNK // 4
+def chunk_length(dtype: torch.dtype, K: int, V: int) -> int:
+    """float32 operands take two to four times the shared memory of bfloat16: shorter chunks there, as for wide heads."""
+    width = max(K, min(V, COLUMNS)) * (1 if dtype == torch.bfloat16 else 4)
+    return CHUNK if width <= 256 else CHUNK // 2 if width <= 512 else CHUNK // 4
 
 
 def products(dtype: torch.dtype) -> dict:

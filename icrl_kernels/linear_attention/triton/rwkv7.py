@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from icrl_kernels.linear_attention.triton.gated_delta_rule import COLUMNS, _Plan, _plan
-from icrl_kernels.linear_attention.triton.plan import contiguous, pow2
+from icrl_kernels.linear_attention.triton.gated_delta_rule import CARRIED, _Plan, _plan
+from icrl_kernels.linear_attention.triton.plan import STATE_TILE, contiguous, pow2
 from icrl_kernels.linear_attention.triton.rwkv7_kernels import _forward, _gradients, _prepare, _reverse, _step
 
 
@@ -33,7 +33,8 @@ def _prepared(plan: _Plan, r, w, k, a, b, scale: float) -> tuple[tuple[Tensor, .
 
 def _carrying(plan: _Plan, V: int) -> tuple[tuple[int], dict]:
     """Grid and options of the launches that go along the sequence."""
-    BK, BV = pow2(plan.sizes["K"]), min(COLUMNS, pow2(V))
+    BK = pow2(plan.sizes["K"])
+    BV = min(CARRIED, pow2(V), STATE_TILE // BK)
     options = {"V": V, "BK": BK, "BV": BV, **_sizes(plan), **plan.products}
     return (plan.sequences * plan.heads * triton.cdiv(V, BV),), {**options, "num_warps": 8 if BK > 64 else 4}
 

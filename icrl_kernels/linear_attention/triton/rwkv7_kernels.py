@@ -3,7 +3,7 @@
 Symbols. Tensors are contiguous, and float32 unless a dtype is named; io is that of r, k, v, a, b; DT is the products'.
 Grids run fastest over their last factor.
   B, T, N, H       rows; tokens of a row (packed: B = 1, T of all sequences); sequences (N = B unless packed); heads
-  K, V             channels of r, w, k, a, b; of v and o: each 1 to 256
+  K, V             channels of r, w, k, a, b; of v and o: 1 to 512; 1 to 4096
   PER, NC, C       chunks of a sequence (packed: 0); of the batch (packed: at most); tokens of a chunk: 16, 32 or 64
   r, k, a, b       io [B, T, H, K]; their gradients dr, dk, da, db likewise
   w, dw            io or float32 [B, T, H, K], logarithms of decays; their gradient, in w's dtype

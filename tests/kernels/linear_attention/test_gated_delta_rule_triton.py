@@ -9,6 +9,8 @@ from icrl_kernels import gated_delta_rule, gated_delta_rule_reference, gated_del
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
+from tiles import BLOCKS, WIDE, chosen, meta, tokens
+
 from icrl_kernels.linear_attention.triton import gated_delta_rule as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,10 +75,48 @@ def test_values_and_gradients(sizes, qk_l2norm, gate):
     compare(inputs(**sizes, gate=gate), qk_l2norm=qk_l2norm)
 
 
+def compare_tile(K, V, gate, group, qk_l2norm):
+    """Gates are mild in the first chunk; in the second they are left to the second launch."""
+    T = tokens(K, V)
+    tensors = inputs(T=T, H=group, K=K, V=V, gate=gate)
+    if gate == "channel":
+        tensors[3][:, T - 6 :] *= 300.0
+    compare(tensors, qk_l2norm=qk_l2norm, roundings=32.0)
+
+
+STEPS = [(16, 16), (20, 130), (13, 256), (60, 256), (100, 30), (256, 40), (512, 20)]
+TILES = [(13, 16), (32, 128), (40, 140), (60, 16), (130, 70), (128, 13), (256, 32), (300, 16)]
+
+
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(("K", "V"), [(130, 70), (40, 140)])
-def test_more_channels_than_a_tile(K, V, gate):
-    compare(inputs(T=40, K=K, V=V, gate=gate), qk_l2norm=True, roundings=16.0)
+@pytest.mark.parametrize(("K", "V"), TILES)
+def test_every_tile_that_a_plan_can_choose(K, V, gate):
+    compare_tile(K, V, gate, 2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("K", "V"), list(itertools.product(BLOCKS, BLOCKS)))
+def test_every_pair_of_blocks(K, V, group, gate):
+    compare_tile(K, V, gate, group, False)
+
+
+def test_these_are_all_tiles():
+    def calls(shapes):
+        for (K, V), gate in itertools.product(shapes, GATES):
+            q, k, v, g, beta, state = meta(inputs(T=70, H=2, K=K, V=V, gate=gate))
+            yield lambda: kernels.forward(q, k, v, g, beta, 0.25, state, None, True)  # noqa: B023
+            yield lambda: kernels.backward(v, state, q, k, v, g, beta, 0.25, state, None, True)  # noqa: B023
+
+    assert chosen(kernels, calls(TILES)) == chosen(kernels, calls(itertools.product(BLOCKS, BLOCKS)))
+
+    def steps(shapes):
+        for K, V in shapes:
+            q, k, v, _, beta, state = meta(inputs(T=1, K=K, V=V, gate="none"))
+            yield lambda: kernels.step(q[:, 0], k[:, 0], v[:, 0], None, beta[:, 0], state, 0.25, True)  # noqa: B023
+
+    assert chosen(kernels, steps(STEPS)) == chosen(kernels, steps(itertools.product(BLOCKS, WIDE)))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -220,8 +260,9 @@ def test_same_bits_each_run(gate):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("qk_l2norm", [False, True])
-@pytest.mark.parametrize(("H", "Hk", "K", "V"), [(2, 2, 16, 16), (4, 2, 20, 130), (3, 1, 256, 40)])
-def test_step(H, Hk, K, V, qk_l2norm, gate):
+@pytest.mark.parametrize(("K", "V"), STEPS)
+def test_step(K, V, qk_l2norm, gate):
+    H, Hk = (4, 2) if K < 50 else (3, 1) if K < 200 else (2, 2)
     tensors = inputs(B=3, T=4, H=H, Hk=Hk, K=K, V=V, gate=gate)
     exact, plain = (
         run(gated_delta_rule_reference, [None if t is None else t.to(d) for t in tensors], qk_l2norm=qk_l2norm)

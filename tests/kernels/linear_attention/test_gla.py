@@ -293,8 +293,9 @@ def broken():
             {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": state[:1].repeat(n, 1, 1, 1)},
             *(["values"] if values else []),
         )
-    wide = torch.zeros(1, 1, 1, 257)
-    yield "q", {"q": wide, "k": wide, "v": wide}
+    small, wide = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 513)
+    yield "q", {"q": wide, "k": wide, "v": small}
+    yield "v", {"q": small, "k": small, "v": torch.zeros(1, 1, 1, 4097)}
 
 
 @pytest.mark.parametrize(

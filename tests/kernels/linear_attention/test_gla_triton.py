@@ -9,6 +9,8 @@ import torch
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
+from tiles import BLOCKS, WIDE, chosen, meta, tokens
+
 from icrl_kernels.linear_attention.triton import gla
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,13 +115,64 @@ def test_state_larger_than_a_tile(K, V, gate):
     check(*inputs(T=66, H=1, Hk=1, K=K, V=V, gate=gate))
 
 
+def check_tile(K, V, gate, group):
+    """In one row gates are mild, in the other the second launch does some or all."""
+    q, k, v, g, state, _ = inputs(B=2, T=tokens(K, V), H=group, Hk=1, K=K, V=V, gate=gate)
+    if gate == 2:
+        g[1, 8:] *= 300.0
+    check(q, k, v, g, state, None, roundings=32.0 if gate == 2 else 4.0)
+
+
+STEPS = [(16, 16), (20, 130), (13, 256), (60, 256), (100, 30), (256, 40), (512, 20)]
+TILES = [
+    (16, 13),
+    (30, 120),
+    (64, 256),
+    (100, 128),
+    (128, 64),
+    (128, 512),
+    (250, 128),
+    (256, 16),
+    (300, 16),
+    (512, 32),
+    (512, 60),
+]
+
+
 @pytest.mark.parametrize("gate", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("K", "V"), [(64, 64), (128, 64), (64, 128), (128, 128), (96, 80), (100, 128), (256, 40), (40, 256)]
+    ("K", "V"), [pytest.param(*x, marks=[pytest.mark.slow] if max(x) > 256 else []) for x in TILES]
 )
 def test_every_tile_that_a_plan_can_choose(K, V, gate, both_modes):
     """Where dq's launch cuts K in two and the launch for dk and dg has all of it, dg needs both parts of q·z."""
-    check(*inputs(T=70, H=2, Hk=1, K=K, V=V, gate=gate))
+    check_tile(K, V, gate, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [0, 1, 2])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("K", "V"), list(itertools.product(BLOCKS, BLOCKS)))
+def test_every_pair_of_blocks(K, V, group, gate, both_modes):
+    check_tile(K, V, gate, group)
+
+
+def test_these_are_all_tiles(monkeypatch):
+    def calls(shapes):
+        for (K, V), gate, single in itertools.product(shapes, (0, 1, 2), (False, True)):
+            monkeypatch.setattr(gla, "_single", lambda *args, single=single: single)
+            q, k, v, g, state, _ = meta(inputs(T=70, H=2, Hk=1, K=K, V=V, gate=gate))
+            do = torch.empty(*q.shape[:3], V, device="meta")
+            yield lambda: gla.forward(q, k, v, g, 0.25, state, None)  # noqa: B023
+            yield lambda: gla.backward(do, state, q, k, v, g, 0.25, state, None)  # noqa: B023
+
+    assert chosen(gla, calls(TILES)) == chosen(gla, calls(itertools.product(BLOCKS, BLOCKS)))
+
+    def steps(shapes):
+        for K, V in shapes:
+            q, k, v, _, state, _ = meta(inputs(T=1, H=2, Hk=1, K=K, V=V))
+            yield lambda: gla.step(q[:, 0], k[:, 0], v[:, 0], None, state, 0.25)  # noqa: B023
+
+    assert chosen(gla, steps(STEPS)) == chosen(gla, steps(itertools.product(BLOCKS, WIDE)))
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
@@ -214,8 +267,9 @@ def test_same_bits_each_run(gate, both_modes):
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
-@pytest.mark.parametrize(("H", "Hk", "K", "V"), [(2, 2, 16, 16), (4, 2, 20, 130), (3, 1, 256, 40)])
-def test_step(H, Hk, K, V, gate):
+@pytest.mark.parametrize(("K", "V"), STEPS)
+def test_step(K, V, gate):
+    H, Hk = (4, 2) if K < 50 else (3, 1) if K < 200 else (2, 2)
     q, k, v, g, state, _ = inputs(B=3, T=4, H=H, Hk=Hk, K=K, V=V, gate=gate)
     runs = [
         recurrence(*(None if x is None else x.to(dtype) for x in (q, k, v, g)), 0.25, state.to(dtype), None)

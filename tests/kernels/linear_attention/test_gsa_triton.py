@@ -1,5 +1,7 @@
 """The Triton kernels of gsa, on a GPU or in Triton's interpreter (in float32: its bfloat16 is wrong)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from icrl_kernels import gsa_step as public_gsa_step
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
+from tiles import BLOCKS, WIDE, chosen, meta, tokens
+
 from icrl_kernels.linear_attention.triton import gla, gsa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,6 +101,61 @@ def short_segments(monkeypatch):
 )
 def test_shapes(sizes, gated, short_segments):
     check(inputs(**sizes, gated=gated))
+
+
+def check_tile(K, V, M, gated, group):
+    """In one row gates are mild, in the other the second launch does some or all."""
+    tensors = inputs(B=2, T=tokens(K, V, M), H=group, Hk=1, K=K, V=V, M=M, gated=gated)
+    if gated:
+        tensors[4][1, 8:] *= 300.0
+    check(tensors, roundings=32.0)
+
+
+STEPS = [
+    (16, 16, 16),
+    (30, 60, 32),
+    (13, 120, 128),
+    (13, 30, 128),
+    (64, 30, 64),
+    (128, 256, 20),
+    (250, 512, 9),
+    (512, 40, 30),
+]
+STEPS += [(16, 1000, 40), (16, 2048, 40), (16, 4096, 40), (512, 4096, 5), (16, 16, 512), (16, 16, 256)]
+TILES = [(16, 16, 16), (30, 120, 32), (64, 32, 60), (256, 60, 13), (128, 250, 16), (16, 13, 128), (512, 16, 16)]
+TILES += [(30, 300, 32), (64, 13, 128), (128, 16, 100), (256, 9, 64)]
+
+
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize(("K", "V", "M"), TILES)
+def test_every_tile_that_a_plan_can_choose(K, V, M, gated):
+    check_tile(K, V, M, gated, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("K", "V", "M"), list(itertools.product(BLOCKS[:5], BLOCKS[:5], BLOCKS[:4])))
+def test_every_combination_of_blocks(K, V, M, group, gated):
+    check_tile(K, V, M, gated, group)
+
+
+def test_these_are_all_tiles():
+    def calls(shapes):
+        for (K, V, M), gated in itertools.product(shapes, GATED):
+            q, k, v, s, g, *init, _ = meta(inputs(T=70, H=2, Hk=1, K=K, V=V, M=M, gated=gated))
+            do = torch.empty(*q.shape[:3], V, device="meta")
+            yield lambda: gsa.forward(q, k, v, s, g, 0.25, *init, None)  # noqa: B023
+            yield lambda: gsa.backward(do, *init, q, k, v, s, g, 0.25, *init, None)  # noqa: B023
+
+    assert chosen(gsa, calls(TILES), gla) == chosen(gsa, calls(itertools.product(BLOCKS, BLOCKS, BLOCKS)), gla)
+
+    def steps(shapes):
+        for K, V, M in shapes:
+            q, k, v, s, _, *init, _ = meta(inputs(T=1, H=2, Hk=1, K=K, V=V, M=M, gated=False))
+            yield lambda: gsa.step(q[:, 0], k[:, 0], v[:, 0], s[:, 0], None, *init, 0.25)  # noqa: B023
+
+    assert chosen(gsa, steps(STEPS)) == chosen(gsa, steps(itertools.product(BLOCKS, WIDE, BLOCKS)))
 
 
 @pytest.mark.parametrize("strength", [None, 30.0])
@@ -192,14 +251,13 @@ def test_same_bits_each_run(gated, short_segments):
 
 
 @pytest.mark.parametrize("gated", GATED)
-@pytest.mark.parametrize(
-    ("H", "Hk", "K", "V", "M"), [(2, 2, 16, 16, 16), (6, 2, 20, 130, 33), (3, 1, 256, 140, 80), (2, 1, 5, 9, 1)]
-)
-def test_step(H, Hk, K, V, M, gated):
-    tensors = inputs(B=3, T=4, H=H, Hk=Hk, K=K, V=V, M=M, gated=gated)
+@pytest.mark.parametrize(("K", "V", "M"), [(5, 9, 1), *STEPS])
+def test_step(K, V, M, gated):
+    H, Hk = (2, 2) if V < 100 else (3, 1)
+    tensors = inputs(B=1 if V > 1000 else 3, T=2, H=H, Hk=Hk, K=K, V=V, M=M, gated=gated)
     exact, plain = expected(tensors, torch.float64), expected(tensors, torch.float32)
     *tokens, keys, values, _ = tensors
-    o = [gsa.step(*(None if x is None else x[:, t] for x in tokens), keys, values, 0.25) for t in range(4)]
+    o = [gsa.step(*(None if x is None else x[:, t] for x in tokens), keys, values, 0.25) for t in range(2)]
     for name, a, same, ref in zip(NAMES, (torch.stack(o, 1), keys, values), plain, exact, strict=False):
         assert_as_good_as_torch(a, same, ref, name=name)
 

@@ -345,9 +345,9 @@ def broken():
         states = one["initial_state"].repeat(n, 1, 1, 1)
         arguments = {**one, "cu_seqlens": torch.tensor(values).long(), "initial_state": states}
         yield "cu_seqlens", arguments, *(["values"] if values else [])
-    wide = torch.zeros(1, 1, 1, 257)
+    wide = torch.zeros(1, 1, 1, 513)
     yield "r", {**dict.fromkeys(TOKENS, wide), "v": wide[..., :4]}
-    yield "v", {**dict.fromkeys(TOKENS, wide[..., :4]), "v": wide}
+    yield "v", {**dict.fromkeys(TOKENS, wide[..., :4]), "v": torch.zeros(1, 1, 1, 4097)}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The Triton kernels of rwkv7, on a GPU or in Triton's interpreter (in float32: its bfloat16 is wrong)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from icrl_kernels import rwkv7, rwkv7_reference, rwkv7_step
 from icrl_kernels.testing import assert_as_good_as_torch
 
 pytest.importorskip("triton")
+from tiles import BLOCKS, WIDE, chosen, meta, tokens
+
+from icrl_kernels.linear_attention.triton import rwkv7 as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -62,9 +67,44 @@ def test_values_and_gradients(sizes):
     compare(inputs(**sizes))
 
 
-@pytest.mark.parametrize(("K", "V"), [(130, 20), (20, 140)])
-def test_more_channels_than_a_tile(K, V):
-    compare(inputs(T=40, K=K, V=V), roundings=16.0)
+def compare_tile(K, V, H):
+    """Gates are mild in the first chunk; in the second they are left to the second launch."""
+    T = tokens(K, V)
+    tensors = inputs(T=T, H=H, K=K, V=V)
+    tensors[1][:, T - 6 :] *= 60.0
+    compare(tensors, roundings=32.0)
+
+
+STEPS = [(16, 16), (20, 130), (13, 256), (60, 256), (100, 30), (256, 40), (512, 20)]
+TILES = [(13, 16), (32, 128), (20, 140), (60, 16), (130, 20), (128, 13), (256, 32), (300, 16)]
+
+
+@pytest.mark.parametrize(("K", "V"), TILES)
+def test_every_tile_that_a_plan_can_choose(K, V):
+    compare_tile(K, V, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("K", "V"), list(itertools.product(BLOCKS, BLOCKS)))
+def test_every_pair_of_blocks(K, V):
+    compare_tile(K, V, 1)
+
+
+def test_these_are_all_tiles():
+    def calls(shapes):
+        for K, V in shapes:
+            *x, state = meta(inputs(T=70, K=K, V=V))
+            yield lambda: kernels.forward(*x, 0.25, state, None)  # noqa: B023
+            yield lambda: kernels.backward(x[3], state, *x, 0.25, state, None)  # noqa: B023
+
+    assert chosen(kernels, calls(TILES)) == chosen(kernels, calls(itertools.product(BLOCKS, BLOCKS)))
+
+    def steps(shapes):
+        for K, V in shapes:
+            *x, state = meta(inputs(T=1, K=K, V=V))
+            yield lambda: kernels.step(*(t[:, 0] for t in x), state, 0.25)  # noqa: B023
+
+    assert chosen(kernels, steps(STEPS)) == chosen(kernels, steps(itertools.product(BLOCKS, WIDE)))
 
 
 def test_scale_and_no_state():
@@ -116,8 +156,9 @@ def test_no_output_depends_on_the_future():
         assert torch.equal(run(triton, changed)[0][:, :at], o[:, :at])
 
 
-def test_steps_equal_the_sequence():
-    tensors = inputs(T=5, B=2, H=2, K=20, V=36)
+@pytest.mark.parametrize(("K", "V"), STEPS)
+def test_steps_equal_the_sequence(K, V):
+    tensors = inputs(T=5, B=2, H=2, K=K, V=V)
     state = tensors[6].clone()
     steps = [rwkv7_step(*(x[:, t].contiguous() for x in tensors[:6]), state, backend="triton") for t in range(5)]
     exact, last = rwkv7_reference(*(x.double() for x in tensors[:6]), 1.0, tensors[6].double(), True)

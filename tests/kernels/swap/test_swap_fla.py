@@ -209,10 +209,7 @@ def module_of(name):
     return importlib.import_module(f"fla.ops.{package}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T", [1, 37])
-@pytest.mark.parametrize("case", CASES)
-def test_functions_compute_the_same(case, T, dtype):
+def compare_functions(case, T, dtype, roundings):
     names, _, options = CASES[case]
     inputs, state = make(case, T, dtype)
     double = {name: t.double() for name, t in inputs.items()}
@@ -230,7 +227,37 @@ def test_functions_compute_the_same(case, T, dtype):
                 assert torch.equal(turned[1].mT, run(function, inputs, state, False, **options)[1])
             for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
                 assert a.dtype == b.dtype
-                assert_as_good_as_torch(a, b, c, name=f"{name} {i}")
+                assert_as_good_as_torch(a, b, c, name=f"{name} {i}", roundings=roundings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 37])
+@pytest.mark.parametrize("case", CASES)
+def test_functions_compute_the_same(case, T, dtype):
+    compare_functions(case, T, dtype, 4.0)
+
+
+CONFIGURATIONS = {  # and the case of the functions that its layers call
+    "GLAConfig": "gla",
+    "GSAConfig": "gsa",
+    "RetNetConfig": "simple gla",
+    "LinearAttentionConfig": "no gate",
+    "DeltaNetConfig": "delta rule",
+    "GatedDeltaNetConfig": "gated delta rule",
+    "KDAConfig": "kda",
+    "RWKV7Config": "rwkv7",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_heads_of_their_default_configurations(name, monkeypatch):
+    config = getattr(importlib.import_module("fla.models"), name)()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_heads
+    keys, values = int(head * getattr(config, "expand_k", 1)), int(head * getattr(config, "expand_v", 1))
+    sizes = {"B": 1, "H": 2, "K": keys, "V": values, "M": getattr(config, "num_slots", M)}
+    for symbol, size in sizes.items():
+        monkeypatch.setitem(globals(), symbol, size)
+    compare_functions(CONFIGURATIONS[name], 3, torch.float32, 8.0)  # sums over up to 512 channels
 
 
 @pytest.mark.parametrize("bounded", [False, True])
