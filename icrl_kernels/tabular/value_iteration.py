@@ -121,12 +121,12 @@ def value_iteration(
     if action_mask is not None:
         action_mask = _checks.from_numpy("action_mask", action_mask)
         _checks.dense("action_mask", action_mask)
-        n, s, a = _check(transition, reward, windows, discount, terminal, num_states, tol, method)
+        n, s, a = _check(table, reward, windows, discount, terminal, num_states, tol, method)
         _checks.shape("action_mask", action_mask, ("N", "S", "A"), N=n, S=s, A=a)
         _checks.dtype("action_mask", action_mask, (torch.bool,))
-        _checks.same_device(transition=transition, action_mask=action_mask)
-        transition, reward, windows, missing = specification.without_missing(
-            transition, reward, windows, terminal, num_states, action_mask
+        _checks.same_device(transition=table, action_mask=action_mask)
+        table, reward, windows, missing = specification.without_missing(
+            table, reward, windows, terminal, num_states, action_mask
         )
     out = torch.ops.icrl.value_iteration(
         table,
