@@ -67,9 +67,9 @@ def unit(what: str) -> Callable[[], Any]:
 
 def worker(what: str, threads: int) -> None:
     if "--as-the-command" in sys.argv:
-        from icrl.cli import let_waiting_threads_sleep
+        from icrl.commands.sharing import share_the_machine
 
-        let_waiting_threads_sleep()
+        share_the_machine()
     import torch
 
     torch.set_num_threads(threads)

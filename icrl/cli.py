@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import tyro
 
 from icrl.commands import terminal
+from icrl.commands.sharing import share_the_machine
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
@@ -667,15 +668,6 @@ COMMANDS = {
 }
 
 
-def let_waiting_threads_sleep() -> None:
-    """Bound how long torch's threads spin for work, where the user has not said it: beside a busy process that costs most.
-
-    libgomp reads this when torch is first imported, and spins 300,000 rounds by default.
-    """
-    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "10000"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 2 with one line on what was wrong with the input.
 
@@ -735,7 +727,7 @@ def _run(args: list[str]) -> int:
 
 def script() -> NoReturn:
     """The process of `icrl`."""
-    let_waiting_threads_sleep()
+    share_the_machine()
     if (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):  # a shell ignores it for what runs in the background

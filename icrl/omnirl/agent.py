@@ -128,16 +128,14 @@ class Agent:
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
         with threads_here(1) if self._alone else nullcontext():
             output, self.state = self.run(tokens, self.state)
-        logits = output.readouts[-1].logits[:, 0, :, self.prompt]
-        if action_mask is not None:
-            logits = logits.masked_fill(~self._own(action_mask, logits), -torch.inf)
-        uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32).clamp_(
-            1e-9, 1 - 1e-7
-        )
-        noise = -torch.log(-torch.log(uniform)).to(self.device)
-        self._observation = observation
-        # times the temperature, not logits by it: at 0 and next to it the best action is taken
-        self._action = (logits + self.temperature.at(self.step) * noise).argmax(-1)
+            logits = output.readouts[-1].logits[:, 0, :, self.prompt]
+            if action_mask is not None:
+                logits = logits.masked_fill(~self._own(action_mask, logits), -torch.inf)
+            uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32)
+            noise = -torch.log(-torch.log(uniform.clamp_(1e-9, 1 - 1e-7))).to(self.device)
+            self._observation = observation
+            # times the temperature, not logits by it: at 0 and next to it the best action is taken
+            self._action = (logits + self.temperature.at(self.step) * noise).argmax(-1)
         self.step += 1
         return self._action % self.num_actions
 
