@@ -14,6 +14,25 @@ if not any((ROOT / "icrl_kernels").glob("_C.*.so")):
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
+def pytest_configure(config):
+    """With ICRL_TEST_IN_A_FORK=1 the tests run in a forked child of a process that has used all threads."""
+    if os.environ.get("ICRL_TEST_IN_A_FORK") != "1":
+        return
+    from icrl.worlds import sample_anymdp
+    from icrl_kernels import _C
+
+    torch.set_num_threads(2)
+    for own in (False, True):
+        _C.use_own_helpers(10**9 if own else -1)
+        sample_anymdp(64, 16, seed=0)
+    torch.ones(10**6, dtype=torch.float32, device="cpu").exp()  # torch's own threads
+    child = os.fork()
+    if child:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert torch.get_num_threads() == 1, "a forked child has one thread"
+    torch.set_num_threads = lambda threads: None  # with more, torch's own operators wait for threads that are not there
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
