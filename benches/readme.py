@@ -147,6 +147,34 @@ def value_iteration() -> str:
     return table(heads, rows) + f"\n\nThree: {', '.join(map(str, three))} in one call. {where(r)}."
 
 
+def instruction_sets() -> str:
+    r = result("instruction_sets")
+    sets = [name for name in ("generic", "avx2", "avx512") if f"{name}: us" in r["rows"][0]]
+    rows = []
+    for x in r["rows"]:
+        times = [f"{x[f'{name}: us']:,.3g}" for name in sets]
+        peer = x.get("quantecon: us")
+        over = [f"{peer / x[f'{name}: us']:.1f}×" if peer else "" for name in sets[1:]]
+        rows.append([x["case"], *times, *over])
+    names = {"generic": "generic x86-64", "avx2": "AVX2", "avx512": "AVX-512"}
+    heads = ["one thread, µs a task, token or step", *(names[name] for name in sets)]
+    heads += [f"quantecon's policy iteration over {names[name]}" for name in sets[1:]]
+    return table(heads, rows) + f"\n\n{r['machine']['cpu']}, torch {r['machine']['torch']}; eight tasks a call."
+
+
+def contention() -> str:
+    r = result("contention")
+    ours = [x for x in r["rows"] if not x["variant"].startswith("old")]
+    rows = []
+    for what in dict.fromkeys(x["what"] for x in ours):
+        for busy in dict.fromkeys(x["busy_processes"] for x in ours):
+            found = {x["variant"]: x for x in ours if (x["what"], x["busy_processes"]) == (what, busy)}
+            cells = [f"{x['median_ms']:,.1f} ({x['ratio_to_one_thread']:.2f})" for x in found.values()]
+            rows.append([what, str(busy), *cells])
+    heads = ["ms (in one thread's time)", "busy processes beside", *dict.fromkeys(x["variant"] for x in ours)]
+    return table(heads, rows) + f"\n\n{where(r)}."
+
+
 def worlds() -> str:
     r, s = result("worlds"), result("rollout_cpu")
     rows = []
@@ -257,6 +285,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "swap": swap,
     "traffic": traffic,
     "value_iteration": value_iteration,
+    "instruction_sets": instruction_sets,
+    "contention": contention,
     "worlds": worlds,
     "datasets": datasets,
     "sicql": lambda: few_shot("darkroom"),
