@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
+from forks import in_child
 from torch import Tensor
 
 import icrl_kernels as ik
@@ -104,23 +103,6 @@ def test_eight_python_threads_at_once(team: str) -> None:
     for worker in workers:
         worker.join()
     assert wrong == []
-
-
-def in_child(check: Callable[[], bool], seconds: float = 60) -> None:
-    """Runs check in a forked child, which must end in time."""
-    child = os.fork()
-    if not child:
-        os._exit(0 if check() else 1)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            assert status == 0, "the child's numbers are not the parent's, or it raised"
-            return
-        time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    pytest.fail(f"the forked child did not end within {seconds} s")
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")

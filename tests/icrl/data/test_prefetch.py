@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 
 import pytest
+from forks import in_child
 
 from icrl.data.prefetch import Stream
 
@@ -16,30 +15,17 @@ class Numbers(Stream[int]):
         return lambda index: index
 
 
-def ended(child: int, seconds: float = 20) -> int:
-    """The child's exit status; a failure where it does not end in time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return status
-        time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    pytest.fail(f"the child did not end within {seconds} s")
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
 def test_a_forked_child_goes_on_where_its_parent_was() -> None:
     stream = Numbers(0, prefetch=2)
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
-    child = os.fork()
-    if not child:
+
+    def goes_on() -> bool:
         right = [next(stream) for _ in range(6)] == [3, 4, 5, 6, 7, 8]
         stream.close()  # its own thread, not its parent's
-        right &= next(stream) == 9
-        os._exit(0 if right else 1)
-    assert ended(child) == 0
+        return right and next(stream) == 9
+
+    in_child(goes_on)
     assert [next(stream) for _ in range(3)] == [3, 4, 5]  # the parent's is its own
     stream.close()
 
@@ -48,11 +34,7 @@ def test_a_forked_child_goes_on_where_its_parent_was() -> None:
 def test_closing_in_a_forked_child_does_not_wait_for_the_parents_thread() -> None:
     stream = Numbers(0)
     next(stream)
-    child = os.fork()
-    if not child:
-        stream.close()
-        os._exit(0)
-    assert ended(child) == 0
+    in_child(lambda: stream.close() is None)
     stream.close()
 
 

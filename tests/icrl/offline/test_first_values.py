@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from first_weights import emptied, reset_each, tensors
 from torch.utils import _pytree as pytree
 
 from icrl.offline.method import Spaces
@@ -42,26 +43,6 @@ MODULES = {
 }
 
 
-def tensors(module):
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def emptied(make):
-    with torch.device("meta"):
-        module = make()
-    module.to_empty(device="cpu")
-    with torch.no_grad():
-        for t in tensors(module).values():
-            t.fill_(float("nan"))
-    return module
-
-
-def reset(module):
-    for part in module.modules():
-        if part._parameters or part._buffers:
-            part.reset_parameters()
-
-
 @pytest.mark.parametrize("case", MODULES)
 def test_reset_after_the_meta_device(case):
     """Constants are equal, and what is drawn has the deviation and the mean of what building draws."""
@@ -70,7 +51,7 @@ def test_reset_after_the_meta_device(case):
     for seed in range(10):
         torch.manual_seed(seed)
         several.append({name: t.detach().clone() for name, t in tensors(make()).items()})
-    for how in (reset, lambda m: m.apply(lambda p: p.reset_parameters() if p._parameters or p._buffers else None)):
+    for how in (reset_each, lambda m: m.apply(lambda p: p.reset_parameters() if p._parameters or p._buffers else None)):
         module = emptied(make)
         how(module)
         if hasattr(module, "target_q"):
@@ -92,7 +73,7 @@ def test_omnirl_has_the_bits_of_building():
     built = tensors(MODULES["omnirl"]())
     module = emptied(MODULES["omnirl"])
     torch.manual_seed(5)
-    reset(module)
+    reset_each(module)
     assert all(torch.equal(t, built[name]) for name, t in tensors(module).items())
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from first_weights import emptied, reset_each, tensors
 from test_layers import MIXERS, D, alive, some_state, steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,27 +24,6 @@ BUILT = {
     "rwkv7_later": lambda: RWKV7(D, head_dim=16, layer_idx=2, num_layers=4),
 }
 IN_ORDER = [name for name in BUILT if name.split("_")[0] in ("linear", "gla", "gsa")]  # of drawing
-
-
-def tensors(module):
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def emptied(make):
-    """Built on the meta device, its memory full of NaN."""
-    with torch.device("meta"):
-        module = make()
-    module.to_empty(device="cpu")
-    with torch.no_grad():
-        for t in tensors(module).values():
-            t.fill_(float("nan"))
-    return module
-
-
-def reset_each(module):
-    for part in module.modules():
-        if part._parameters or part._buffers:
-            part.reset_parameters()
 
 
 def assert_same_distribution(module, make):
