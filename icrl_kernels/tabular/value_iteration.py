@@ -106,10 +106,12 @@ def value_iteration(
     for name, x in (("transition", table), ("reward", reward)):
         _checks.dense(name, x)
     single = not isinstance(discount, Tensor) or not discount.dim()
-    if single:
+    if isinstance(discount, Tensor) and discount.dim():
+        gammas = discount
+    else:
         gamma = _checks.number("discount", discount)
-        discount = torch.full((1,), gamma, dtype=torch.float64, device=table.device)
-    for name, x in (("discount", discount), ("terminal", terminal), ("num_states", num_states)):
+        gammas = torch.full((1,), gamma, dtype=torch.float64, device=table.device)
+    for name, x in (("discount", gammas), ("terminal", terminal), ("num_states", num_states)):
         if x is not None:
             _checks.dense(name, x)
     if not isinstance(method, str):
@@ -119,20 +121,20 @@ def value_iteration(
     tol = _checks.number("tol", tol)
     missing = None
     if action_mask is not None:
-        action_mask = _checks.from_numpy("action_mask", action_mask)
-        _checks.dense("action_mask", action_mask)
-        n, s, a = _check(table, reward, windows, discount, terminal, num_states, tol, method)
-        _checks.shape("action_mask", action_mask, ("N", "S", "A"), N=n, S=s, A=a)
-        _checks.dtype("action_mask", action_mask, (torch.bool,))
-        _checks.same_device(transition=table, action_mask=action_mask)
+        mask: Tensor = _checks.from_numpy("action_mask", action_mask)
+        _checks.dense("action_mask", mask)
+        n, s, a = _check(table, reward, windows, gammas, terminal, num_states, tol, method)
+        _checks.shape("action_mask", mask, ("N", "S", "A"), N=n, S=s, A=a)
+        _checks.dtype("action_mask", mask, (torch.bool,))
+        _checks.same_device(transition=table, action_mask=mask)
         table, reward, windows, missing = specification.without_missing(
-            table, reward, windows, terminal, num_states, action_mask
+            table, reward, windows, terminal, num_states, mask
         )
     out = torch.ops.icrl.value_iteration(
         table,
         reward,
         windows,
-        discount,
+        gammas,
         terminal,
         num_states,
         tol,
