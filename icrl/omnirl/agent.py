@@ -100,6 +100,7 @@ class Agent:
         self._alone = self.device.type == "cpu" and self.batch <= ONE_THREAD
         zeros = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         self.step = 0
+        self._actions = c.actions
         self._observation = zeros
         self._action: Tensor | None = None
         self._previous = (zeros, zeros + c.actions, zeros.float(), zeros + START, zeros + UNKNOWN)
@@ -125,12 +126,13 @@ class Agent:
             if low < 0 or high >= self.states:
                 raise ValueError(f"observation: wanted 0 to {self.states - 1}, got {low} to {high}")
         observation = observation.to(self.device, torch.int64)
+        own = None if action_mask is None else self._own(action_mask)
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
         with threads_here(1) if self._alone else nullcontext():
             output, self.state = self.run(tokens, self.state)
             logits = output.readouts[-1].logits[:, 0, :, self.prompt]
-            if action_mask is not None:
-                logits = logits.masked_fill(~self._own(action_mask, logits), -torch.inf)
+            if own is not None:
+                logits = logits.masked_fill(~own, -torch.inf)
             uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32)
             noise = -torch.log(-torch.log(uniform.clamp_(1e-9, 1 - 1e-7))).to(self.device)
             self._observation = observation
@@ -139,23 +141,22 @@ class Agent:
         self.step += 1
         return self._action % self.num_actions
 
-    def _own(self, action_mask: Tensor, logits: Tensor) -> Tensor:
+    def _own(self, action_mask: Tensor) -> Tensor:
         """The mask over all of the model's actions."""
-        batch, actions = logits.shape
         dense("action_mask", action_mask)
-        if action_mask.dtype != torch.bool or action_mask.dim() != 2 or len(action_mask) != batch:
-            raise ValueError(
-                f"action_mask: wanted [{batch}, A] of bool, got {list(action_mask.shape)} of {action_mask.dtype}"
-            )
+        if action_mask.dtype != torch.bool or action_mask.dim() != 2 or len(action_mask) != self.batch:
+            given = f"{list(action_mask.shape)} of {action_mask.dtype}"
+            raise ValueError(f"action_mask: wanted [{self.batch}, A] of bool, got {given}")
+        given = action_mask.shape[1]
+        if given > self._actions:
+            raise ValueError(f"action_mask: wanted at most {self._actions} actions, the model's, got {given}")
         most = self.num_actions if isinstance(self.num_actions, int) else self.num_actions[:, None]
-        own = torch.arange(action_mask.shape[1], dtype=torch.int64, device=self.device) < most
+        own = torch.arange(given, dtype=torch.int64, device=self.device) < most
         own = own & action_mask.to(self.device)
-        if own.shape[1] > actions or not bool(own.any(1).all()):
-            raise ValueError(
-                f"action_mask: wanted an action or more of each task's own, among at most {actions}, got "
-                f"{own.sum(1).tolist()!s:.80} among {own.shape[1]}"
-            )
-        return torch.nn.functional.pad(own, (0, actions - own.shape[1]))
+        if own.device.type == "cpu" and not bool(own.any(1).all()):
+            task = int((~own.any(1)).nonzero()[0])
+            raise ValueError(f"action_mask: wanted an action or more of each task's own, got none for task {task}")
+        return torch.nn.functional.pad(own, (0, self._actions - given))
 
     def observe(self, reward: Tensor, done: Tensor, tag: int = UNKNOWN) -> None:
         """What the last action brought: reward `[batch]`, done `[batch]` (0 no, 1 terminated, 2 truncated), on any device.

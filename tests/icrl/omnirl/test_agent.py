@@ -185,3 +185,37 @@ def test_an_outcome_needs_an_action(model):
 def test_settings_are_judged(model, name, value):
     with pytest.raises(ValueError, match=f"^{name}: wanted"):
         Agent(model, B, S, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("mask", "wanted"),
+    [
+        (torch.tensor([[1, 0], [0, 0], [1, 1]], dtype=torch.bool), "none for task 1"),
+        (torch.ones(B, 9, dtype=torch.bool), "at most 5 actions"),
+        (torch.ones(B, 2), "of bool"),
+        (torch.ones(B + 1, 2, dtype=torch.bool), "of bool"),
+        ([[True]], "action_mask"),
+    ],
+)
+def test_action_masks_are_judged(model, mask, wanted):
+    agent, other = Agent(model, B, S), Agent(model, B, S)
+    with pytest.raises(ValueError, match=rf"^action_mask: .*{wanted}|^{wanted}"):
+        agent.act(seen(), mask)
+    assert torch.equal(agent.act(seen()), other.act(seen()))
+    assert all(
+        torch.equal(x, y) for x, y in zip(tensors_of(agent.state), tensors_of(other.state), strict=True)
+    )  # the refusal has changed nothing
+
+
+def test_actions_are_of_the_mask(model):
+    agent = Agent(model, 64, S, temperature=Temperature(100.0, 100.0, 1))
+    mask = torch.rand(64, 5) < 0.4
+    mask[torch.arange(64), torch.arange(64) % 5] = True
+    for _ in range(10):
+        action = agent.act(torch.arange(64) % S, mask)
+        assert mask[torch.arange(64), action].all()
+        agent.observe(torch.randn(64), torch.zeros(64))
+
+
+def tensors_of(state):
+    return [x for field in state for x in (field if isinstance(field, list) else [field])]
