@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import icrl.cli
 from icrl.cli import main
 from icrl.omnirl.distill import DPDConfig
 from icrl.omnirl.training import OmniRLTraining
@@ -15,7 +16,7 @@ from icrl.training.config import configured
 from icrl.worlds import TabularTasks
 from icrl.worlds.difficulty import compare, draw_difficulty
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(icrl.cli.__file__).parents[1]  # of the package under test, which may be an installed one
 
 
 def refused(capsys, *args) -> str:

@@ -51,7 +51,7 @@ def test_visits_are_those_of_an_episode_of_geometric_length():
     here, visits = tasks.start.double(), torch.zeros(6, tasks.shape[1], dtype=torch.float64)
     for _ in range(30 * int(tasks.max_steps.max())):
         visits += here
-        here = (1 - 1 / tasks.max_steps[:, None]) * (here[:, None] @ p)[:, 0]
+        here = (1 - 1 / tasks.max_steps[:, None].double()) * (here[:, None] @ p)[:, 0]
     visits *= tasks.num_states[:, None] / visits.sum(1, keepdim=True)
     valued = ~found.visits.isnan()
     assert torch.equal(valued, tasks.state_mask() & ~tasks.terminal & (visits > 0))

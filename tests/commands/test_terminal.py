@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from icrl import cli
 from icrl.cli import COMMANDS, main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(cli.__file__).parents[1]  # of the package under test, which may be an installed one
 ICRL = [sys.executable, "-m", "icrl.cli"]
 SAMPLE = ["worlds", "sample", "t.safetensors", "--num-tasks", "2", "--num-states", "8", "--json", "t.json"]
 
