@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -648,6 +650,22 @@ def worlds_difficulty(
     _say(json)
 
 
+def _apart(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which refuses to write its numbers over another file that it reads or writes."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        given = signature(command).bind(*args, **kwargs).arguments
+        json = given.pop("json", None)
+        for name, path in given.items():
+            regular = json is not None and isinstance(path, Path) and (path.is_file() or not path.exists())
+            if regular and path.resolve() == json.resolve():
+                raise ValueError(f"json: wanted a file of its own, got {json}, which is {name} too")
+        command(*args, **kwargs)
+
+    return run
+
+
 COMMANDS = {
     "demo": demo,
     "context": context,
@@ -666,6 +684,7 @@ COMMANDS = {
     "worlds shards": worlds_shards,
     "worlds difficulty": worlds_difficulty,
 }
+COMMANDS = {name: _apart(command) for name, command in COMMANDS.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_OF_A_FIELD = 2**31 - 1
 MOST_THREADS = 4096
 INT64 = -(2**63), 2**63 - 1
 
@@ -70,10 +71,14 @@ def dense(name: str, tensor: object) -> None:
         raise ValueError(f"{name}: wanted a dense tensor, got a {kind} one")
 
 
-def integer_fields(config: Any, **least: int) -> None:
-    """Make an int, by `integer`, of each field of a dataclass that is declared as one; `least`: how small it may be, by name."""
+def integer_fields(config: Any, **bounds: int | tuple[int, int]) -> None:
+    """Make an int, by `integer`, of each field of a dataclass that is declared as one.
+
+    `bounds`: how small it may be, or how small and how large, by name. All but seeds are below 2^31.
+    """
     for field in fields(config):
         if field.type in ("int", int):
-            object.__setattr__(
-                config, field.name, integer(field.name, getattr(config, field.name), least.get(field.name))
-            )
+            bound, name = bounds.get(field.name), field.name
+            most = None if name.endswith("seed") else MOST_OF_A_FIELD
+            least, most = bound if isinstance(bound, tuple) else (bound, most)
+            object.__setattr__(config, name, integer(name, getattr(config, name), least, most))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,13 +22,17 @@ def set_threads_here(threads: int) -> None:
 
 @contextmanager
 def threads_here(threads: int) -> Iterator[None]:
-    """As `set_threads_here`, for the length of a `with` block."""
-    before = torch.get_num_threads()
+    """As `set_threads_here`, for the length of a `with` block, which must not be left by another Python thread.
+
+    A generator that is suspended within the block leaves its caller with this number. A forked child keeps one thread.
+    """
+    before, process = torch.get_num_threads(), os.getpid()
     mkl = _set(threads)
     try:
         yield
     finally:
-        _set(before, mkl)
+        if os.getpid() == process:
+            _set(before, mkl)
 
 
 def _set(threads: int, mkl: int | None = None) -> int:

@@ -58,7 +58,7 @@ def success(context: Context, begin: int, end: int) -> Tensor:
     """`[N]` share of the episodes ending in steps begin..end-1 that reached the goal; NaN where none ended."""
     ended = context.done[:, begin:end] != 0
     goal = (context.done[:, begin:end] == 1) & (context.reward[:, begin:end] > 0.5)
-    return goal.sum(1) / ended.sum(1)  # 0/0 is NaN
+    return goal.sum(1).float() / ended.sum(1).float()  # 0/0 is NaN
 
 
 def run_classic(model: OmniRL, task: ClassicTask, contexts: int, steps: int, seed: int) -> Context:

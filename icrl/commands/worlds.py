@@ -73,15 +73,16 @@ def filter_tasks(
 
 def inspect(path: Path, json: Path | None = None) -> dict[str, Any]:
     tasks = load_tasks(path)
-    solved, successors = tasks.solve(DISCOUNT), tasks.num_successors()
-    live = (successors > 0).sum((1, 2)).clamp(min=1)
+    solved, there = tasks.solve(DISCOUNT), tasks.available_actions()
+    successors, reward = tasks.num_successors() * there, tasks.expected_reward().where(there, 0)
+    live = (successors > 0).sum((1, 2)).clamp(min=1).double()
     rows: dict[str, Tensor] = {
         "states": tasks.num_states,
         "actions": tasks.num_actions,
         "horizon (steps)": tasks.max_steps,
         "terminal states": tasks.terminal.sum(1),
         "successors of a state and action": successors.sum((1, 2)) / live,
-        "mean reward, all states and actions": tasks.expected_reward().sum((1, 2)) / live,
+        "mean reward, all states and actions": reward.sum((1, 2)) / live,
         f"optimal value of the start, γ={DISCOUNT}": (solved.v * tasks.start).sum(1),
         "certified error of the values": solved.error_bound,
     }

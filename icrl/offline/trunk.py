@@ -34,7 +34,7 @@ class TrunkConfig:
     """What mixes tokens: softmax attention, or one of icrl_kernels.layers."""
 
     def __post_init__(self) -> None:
-        integer_fields(self, width=1, layers=1, heads=1)
+        integer_fields(self, width=1, layers=(1, 1024), heads=1)
         if self.mixer not in MIXERS:
             raise ValueError(f"mixer: wanted one of {', '.join(MIXERS)}, got {self.mixer!r}")
         if self.width % self.heads:

@@ -19,6 +19,7 @@ from icrl_kernels.arguments import dense, integer, number
 # Up to so many contexts a step's operators are too short for a second thread: it brings nothing on a quiet machine, and
 # beside busy processes each of them waits for it (benches/NOTES.md, "Threads").
 ONE_THREAD = 64
+MOST_REWARD = 1e15  # the model sums squares of rewards in float32
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,10 @@ class Agent:
         self._check("reward", reward, of_integers=False)
         self._check("done", done, of_integers=False)
         reward = reward.to(torch.float32)
-        if reward.device.type == "cpu" and not bool(reward.isfinite().all()):
-            raise ValueError("reward: wanted finite float32 numbers, got NaN or infinity")
+        if reward.device.type == "cpu" and not bool((reward.abs() <= MOST_REWARD).all()):
+            raise ValueError(
+                f"reward: wanted finite numbers of at most {MOST_REWARD:g} in size, got {reward.tolist()!s:.80}"
+            )
         if done.device.type == "cpu" and not bool(((done == 0) | (done == 1) | (done == 2)).all()):
             raise ValueError(f"done: wanted 0, 1 or 2, got {done.tolist()!s:.80}")
         self._previous = (

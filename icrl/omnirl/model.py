@@ -61,7 +61,7 @@ class OmniRLConfig:
 
     def __post_init__(self) -> None:
         one = ("actions", "action_width", "state_width", "value_width", "action_hidden", "state_hidden", "pool_heads")
-        integer_fields(self, layers=0, **dict.fromkeys(one, 1))
+        integer_fields(self, layers=(0, 1024), **dict.fromkeys(one, 1))
         if not 0 < number("write_rate", self.write_rate) < 1:
             raise ValueError(f"write_rate: wanted a number in (0, 1), got {self.write_rate}")
         for name in ("discounts", "explorer_discount"):

@@ -235,9 +235,9 @@ class TabularVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if seed is None:
             seeds: list[int | None] = [None] * self.num_envs
         elif isinstance(seed, Sequence) or (isinstance(seed, (np.ndarray, torch.Tensor)) and seed.ndim):
-            seeds = [None if s is None else integer("seed", s) for s in seed]
+            seeds = [None if s is None else integer("seed", s, 0) for s in seed]
         else:
-            seeds = [integer("seed", seed) + i for i in range(self.num_envs)]
+            seeds = [integer("seed", seed, 0) + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed: wanted one for each of {self.num_envs} environments, got {len(seeds)}")
         if self._keys is None:

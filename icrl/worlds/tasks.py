@@ -162,9 +162,11 @@ class TabularTasks:
         if not isinstance(index, slice):
             if np.ndim(index):  # pyright: ignore[reportArgumentType] (of a tensor too)
                 chosen = index if isinstance(index, Tensor) else torch.from_numpy(np.array(index))
-                chosen = chosen.long() if not chosen.numel() else chosen  # numpy takes an empty list for floats
-                if chosen.is_floating_point():
+                if chosen.numel() and (chosen.is_floating_point() or chosen.is_complex()):  # [] is an array of floats
                     raise ValueError(f"index: wanted integers, got {chosen.dtype}")
+                if chosen.dim() != 1:
+                    raise ValueError(f"index: wanted a list of tasks, got shape {list(chosen.shape)}")
+                chosen = chosen if chosen.dtype == torch.bool else chosen.long()  # torch takes uint8 for bool
                 index = chosen.to(self.device)
             else:
                 i = integer("index", index)
@@ -288,6 +290,8 @@ class TabularTasks:
         if (bad := self.terminal & ~states).any():
             raise ValueError(f"terminal: marks padding states, first in task {_task(bad)}")
         if self.action_mask is not None:
+            if self.action_tokens != 1:  # what is open to the second token is known once the first is done
+                raise ValueError(f"action_mask: wanted tasks of one action token, got {self.action_tokens}")
             none = states & ~self.terminal & ~self.available_actions().any(-1)
             if none.any():
                 task, state = none.nonzero()[0].tolist()

@@ -194,3 +194,16 @@ def test_one_task_is_sampled_inspected_drawn_filtered_and_judged(small, tmp_path
             assert json.loads(numbers.read_text(), parse_constant=pytest.fail)
         filtered = ["worlds", "filter", file, tmp_path / f"{kind}-kept", "--min-advantage", -100, "--min-gini", -1]
         assert call(*filtered, "--min-entropy", -1) == (2 if kind == "bandit" else 0)
+
+
+@pytest.mark.parametrize("command", ["inspect TASKS", "sample OUT --num-tasks 1", "filter TASKS OUT", "draw TASKS --out OUT"])
+def test_numbers_do_not_replace_another_file_of_the_command(command, tasks, tmp_path, capsys):
+    """Not the tasks that it reads, nor what it writes; by whatever name."""
+    given, out = tmp_path / "t.safetensors", tmp_path / "out.png"
+    given.write_bytes(tasks.read_bytes())
+    (tmp_path / "link").symlink_to(out if "OUT" in command else given)
+    words = [{"TASKS": given, "OUT": out}.get(word, word) for word in command.split()]
+    assert call("worlds", *words, "--json", tmp_path / "link") == 2
+    assert "json: wanted a file of its own" in capsys.readouterr().err
+    assert given.read_bytes() == tasks.read_bytes()
+    assert not out.exists()

@@ -127,6 +127,15 @@ def test_flushed_denormals_hold_in_every_thread(team: str) -> None:
     assert np.count_nonzero(kept.numpy()) == kept.numel()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
+def test_a_forked_child_that_leaves_the_block_keeps_one_thread() -> None:
+    block = ik.threads_here(1)
+    block.__enter__()
+    in_child(lambda: (block.__exit__(None, None, None), torch.get_num_threads() == 1)[1])
+    block.__exit__(None, None, None)
+    assert torch.get_num_threads() == 2
+
+
 def test_threads_here_gives_back_what_was() -> None:
     with ik.threads_here(1):
         assert torch.get_num_threads() == 1

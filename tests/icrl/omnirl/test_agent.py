@@ -77,6 +77,7 @@ WRONG = [
     ("reward", torch.tensor([0.0, NAN, 0.0]), DONE),
     ("reward", torch.tensor([0.0, 0.0, INF]), DONE),
     ("reward", torch.tensor([0.0, 1e300, 0.0], dtype=torch.float64), DONE),
+    ("reward", torch.tensor([0.0, -3e19, 0.0]), DONE),  # its square is beyond float32
     ("reward", torch.zeros(B + 1), DONE),
     ("reward", torch.zeros(B, 1), DONE),
     ("reward", torch.zeros(()), DONE),

@@ -10,6 +10,7 @@ import torch
 from gymnasium.envs.toy_text.taxi import TaxiEnv
 from gymnasium.vector import AutoresetMode
 
+from icrl.commands.worlds import inspect
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.distill import DPDConfig, make_records
@@ -96,6 +97,20 @@ def test_what_is_missing_has_no_say(tasks):
     assert all(torch.equal(x, y) for x, y in zip(quality(tasks), quality(other), strict=True))
     assert torch.allclose(difficulty(tasks).visits, difficulty(other).visits, equal_nan=True)
     assert not torch.allclose(found[0].v[:, 1], replace(tasks, action_mask=None).solve(0.99).v)
+
+
+def test_inspect_reads_no_missing_action(tasks, tmp_path):
+    other = replace(tasks, reward=tasks.reward.masked_fill(~tasks.action_mask[..., None], 1e5))
+    found = []
+    for name, of in (("a", tasks), ("b", other)):
+        of.save(tmp_path / name)
+        found.append(inspect(tmp_path / name))
+    assert found[0] == found[1]
+
+
+def test_several_action_tokens_are_refused(tasks):
+    with pytest.raises(ValueError, match=r"^action_mask: wanted tasks of one action token"):
+        replace(tasks, action_tokens=2).validate()
 
 
 def test_refusals(tasks):

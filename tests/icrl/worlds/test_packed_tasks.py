@@ -302,3 +302,15 @@ def test_move_keeps_the_form(packed):
     moved = packed.to("meta")
     assert isinstance(moved.transition, PackedTransition)
     assert {t.device.type for t in moved.tensors().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16"])
+def test_any_integers_choose_tasks(dtype, packed):
+    tasks = sample_anymdp(3, 8, seed=0, packed=packed)
+    chosen = tasks[np.array([2, 0, 1], dtype)]
+    assert torch.equal(chosen.max_steps, tasks.max_steps[[2, 0, 1]])
+    assert torch.equal(chosen.start, tasks.start[[2, 0, 1]])
+    assert len(tasks[np.array([True, False, True])]) == 2
+    with pytest.raises(ValueError, match=r"^index: wanted"):
+        tasks[[[0, 1]]]
