@@ -658,8 +658,9 @@ def _apart(command: Callable[..., None]) -> Callable[..., None]:
         given = signature(command).bind(*args, **kwargs).arguments
         json = given.pop("json", None)
         for name, path in given.items():
-            regular = json is not None and isinstance(path, Path) and (path.is_file() or not path.exists())
-            if regular and path.resolve() == json.resolve():
+            if not isinstance(path, Path) or not isinstance(json, Path) or path.resolve() != json.resolve():
+                continue
+            if path.is_file() or not path.exists():  # devices may be written by both
                 raise ValueError(f"json: wanted a file of its own, got {json}, which is {name} too")
         command(*args, **kwargs)
 

@@ -196,7 +196,9 @@ def test_one_task_is_sampled_inspected_drawn_filtered_and_judged(small, tmp_path
         assert call(*filtered, "--min-entropy", -1) == (2 if kind == "bandit" else 0)
 
 
-@pytest.mark.parametrize("command", ["inspect TASKS", "sample OUT --num-tasks 1", "filter TASKS OUT", "draw TASKS --out OUT"])
+@pytest.mark.parametrize(
+    "command", ["inspect TASKS", "sample OUT --num-tasks 1", "filter TASKS OUT", "draw TASKS --out OUT"]
+)
 def test_numbers_do_not_replace_another_file_of_the_command(command, tasks, tmp_path, capsys):
     """Not the tasks that it reads, nor what it writes; by whatever name."""
     given, out = tmp_path / "t.safetensors", tmp_path / "out.png"
