@@ -321,13 +321,13 @@ def write_shards(
     with tqdm(total=total, initial=rows_found, unit=unit, disable=not progress, delay=2.0, smoothing=0.05) as bar:
 
         def work() -> None:
-            set_threads_here(threads)
             while not stop.is_set():
                 with lock:
                     shard = next(todo, None)
                 if shard is None:
                     return
                 try:
+                    set_threads_here(threads)
                     done = _write_shard(folder, dataset, shard, make, full)
                 except BaseException as e:  # goes to the caller, once the others have stopped
                     failed.append(e)
