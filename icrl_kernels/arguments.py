@@ -81,4 +81,7 @@ def integer_fields(config: Any, **bounds: int | tuple[int, int]) -> None:
             bound, name = bounds.get(field.name), field.name
             most = None if name.endswith("seed") else MOST_OF_A_FIELD
             least, most = bound if isinstance(bound, tuple) else (bound, most)
-            object.__setattr__(config, name, integer(name, getattr(config, name), least, most))
+            value = integer(name, getattr(config, name), least)
+            if most is not None and value > most:
+                raise ValueError(f"{name}: wanted at most {most}, got {value}")
+            object.__setattr__(config, name, value)
