@@ -71,6 +71,15 @@ def dense(name: str, tensor: object) -> None:
         raise ValueError(f"{name}: wanted a dense tensor, got a {kind} one")
 
 
+def every_state_acts(stuck: Tensor) -> None:
+    """ValueError where a mask leaves states that are not terminal without an action: those that `stuck` [N,S] marks."""
+    if stuck.any():
+        n, s = stuck.nonzero()[0].tolist()
+        raise ValueError(
+            f"action_mask: wanted an action in every state that is not terminal, got none in state {s} of task {n}"
+        )
+
+
 def integer_fields(config: Any, **bounds: int | tuple[int, int]) -> None:
     """Make an int, by `integer`, of each field of a dataclass that is declared as one.
 

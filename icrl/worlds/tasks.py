@@ -17,7 +17,7 @@ from icrl.files import write_bytes
 from icrl.reading import TensorFile, check_seal, sealed, shown
 from icrl.worlds import conversions
 from icrl_kernels import RolloutTables, ValueIteration, rollout_tables, value_iteration
-from icrl_kernels.arguments import INT64, dense, integer, number
+from icrl_kernels.arguments import INT64, dense, every_state_acts, integer, number
 from icrl_kernels.tabular import counter_rng
 from icrl_kernels.tabular import packed as packed_tables
 from icrl_kernels.tabular.emission import draw_tokens
@@ -292,13 +292,7 @@ class TabularTasks:
         if self.action_mask is not None:
             if self.action_tokens != 1:  # what is open to the second token is known once the first is done
                 raise ValueError(f"action_mask: wanted tasks of one action token, got {self.action_tokens}")
-            none = states & ~self.terminal & ~self.available_actions().any(-1)
-            if none.any():
-                task, state = none.nonzero()[0].tolist()
-                raise ValueError(
-                    "action_mask: wanted an action in every state that is not terminal, got none in state "
-                    f"{state} of task {task}"
-                )
+            every_state_acts(states & ~self.terminal & ~self.available_actions().any(-1))
         self._check_rows(states)
         if (bad := (self.start.sum(-1, dtype=torch.float64) - 1).abs() > ROW_TOLERANCE).any():
             raise ValueError(f"start: must sum to 1, does not in task {_task(bad)}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import _C, _checks
+from icrl_kernels.arguments import every_state_acts
 from icrl_kernels.tabular.packed import PackedTransition
 
 READ_PAST = 16  # elements that a reader of a row of `cumulative` may load past its end
@@ -225,11 +226,7 @@ def check_mask(action_mask: Tensor, terminal: Tensor, num_states: Tensor, num_ac
         return
     states, actions = (torch.arange(x, dtype=torch.int64, device=action_mask.device) for x in (S, A))
     none = ~(action_mask & (actions < num_actions[:, None])[:, None]).any(-1)
-    if (wrong := none & ~terminal & (states < num_states[:, None])).any():
-        n, s = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"action_mask: wanted an action in every state that is not terminal, got none in state {s} of task {n}"
-        )
+    every_state_acts(none & ~terminal & (states < num_states[:, None]))
 
 
 def _on_cpu(**tensors: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from icrl_kernels.arguments import every_state_acts
 from icrl_kernels.tabular.packed import PackedTransition, refuse_window
 
 UNIT = 2.0**-53  # half a unit in the last place of float64
@@ -74,11 +75,7 @@ def without_missing(
         sizes = None if num_states is None else num_states[some]
         rows = dense(*select(some, transition, reward, windows), sizes)[0]
         ended = ended.index_copy(0, some, ended[some] & (rows == 0).flatten(2).all(-1))
-    if (wrong := none & ~ended).any():
-        n, s = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"action_mask: wanted an action in every state that is not terminal, got none in state {s} of task {n}"
-        )
+    every_state_acts(none & ~ended)
     return transition, reward, windows, missing
 
 
