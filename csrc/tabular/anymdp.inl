@@ -108,7 +108,7 @@ struct Sampler : TaskValues {
       for (int64_t j = first; j < stop; j += kBlock) {
         i8 far = (load(total + j) < 1e-10) & (load(weight + j) != 0);  // from every action: the nearest one takes it
         if (!any(far)) continue;
-        const v8 here = kLanes + static_cast<double>(j);
+        const v8 here = load(kNumbers) + static_cast<double>(j);
         v8 least = splat(1e300);
         for (int64_t a = 0; a < na; ++a) least = smaller(least, magnitude(center[a] - here));
         int64_t i = s * na;

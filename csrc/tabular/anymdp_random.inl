@@ -58,7 +58,6 @@ struct Random {
 };
 
 typedef unsigned long long u8 __attribute__((vector_size(64)));
-constexpr v8 kLanes = {0, 1, 2, 3, 4, 5, 6, 7};
 alignas(64) constexpr double kNumbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 template <int N>
