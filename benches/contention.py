@@ -1,6 +1,6 @@
 """python -m benches.contention: acting and training beside busy processes, one thread against two, to results/contention.json.
 
-Acting: OmniRL in 64 AnyMDP tasks of 16 states, model, simulator and all (what `icrl demo` does). Training: forward and
+Acting: ValueIterationNetwork in 64 AnyMDP tasks of 16 states, model, simulator and all (what `icrl demo` does). Training: forward and
 backward over one segment of 512 steps of 12 tasks. Kernels: gla forward and backward, B=8 T=1024 H=4 K=V=64.
 Each variant is a process of its own that lives on; they are asked in turn, so that all see the same machine. Busy processes
 loop in Python. `--old PATH`: another build's folder (one that holds `icrl` and `icrl_kernels`), measured beside this one.
@@ -27,14 +27,16 @@ def unit(what: str) -> Callable[[], Any]:
     import torch
 
     from icrl.omnirl.agent import Agent
+    from icrl.omnirl.checkpoints import shipped
     from icrl.omnirl.distill import make_batch
-    from icrl.omnirl.model import OmniRL, Tokens, shipped
-    from icrl.omnirl.training import OmniRLTraining, loss_of, targets_of, tokens_of
+    from icrl.omnirl.tokens import Tokens
+    from icrl.omnirl.value_iteration_network import ValueIterationNetwork
+    from icrl.omnirl.value_iteration_training import ValueIterationTraining, loss_of, targets_of, tokens_of
     from icrl.worlds import sample_anymdp
     from icrl_kernels import gla, rollout_start, rollout_step
 
     if what == "acting":
-        model, tasks = OmniRL.load(shipped()), sample_anymdp(64, 16, seed=2**42)
+        model, tasks = ValueIterationNetwork.load(shipped()), sample_anymdp(64, 16, seed=2**42)
         tables = tasks.tables()
         simulator, agent = rollout_start(tables, seed=0), Agent(model, 64, 16)
 
@@ -44,8 +46,8 @@ def unit(what: str) -> Callable[[], Any]:
 
         return act
     if what == "training":
-        config = OmniRLTraining()
-        model = OmniRL(config.model)
+        config = ValueIterationTraining()
+        model = ValueIterationNetwork(config.model)
         torch.set_flush_denormal(True)
         records = make_batch(config.data, 1, 0)
         tokens = Tokens(*(x[:, :512] for x in tokens_of(records)))

@@ -21,7 +21,7 @@ from icrl.commands.sharing import share_the_machine
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
 SUITES = ("sicql",)
-DISTRIBUTED = "train omnirl"  # the one command that torchrun may start
+DISTRIBUTED = ("train value-iteration-network",)  # the commands that torchrun may start
 Positional = tyro.conf.Positional
 
 
@@ -132,8 +132,8 @@ def context(
     _say(json)
 
 
-def train_omnirl(
-    out: Path = Path("runs/omnirl"),
+def train_value_iteration_network(
+    out: Path = Path("runs/value_iteration_network"),
     config: Path | None = None,
     records: Path | None = None,
     seed: int | None = None,
@@ -145,11 +145,11 @@ def train_omnirl(
     init: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Meta-train OmniRL. Kill it whenever you like: the same command continues from its last checkpoint.
+    """Meta-train the value-iteration network. Kill it whenever you like: the same command continues from its last checkpoint.
 
     A run may go on to more updates (from there on its rates are those of a run of the new total) and with another number of
-    processes. Several are started by `torchrun --nproc-per-node 2 -m icrl.cli train omnirl ...`; each makes batches of the
-    configured size.
+    processes. Several are started by `torchrun --nproc-per-node 2 -m icrl.cli train value-iteration-network ...`; each
+    makes batches of the configured size.
 
     Args:
         out: the run's folder.
@@ -165,8 +165,8 @@ def train_omnirl(
         init: a model's file to begin from, its weights alone, instead of from random weights.
         json: write the last evaluation here.
     """
-    from icrl.commands.train import train_omnirl as run
-    from icrl.omnirl.training import read_config
+    from icrl.commands.train import train_value_iteration_network as run
+    from icrl.omnirl.value_iteration_training import read_config
 
     _new_file("json", json)
     over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
@@ -670,7 +670,7 @@ def _apart(command: Callable[..., None]) -> Callable[..., None]:
 COMMANDS = {
     "demo": demo,
     "context": context,
-    "train omnirl": train_omnirl,
+    "train value-iteration-network": train_value_iteration_network,
     "collect": collect,
     "train offline": train_offline,
     "train world-model": train_world_model,
@@ -728,7 +728,7 @@ def _run(args: list[str]) -> int:
             args = ["eval", args[at + 1], *args[1:at], *args[at + 2 :]]
         if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
             args = [f"{args[0]} {args[1]}", *args[2:]]
-        if "WORLD_SIZE" in os.environ and args[:1] != [DISTRIBUTED]:
+        if "WORLD_SIZE" in os.environ and (not args or args[0] not in DISTRIBUTED):
             from icrl.training.process import refuse_torchrun
 
             refuse_torchrun(args[0] if args else "")

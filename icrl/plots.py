@@ -23,7 +23,7 @@ class Curve(Protocol):
 
 
 COLOURS = {
-    "OmniRL (in context)": "#d1495b",
+    "value-iteration network": "#d1495b",
     "tabular model-based": "#30638e",
     "Q-learning (UCB)": "#edae49",
     "random": "#9a9a9a",

@@ -41,9 +41,9 @@ from icrl.offline.suite import check_settings, read_few_shot, read_run, without_
 from icrl.offline.trajectory_shards import read_trajectories, write_trajectories
 from icrl.offline.world_model import WorldModel
 from icrl.omnirl.distill import DPDConfig
-from icrl.omnirl.model import OmniRL, OmniRLConfig
 from icrl.omnirl.record_shards import RecordStream, write_records
-from icrl.omnirl.training import OmniRLLearner, OmniRLTraining, read_config
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_training import ValueIterationLearner, ValueIterationTraining, read_config
 from icrl.reading import TensorFile, read_rows, sealed
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, configured
@@ -54,9 +54,9 @@ from icrl.worlds.task_shards import TaskSet, TaskShards, write_tasks
 OLD = Path(__file__).parent / "data" / "written_by_0.1.0.dev"
 MEMORY = 1 << 30  # that reading may take beside what the process has
 SECONDS = 20
-TINY = OmniRLConfig(actions=3, layers=1, action_width=4, state_width=6, value_width=4, pool_heads=1)
+TINY = ValueIterationNetworkConfig(actions=3, layers=1, action_width=4, state_width=6, value_width=4, pool_heads=1)
 RECORDS = DPDConfig(batch=2, steps=16, states=8, actions=3)
-TRAINING = OmniRLTraining(
+TRAINING = ValueIterationTraining(
     model=TINY, data=RECORDS, segment=16, dagger_from=1, dagger_records=2, evaluation_tasks=2, evaluation_steps=4
 )
 LOOP = LoopConfig(updates=2, warmup=1, checkpoint_every=2, evaluate_every=2, log_every=1, device="cpu")
@@ -117,7 +117,7 @@ def trajectories(folder: Path) -> str:
 
 
 def model(folder: Path) -> str:
-    found = OmniRL.load(folder / "model.safetensors")
+    found = ValueIterationNetwork.load(folder / "model.safetensors")
     return contents(found.state_dict(), [asdict(found.config), found.labels])
 
 
@@ -133,7 +133,7 @@ def world_model(folder: Path) -> str:
 
 def run(folder: Path) -> str:
     """Goes on with a finished run, which writes its model."""
-    learner = OmniRLLearner(TRAINING, LOOP)
+    learner = ValueIterationLearner(TRAINING, LOOP)
     train(learner, LOOP, folder)
     return contents(learner.model.state_dict(), read_rows(folder / "metrics.jsonl"))
 
@@ -202,13 +202,13 @@ def make(folder: Path) -> None:
     old_method = load_method(OLD / "offline" / "model.safetensors")
     save_method(old_method, place("offline weights"))
     WorldModel.load(OLD / "offline-world_model" / "model.safetensors").save(place("world model"))
-    OmniRL(TINY).save(place("OmniRL's weights"))
+    ValueIterationNetwork(TINY).save(place("OmniRL's weights"))
     data = read_trajectories(OLD / "trajectories")
     for which in ("shard", "index"):
         write_tasks(folder / f"{which} of tasks", TaskSet(num_states=(8, 8), num_actions=3, discounts=(0.9,)), 3, 1)
         write_records(folder / f"{which} of records", RECORDS, 4, 1, labels=True, rows_per_shard=2)
         write_trajectories(folder / f"{which} of trajectories", data, {}, 0, rows_per_shard=2)
-    train(OmniRLLearner(TRAINING, LOOP), LOOP, folder / "checkpoint")
+    train(ValueIterationLearner(TRAINING, LOOP), LOOP, folder / "checkpoint")
     for name in ("run's configuration", "run's versions", "run's log"):
         shutil.copytree(folder / "checkpoint", folder / name)
     place("suite's run").write_text(json.dumps(without_method(OfflineRun())))

@@ -16,10 +16,10 @@ from icrl.offline.experiment import OfflineRun
 from icrl.offline.learner import METHODS
 from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModelConfig
-from icrl.omnirl import Agent, OmniRL, OmniRLConfig, Temperature
+from icrl.omnirl import Agent, Temperature, ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.omnirl.distill import DPDConfig, DPDStream, draw_references, make_records, sample_tasks, simulate
 from icrl.omnirl.evaluate import references, run_agent
-from icrl.omnirl.training import OmniRLTraining
+from icrl.omnirl.value_iteration_training import ValueIterationTraining
 from icrl.training.config import LoopConfig
 from icrl.worlds import (
     TabularEnv,
@@ -51,7 +51,7 @@ def tables():
 
 @cache
 def model():
-    return OmniRL(OmniRLConfig(layers=1))
+    return ValueIterationNetwork(ValueIterationNetworkConfig(layers=1))
 
 
 @cache
@@ -122,7 +122,7 @@ CALLS = [
     ("states", lambda v: Agent(model(), 2, v).state.transition),
     ("seed", lambda v: Agent(model(), 2, 8, seed=v).generator.get_state()),
     ("steps", lambda v: Temperature(1.0, 0.5, v)),
-    ("actions", lambda v: OmniRLConfig(actions=v)),
+    ("actions", lambda v: ValueIterationNetworkConfig(actions=v)),
     ("batch", lambda v: model().initial_state(v, 8).count),
     ("batch", lambda v: DPDConfig(batch=v)),
     ("seed", lambda v: next(DPDStream(TINY, seed=v, prefetch=0)).reward),
@@ -132,7 +132,7 @@ CALLS = [
     ("seed", lambda v: sample_tasks(TINY, 2, v).reward),
     ("seed", lambda v: simulate(TINY, tasks(5), seed=v).run.reward),
     ("seed", lambda v: draw_references(TINY, records(), seed=v)[0]),
-    ("segment", lambda v: OmniRLTraining(segment=v)),
+    ("segment", lambda v: ValueIterationTraining(segment=v)),
     ("steps", lambda v: references(tasks(5), steps=v).random_reward),
     ("seed", lambda v: references(tasks(5), steps=9, seed=v).random_reward),
     ("steps", lambda v: run_agent(model(), tasks(5), v).reward),

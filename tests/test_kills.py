@@ -107,7 +107,10 @@ def same(found, wanted):
 
 
 KINDS = {
-    "train omnirl": (36, lambda p: ["train", "omnirl", "--config", config(p, OMNIRL), "--out", "out/run"]),
+    "train value-iteration-network": (
+        36,
+        lambda p: ["train", "value-iteration-network", "--config", config(p, OMNIRL), "--out", "out/run"],
+    ),
     "train offline": (
         36,
         lambda p: ["train", "offline", "--config", config(p, OFFLINE), "--out", "out/run", "--evaluate", 2],

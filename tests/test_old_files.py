@@ -7,7 +7,7 @@ Made by, in that folder (the folders' tensorboard, pictures, locks and last chec
     icrl worlds shards tasks --num-tasks 2 --num-states 8 8 --discounts 0.9 --seed 1 --workers 1
     icrl distill records --tasks 4 --config records.json --labels --seed 1 --workers 1
     icrl collect trajectories --config offline.json
-    icrl train omnirl --config omnirl.json --out omnirl
+    icrl train value-iteration-network --config omnirl.json --out omnirl
     icrl train offline --config offline.json --out offline --evaluate 2
     icrl eval --tasks tasks.safetensors --checkpoint omnirl/model.safetensors --steps 20 --json eval.json
 and packed.safetensors by sample_anymdp(2, 8, 3, seed=2, packed=True).save.
@@ -30,8 +30,8 @@ from icrl.offline.trajectory_shards import read_trajectories
 from icrl.offline.world_model import WorldModel
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.distill import DPDConfig, make_batch
-from icrl.omnirl.model import OmniRL
 from icrl.omnirl.record_shards import RecordStream
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork
 from icrl.worlds import TabularTasks, sample_anymdp, sample_pomdp
 from icrl.worlds.task_shards import TaskShards
 from icrl_kernels import __version__
@@ -141,11 +141,11 @@ def goes_on(capsys, folder, command):
 
 
 def test_omnirl_run_goes_on(old, capsys):
-    goes_on(capsys, old / "omnirl", ["train", "omnirl", "--config", old / "omnirl.json"])
+    goes_on(capsys, old / "omnirl", ["train", "value-iteration-network", "--config", old / "omnirl.json"])
 
 
 def test_omnirl_run_goes_on_from_its_own_configuration(old, capsys):
-    goes_on(capsys, old / "omnirl", ["train", "omnirl", "--config", old / "omnirl" / "config.json"])
+    goes_on(capsys, old / "omnirl", ["train", "value-iteration-network", "--config", old / "omnirl" / "config.json"])
 
 
 def test_offline_run_goes_on(old, capsys):
@@ -159,7 +159,7 @@ def test_world_model_run_goes_on(old, capsys):
 
 
 def test_models_act():
-    model = OmniRL.load(OLD / "omnirl" / "model.safetensors")
+    model = ValueIterationNetwork.load(OLD / "omnirl" / "model.safetensors")
     assert Agent(model, 2, 8, seed=1).act(torch.tensor([0, 7])).shape == (2,)
     data = DarkRoomData(**json.loads((OLD / "offline.json").read_text())["data"])
     method = load_method(OLD / "offline" / "model.safetensors")
@@ -177,7 +177,7 @@ def test_evaluation_says_the_same(tmp_path):
     assert found["methods"].keys() == wanted["methods"].keys()
     for name, numbers in wanted["methods"].items():
         assert found["methods"][name].keys() == numbers.keys()
-        if "OmniRL" not in name:  # whose last bits may decide between two actions
+        if "ValueIterationNetwork" not in name:  # whose last bits may decide between two actions
             given = {
                 k: math.nan if v is None else v for k, v in found["methods"][name].items()
             }  # null is what JSON has
@@ -189,7 +189,7 @@ def test_training_reads_the_old_records(old, tmp_path):
     config = json.loads((old / "omnirl.json").read_text())
     (tmp_path / "c.json").write_text(json.dumps({**config, "loop": loop}))
     args = ["--config", tmp_path / "c.json", "--out", tmp_path / "run", "--records", old / "records"]
-    icrl("train", "omnirl", *args)
+    icrl("train", "value-iteration-network", *args)
     config = json.loads((old / "offline.json").read_text())
     config |= {"loop": loop, "records": str(old / "trajectories"), "method": "sicql w/o c"}
     (tmp_path / "o.json").write_text(json.dumps(config))

@@ -22,10 +22,10 @@ from icrl.offline.learner import METHODS, load_method, make_method, save_method
 from icrl.offline.method import Spaces
 from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig
-from icrl.omnirl import Agent, OmniRL, shipped
+from icrl.omnirl import Agent, ValueIterationNetwork, shipped
 from icrl.omnirl.distill import DPDConfig, draw_references, make_records, sample_tasks
 from icrl.omnirl.evaluate import references, run_agent
-from icrl.omnirl.training import OmniRLTraining, targets_of, tokens_of
+from icrl.omnirl.value_iteration_training import ValueIterationTraining, targets_of, tokens_of
 from icrl.worlds import (
     TabularTasks,
     TabularVectorEnv,
@@ -216,12 +216,12 @@ def records():
     )
     t = sample_tasks(config, 4, seed=1)
     r = make_records(config, t, seed=2)
-    training = OmniRLTraining(data=config)
+    training = ValueIterationTraining(data=config)
     return [t.tensors(), r, draw_references(config, r, seed=3), tokens_of(r), targets_of(r, training)]
 
 
 def acting():
-    model = OmniRL.load(shipped())
+    model = ValueIterationNetwork.load(shipped())
     agent = Agent(model, 3, 16, seed=4)
     actions = []
     for t in range(10):

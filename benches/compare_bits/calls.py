@@ -25,19 +25,19 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sample_tasks": ("icrl.omnirl.distill", "icrl.distill"),
     "simulate": ("icrl.omnirl.distill", "icrl.distill"),
     "RecordStream": ("icrl.omnirl.record_shards", "icrl.datasets"),
-    "OmniRLLearner": ("icrl.omnirl.training", "icrl.omnirl_training"),
-    "OmniRLTraining": ("icrl.omnirl.training", "icrl.omnirl_training"),
-    "loss_of": ("icrl.omnirl.training", "icrl.omnirl_training"),
-    "targets_of": ("icrl.omnirl.training", "icrl.omnirl_training"),
-    "tokens_of": ("icrl.omnirl.training", "icrl.omnirl_training"),
+    "ValueIterationLearner": ("icrl.omnirl.value_iteration_training", "icrl.omnirl.training", "icrl.omnirl_training"),
+    "ValueIterationTraining": ("icrl.omnirl.value_iteration_training", "icrl.omnirl.training", "icrl.omnirl_training"),
+    "loss_of": ("icrl.omnirl.value_iteration_training", "icrl.omnirl.training", "icrl.omnirl_training"),
+    "targets_of": ("icrl.omnirl.value_iteration_training", "icrl.omnirl.training", "icrl.omnirl_training"),
+    "tokens_of": ("icrl.omnirl.value_iteration_training", "icrl.omnirl.training", "icrl.omnirl_training"),
     "BASELINES": ("icrl.omnirl.evaluate", "icrl.evaluate"),
     "references": ("icrl.omnirl.evaluate", "icrl.evaluate"),
     "run_agent": ("icrl.omnirl.evaluate", "icrl.evaluate"),
     "run_baseline": ("icrl.omnirl.evaluate", "icrl.evaluate"),
     "scores": ("icrl.omnirl.evaluate", "icrl.evaluate"),
     "Agent": ("icrl.omnirl",),
-    "OmniRL": ("icrl.omnirl",),
-    "OmniRLConfig": ("icrl.omnirl",),
+    "ValueIterationNetwork": ("icrl.omnirl",),
+    "ValueIterationNetworkConfig": ("icrl.omnirl",),
     "Temperature": ("icrl.omnirl",),
     "shipped": ("icrl.omnirl", "icrl.demo"),
     "LoopConfig": ("icrl.training.loop", "icrl.train"),
@@ -64,9 +64,17 @@ MOVED: dict[str, tuple[str, ...]] = {
     "main": ("icrl.cli",),
 }
 
+# What had another name before.
+RENAMED = {
+    "ValueIterationNetwork": "OmniRL",
+    "ValueIterationNetworkConfig": "OmniRLConfig",
+    "ValueIterationLearner": "OmniRLLearner",
+    "ValueIterationTraining": "OmniRLTraining",
+}
+
 
 class Moved:
-    """The names of MOVED as attributes. ImportError, for all that are in none of their places, from the start."""
+    """The names of MOVED as attributes, or those of RENAMED. ImportError, for all that are in none of their places, at once."""
 
     def __init__(self) -> None:
         missing = []
@@ -74,7 +82,9 @@ class Moved:
             reasons = []
             for place in places:
                 try:
-                    setattr(self, name, getattr(importlib.import_module(place), name))
+                    module = importlib.import_module(place)
+                    there = name if hasattr(module, name) else RENAMED.get(name, name)
+                    setattr(self, name, getattr(module, there))
                     break
                 except (ImportError, AttributeError) as error:
                     reasons.append(f"{place}: {error}")

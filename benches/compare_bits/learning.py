@@ -64,7 +64,7 @@ def learning_calls() -> None:
         return records, moved.tokens_of(records)
 
     def logits(segment: int) -> Any:
-        net = moved.OmniRL.load(moved.shipped())
+        net = moved.ValueIterationNetwork.load(moved.shipped())
         _, tokens = fixed_context()
         state, out = net.initial_state(3, 16), []
         with torch.no_grad():
@@ -82,7 +82,7 @@ def learning_calls() -> None:
         from icrl import worlds
         from icrl_kernels import rollout_start, rollout_step
 
-        net = moved.OmniRL.load(moved.shipped())
+        net = moved.ValueIterationNetwork.load(moved.shipped())
         tasks = worlds.sample_anymdp(4, (8, 16), 5, seed=2)
         agent = moved.Agent(net, 4, 16, seed=3, num_actions=tasks.num_actions, **options)
         ready, out = tasks.tables(), []
@@ -103,19 +103,25 @@ def learning_calls() -> None:
         tasks = worlds.sample_anymdp(4, 10, 5, seed=2)
         known = moved.references(tasks, 2000)
         runs = {name: moved.run_baseline(tasks, name, 100, 3) for name in moved.BASELINES}
-        runs["ours"] = moved.run_agent(moved.OmniRL.load(moved.shipped()), tasks, 100, seed=2)
+        runs["ours"] = moved.run_agent(moved.ValueIterationNetwork.load(moved.shipped()), tasks, 100, seed=2)
         return known, runs, {name: moved.scores(run, known, 50, 100) for name, run in runs.items()}
 
     add("icrl/evaluate", evaluated)
 
     def training(**changes: Any) -> Any:
-        given = {"model": moved.OmniRLConfig(**model), "data": config(), "segment": 24, "seed": 2, **changes}
-        known = {f.name for f in dataclasses.fields(moved.OmniRLTraining)}  # the seed is the loop's now
-        return moved.OmniRLTraining(**{k: v for k, v in given.items() if k in known})
+        given = {
+            "model": moved.ValueIterationNetworkConfig(**model),
+            "data": config(),
+            "segment": 24,
+            "seed": 2,
+            **changes,
+        }
+        known = {f.name for f in dataclasses.fields(moved.ValueIterationTraining)}  # the seed is the loop's now
+        return moved.ValueIterationTraining(**{k: v for k, v in given.items() if k in known})
 
     def loss() -> Any:
         torch.manual_seed(2)
-        net, c = moved.OmniRL(moved.OmniRLConfig(**model)), training()
+        net, c = moved.ValueIterationNetwork(moved.ValueIterationNetworkConfig(**model)), training()
         records = moved.make_batch(c.data, 5, 0)
         targets = moved.targets_of(records, c)
         output, state = net(moved.tokens_of(records), net.initial_state(4, 10))
@@ -129,7 +135,7 @@ def learning_calls() -> None:
     def learner() -> Any:
         """With the model's own records mixed in."""
         c = training(dagger=0.5, dagger_from=0, dagger_records=4, evaluation_tasks=2, evaluation_steps=20)
-        made = moved.OmniRLLearner(c, moved.LoopConfig(updates=2, threads=1, seed=2))
+        made = moved.ValueIterationLearner(c, moved.LoopConfig(updates=2, threads=1, seed=2))
         try:
             found = [(total, numbers(logged)) for u in range(2) for total, logged in made.losses(u)]
             return found, made.own, made.collections, made.evaluate(), [p.shape for p in made.hidden_matrices()]
@@ -155,13 +161,13 @@ def learning_calls() -> None:
     def command() -> Any:
         """A run of three updates, in two goes, with momentum and the model's own records in its checkpoint."""
         Path("c.json").write_text(json.dumps(tiny))
-        args = ["train", "omnirl", "--config", "c.json", "--out", "run"]
+        args = ["train", "value-iteration-network", "--config", "c.json", "--out", "run"]
         icrl(moved, *args, "--json", "scores.json")
         return run_facts(Path("run")), untimed(Path("scores.json")), untimed(Path("run/config.json"))
 
     def resumed() -> Any:
         Path("c.json").write_text(json.dumps(tiny))
-        args = ["train", "omnirl", "--config", "c.json", "--out", "run"]
+        args = ["train", "value-iteration-network", "--config", "c.json", "--out", "run"]
         icrl(moved, *args)
         folder = Path("run/checkpoints/00000003")
         for file in folder.iterdir():
@@ -179,7 +185,7 @@ def learning_calls() -> None:
         shuffled = moved.RecordStream("records", 4, 3, prefetch=0)
         batches = [next(stream) for _ in range(3)], [next(shuffled) for _ in range(4)]
         Path("c.json").write_text(json.dumps({**tiny, "loop": {**tiny["loop"], "updates": 2}}))
-        icrl(moved, "train", "omnirl", "--config", "c.json", "--out", "run", "--records", "records")
+        icrl(moved, "train", "value-iteration-network", "--config", "c.json", "--out", "run", "--records", "records")
         return folder_facts(Path("records")), untimed(Path("about.json")), batches, run_facts(Path("run"))
 
     def eval_command() -> Any:

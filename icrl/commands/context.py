@@ -16,8 +16,8 @@ from icrl.extras import versions
 from icrl.files import save_numbers
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
+from icrl.omnirl.checkpoints import load, shipped
 from icrl.omnirl.evaluate import Context
-from icrl.omnirl.model import OmniRL, shipped
 from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
 from icrl_kernels import rollout_start, rollout_step
@@ -38,14 +38,14 @@ def context(
     """
     if steps < 100:
         raise ValueError(f"steps: wanted at least 100, got {steps}")
-    model = OmniRL.load(checkpoint or shipped(), resolve(device))
+    model = load(checkpoint or shipped(), resolve(device))
     task = sample_anymdp(1, num_states, seed=UNSEEN + seed)
     tables = task.tables()
     reference = evaluate.references(task)
     simulator = rollout_start(tables, seed=seed)
     agent = Agent(model, 1, num_states, temperature=TEMPERATURE, seed=seed)
     if compile:
-        agent.run = torch.compile(model.step, dynamic=False)
+        agent.run = torch.compile(model.decide, dynamic=False)
         print("compiling the model's step takes half a minute ...")
     reward = torch.zeros(1, steps, dtype=torch.float32, device="cpu")
     done = torch.zeros(1, steps, dtype=torch.uint8, device="cpu")

@@ -14,21 +14,18 @@ from icrl import plots
 from icrl.extras import versions
 from icrl.files import save_numbers, write_figure
 from icrl.omnirl import evaluate
-from icrl.omnirl.agent import Agent, Temperature
+from icrl.omnirl.agent import Agent, Model, Temperature
+from icrl.omnirl.checkpoints import load, shipped
 from icrl.omnirl.evaluate import Context, Curve
-from icrl.omnirl.model import OmniRL, shipped
 from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
 from icrl.worlds.gymnasium_tables import CLASSIC, ClassicTask
 
 UNSEEN = 2**42  # training hashes its seeds to 63 bits: that one of these came up there has a chance of about 1e-13
-OURS = "OmniRL (in context)"
 TEMPERATURE = Temperature(0.5, 0.1, 300)
 
 
-def anymdp(
-    model: OmniRL, tasks: int, num_states: int, steps: int, seed: int
-) -> tuple[dict[str, Curve], dict[str, Any]]:
+def anymdp(model: Model, tasks: int, num_states: int, steps: int, seed: int) -> tuple[dict[str, Curve], dict[str, Any]]:
     """Curves by method, and the numbers of the demo's first table."""
     start = time.perf_counter()
     worlds = sample_anymdp(tasks, num_states, seed=UNSEEN + seed)
@@ -37,12 +34,12 @@ def anymdp(
     ours = evaluate.run_agent(model, worlds, steps, temperature=TEMPERATURE, seed=seed, progress=title)
     reference = evaluate.references(worlds)
     contexts = {name: evaluate.run_baseline(worlds, name, steps, seed) for name in evaluate.BASELINES}
-    contexts[OURS] = ours
+    contexts[model.title] = ours
     curves = {name: evaluate.curve(c, reference) for name, c in contexts.items()}
     last = steps - steps // 4, steps
     rows = {name: evaluate.scores(c, reference, *last) for name, c in contexts.items()}
     numbers = {
-        **rows[OURS],
+        **rows[model.title],
         "seconds": round(time.perf_counter() - start, 1),
         "tasks": tasks,
         "num_states": num_states,
@@ -61,7 +58,7 @@ def success(context: Context, begin: int, end: int) -> Tensor:
     return goal.sum(1).float() / ended.sum(1).float()  # 0/0 is NaN
 
 
-def run_classic(model: OmniRL, task: ClassicTask, contexts: int, steps: int, seed: int) -> Context:
+def run_classic(model: Model, task: ClassicTask, contexts: int, steps: int, seed: int) -> Context:
     """The model in the Gymnasium environment itself."""
     envs = task.make_vec(contexts)
     spaces = envs.single_observation_space, envs.single_action_space
@@ -79,14 +76,14 @@ def run_classic(model: OmniRL, task: ClassicTask, contexts: int, steps: int, see
     return Context(rewards, dones)
 
 
-def classic(model: OmniRL, contexts: int, steps: int, seed: int) -> tuple[dict[str, dict[str, Curve]], dict[str, Any]]:
+def classic(model: Model, contexts: int, steps: int, seed: int) -> tuple[dict[str, dict[str, Curve]], dict[str, Any]]:
     """Success curves by task and method, and the numbers of the demo's second table."""
     curves: dict[str, dict[str, Curve]] = {}
     numbers: dict[str, Any] = {}
     for name, task in tqdm(CLASSIC.items(), desc="Gymnasium tasks", unit="task"):
         table = task.table()[[0] * contexts]
         runs = {b: evaluate.run_baseline(table, b, steps, seed) for b in evaluate.BASELINES if b != "oracle"}
-        runs[OURS] = run_classic(model, task, contexts, steps, seed)
+        runs[model.title] = run_classic(model, task, contexts, steps, seed)
         window = max(100, task.max_steps)  # in which at least one episode ends
         curves[name], numbers[name] = {}, {}
         for method, run in runs.items():
@@ -121,7 +118,7 @@ def demo(
         raise ValueError(f"tasks, steps, seed: wanted at least 2, 500 and 0, got {tasks}, {steps} and {seed}")
     began = time.perf_counter()
     path = checkpoint or shipped()
-    model = OmniRL.load(path, resolve(device))
+    model = load(path, resolve(device))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{path.name}: {parameters:,} parameters; no gradient step is taken from here on\n")
     curves, first = anymdp(model, tasks, num_states, steps, seed)
@@ -144,26 +141,26 @@ def demo(
     print(
         f"\n{tasks} unseen AnyMDP tasks, {num_states} states, 5 actions. 0 = random, 1 = oracle; ± half a 95% interval over tasks"
     )
-    checks = [i for i in range(len(curves[OURS].steps)) if (i + 1) * 100 in (100, 200, 500, 1000, 2000)]
+    checks = [i for i in range(len(curves[model.title].steps)) if (i + 1) * 100 in (100, 200, 500, 1000, 2000)]
     heads = [f"step {100 * (i + 1)}" for i in checks]
     print(
-        f"  {'':22}{'reward per step, the 100 steps up to':>{11 * len(heads)}}{f'{begin}-{end}':>16}{'per episode':>16}"
+        f"  {'':24}{'reward per step, the 100 steps up to':>{11 * len(heads)}}{f'{begin}-{end}':>16}{'per episode':>16}"
     )
-    print(f"  {'':22}" + "".join(f"{h:>11}" for h in heads) + f"{'(mean)':>16}{'(IQM)':>16}")
+    print(f"  {'':24}" + "".join(f"{h:>11}" for h in heads) + f"{'(mean)':>16}{'(IQM)':>16}")
     for name in sorted(curves, key=lambda n: first["methods"][n]["normalized"]):
         row, c = first["methods"][name], curves[name]
         print(
-            f"  {name:22}"
+            f"  {name:24}"
             + "".join(f"{c.mean[i]:11.2f}" for i in checks)
             + f"{row['normalized']:10.3f} ±{row['ci95']:.3f}{row['episode']:10.3f} ±{row['episode_ci95']:.3f}"
         )
     print("\nGymnasium tasks, 32 contexts each: share of episodes that reach the goal")
-    print(f"  {'':22}" + "".join(f"{name:>26}" for name in second))
-    print(f"  {'':22}" + f"{'steps 250-500':>14}{f'{begin}-{end}':>12}" * len(second))
+    print(f"  {'':24}" + "".join(f"{name:>26}" for name in second))
+    print(f"  {'':24}" + f"{'steps 250-500':>14}{f'{begin}-{end}':>12}" * len(second))
     for name in sorted(second["CliffWalking"], key=lambda n: first["methods"][n]["normalized"]):
         cells = "".join(
             f"{t[name]['by_500']['success']:14.2f}{t[name]['last_quarter']['success']:12.2f}" for t in second.values()
         )
-        print(f"  {name:22}{cells}")
+        print(f"  {name:24}{cells}")
     print(f"\npicture: {out}   ({seconds:.0f} s in all)")
     return numbers

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from icrl.commands.demo import OURS, TEMPERATURE, UNSEEN
+from icrl.commands.demo import TEMPERATURE, UNSEEN
 from icrl.extras import versions
 from icrl.files import save_numbers
 from icrl.omnirl import evaluate
-from icrl.omnirl.model import OmniRL, shipped
+from icrl.omnirl.checkpoints import load, shipped
 from icrl.training.process import machine, resolve
 from icrl.worlds.kinds import draw_tasks
 from icrl.worlds.task_shards import load_tasks
@@ -45,12 +45,14 @@ def evaluation_table(
     if num_tasks < 2 or steps < 20 or seed < 0:
         raise ValueError(f"num_tasks, steps, seed: wanted at least 2, 20 and 0, got {num_tasks}, {steps} and {seed}")
     tasks = load_tasks(path) if path else draw_tasks(kind, num_tasks, num_states, 5, 2, UNSEEN + seed)
-    model = OmniRL.load(checkpoint or shipped(), resolve(device))
+    model = load(checkpoint or shipped(), resolve(device))
     # first, as it refuses tasks that the model cannot act in
-    ours = evaluate.run_agent(model, tasks, steps, prompt=prompt, temperature=TEMPERATURE, seed=seed, progress=OURS)
+    ours = evaluate.run_agent(
+        model, tasks, steps, prompt=prompt, temperature=TEMPERATURE, seed=seed, progress=model.title
+    )
     reference = evaluate.references(tasks)
     runs = {name: evaluate.run_baseline(tasks, name, steps, seed) for name in evaluate.BASELINES}
-    runs[OURS] = ours
+    runs[model.title] = ours
     last = steps - max(1, steps // 4), steps
     rows = {name: evaluate.scores(run, reference, *last) for name, run in runs.items()}
     published = PUBLISHED.get((kind, 1 if kind == "bandit" else num_states)) if path is None else None

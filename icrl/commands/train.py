@@ -1,4 +1,4 @@
-"""`icrl train omnirl`: meta-training, in one process or in those that torchrun starts."""
+"""`icrl train value-iteration-network`: meta-training, in one process or in those that torchrun starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from icrl.extras import versions
 from icrl.files import save_numbers, write_figure
-from icrl.omnirl.training import OmniRLLearner, read_config
+from icrl.omnirl.value_iteration_training import ValueIterationLearner, read_config
 from icrl.plots import training_picture
 from icrl.reading import read_rows
 from icrl.training.config import init_of
@@ -17,7 +17,7 @@ from icrl.training.process import finish, flushed_denormals, machine, prepare, r
 from icrl.training.run import has_checkpoint
 
 
-def train_omnirl(
+def train_value_iteration_network(
     out: Path, given: dict[str, Any], records: Path | None, over: dict[str, Any], init: Path | None, json: Path | None
 ) -> dict[str, Any] | None:
     """Train in the folder `out`, or go on there; prints where the model and its picture are.
@@ -34,7 +34,7 @@ def train_omnirl(
         training = replace(training, records=str(records))
     loop = replace(loop, **over)
     prepare(loop)
-    learner = OmniRLLearner(training, loop, init_of(init, given), fresh=not has_checkpoint(out))
+    learner = ValueIterationLearner(training, loop, init_of(init, given), fresh=not has_checkpoint(out))
     with flushed_denormals():
         path = train(learner, loop, out)
     numbers = None

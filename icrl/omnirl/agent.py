@@ -1,4 +1,4 @@
-"""OmniRL acting: a model and its state in a batch of environments."""
+"""A model acting: the model and its state in a batch of environments."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from icrl.omnirl.labels import name_others
-from icrl.omnirl.model import OmniRL, Output, State, Tokens
 from icrl.omnirl.tags import EXPLORER, START, TAGS, UNKNOWN
+from icrl.omnirl.tokens import Tokens
 from icrl_kernels import threads_here
 from icrl_kernels.arguments import dense, integer, number
 
@@ -45,6 +46,29 @@ class Temperature:
         return self.start + (self.end - self.start) * min(1.0, step / max(1, self.steps))
 
 
+class Model(Protocol):
+    """What an agent asks of a model: see ValueIterationNetwork."""
+
+    title: str
+    labels: int
+    labels_named: bool
+
+    @property
+    def actions(self) -> int: ...
+
+    @property
+    def prompts(self) -> int:
+        """How many policies a prompt may ask for: tags 0 to prompts-1."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def initial_state(self, batch: int, states: int) -> Any: ...
+
+    def decide(self, tokens: Tokens, prompt: int, state: Any) -> Tensor: ...
+
+
 class Agent:
     """Acts in a batch of tasks with one context each, learning from nothing but that context.
 
@@ -54,7 +78,7 @@ class Agent:
     on the CPU and are the same for every device.
 
     Args:
-        model: an OmniRL. batch: how many tasks. states: capacity for observations (at least the largest task's).
+        model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
         prompt: which policy to imitate, by its tag: 0..3, the optimal one at `model.config.discounts[prompt]`; 4, the
             optimistic model-based learner, which explores.
         temperature: of sampling. seed: of sampling.
@@ -66,7 +90,7 @@ class Agent:
 
     def __init__(
         self,
-        model: OmniRL,
+        model: Model,
         batch: int,
         states: int,
         *,
@@ -75,15 +99,15 @@ class Agent:
         seed: int = 0,
         num_actions: Tensor | int | None = None,
     ) -> None:
-        c = model.config
         self.batch, self.states = integer("batch", batch, 1), integer("states", states, 1)
         if not model.labels_named:  # once for a model, however many agents it has
             name_others("the model", model.labels)
             model.labels_named = True
         self.device = model.device
-        self.run: Callable[[Tokens, State], tuple[Output, State]] = model.step
-        """What runs the model; it changes the state in place. Replace it by `torch.compile(model.step)` for a faster one."""
-        self.prompt = integer("prompt", prompt, 0, c.policies - 1)
+        self.run: Callable[[Tokens, int, Any], Tensor] = model.decide
+        """What runs the model: (tokens, prompt, state) -> logits; it changes the state in place. Replace it by
+        `torch.compile(model.decide)` for a faster one."""
+        self.prompt = integer("prompt", prompt, 0, model.prompts - 1)
         self.temperature = Temperature() if temperature is None else temperature
         if not isinstance(self.temperature, Temperature):
             raise ValueError(f"temperature: wanted a Temperature, got {temperature!r}")
@@ -92,19 +116,19 @@ class Agent:
             least, largest = int(num_actions.min()), int(num_actions.max())
             self.num_actions: Tensor | int = num_actions.to(self.device)
         else:
-            self.num_actions = c.actions if num_actions is None else integer("num_actions", num_actions)
+            self.num_actions = model.actions if num_actions is None else integer("num_actions", num_actions)
             least = largest = self.num_actions
-        if least < 1 or largest > c.actions:
-            raise ValueError(f"num_actions: wanted 1 to {c.actions}, the model's, got {least} to {largest}")
+        if least < 1 or largest > model.actions:
+            raise ValueError(f"num_actions: wanted 1 to {model.actions}, the model's, got {least} to {largest}")
         self.generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
         self.state = model.initial_state(self.batch, self.states)
         self._alone = self.device.type == "cpu" and self.batch <= ONE_THREAD
         zeros = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         self.step = 0
-        self._actions = c.actions
+        self._actions = model.actions
         self._observation = zeros
         self._action: Tensor | None = None
-        self._previous = (zeros, zeros + c.actions, zeros.float(), zeros + START, zeros + UNKNOWN)
+        self._previous = (zeros, zeros + model.actions, zeros.float(), zeros + START, zeros + UNKNOWN)
 
     def _check(self, name: str, tensor: Tensor, of_integers: bool = True) -> None:
         dense(name, tensor)
@@ -130,8 +154,7 @@ class Agent:
         own = None if action_mask is None else self._own(action_mask)
         tokens = Tokens(*(x[:, None] for x in (observation, *self._previous)))
         with threads_here(1) if self._alone else nullcontext():
-            output, self.state = self.run(tokens, self.state)
-            logits = output.readouts[-1].logits[:, 0, :, self.prompt]
+            logits = self.run(tokens, self.prompt, self.state)
             if own is not None:
                 logits = logits.masked_fill(~own, -torch.inf)
             uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32)

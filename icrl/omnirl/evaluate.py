@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icrl.omnirl.agent import Agent, Temperature
-from icrl.omnirl.model import OmniRL
+from icrl.omnirl.agent import Agent, Model, Temperature
 from icrl.omnirl.tags import EXPLORER
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import (
@@ -194,7 +193,7 @@ def curve(context: Context, reference: Reference, window: int = 100) -> Curve:
 
 
 def run_agent(
-    model: OmniRL,
+    model: Model,
     tasks: TabularTasks,
     steps: int,
     *,

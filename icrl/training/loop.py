@@ -11,7 +11,7 @@ Starting the same command again continues it from its newest checkpoint, bit for
 - with another number of threads, on another device, compiled or not, with other versions: that is said and recorded.
 
 Any other setting is the run's; another value is refused. Several processes (`torchrun --nproc-per-node 2 -m icrl.cli train
-omnirl`) share one model: `process.parallel` averages their gradients, and the log has means over all of them.
+value-iteration-network`) share one model: `process.parallel` averages their gradients, and the log has means over all of them.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def sample_anymdp(
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)} that serves {device}, got {backend!r}")
     n, num_actions = integer("n", n, 0), integer("num_actions", num_actions, 2)
     max_attempts = integer("max_attempts", max_attempts, 1)
-    keys = _keys(n, seed, first, stream=1, device=device)
+    keys = task_keys(n, seed, first, stream=1, device=device)
     sizes, most = _sizes(num_states, n, seed, first, least=8, device=device)
     width = int(sizes.max()) if n else most
     ids = _ids(num_observations, width)
@@ -70,7 +70,7 @@ def sample_anymdp(
     if backend == "torch":
         tasks = _by_torch(keys, sizes, width, num_actions, ids, max_attempts, progress)
         return tasks if packed else tasks.dense()
-    tasks = _empty(n, width, num_actions, ids, sizes, packed)
+    tasks = empty_tasks(n, width, num_actions, ids, sizes, packed)
     block = 64 if progress else max(n, 1)
     windows = []
     for i in tqdm(range(0, n, block), unit_scale=block, unit="task", disable=not progress):
@@ -137,7 +137,7 @@ def sample_garnet(
     )
     if not 0 <= number("sigma", sigma) < torch.inf:
         raise ValueError(f"sigma: wanted a finite number of at least 0, got {sigma}")
-    keys = _keys(n, seed, first, stream=2, device=torch.device(device))
+    keys = task_keys(n, seed, first, stream=2, device=torch.device(device))
     sizes, _ = _sizes(num_states, n, seed, first, least=max(branching, 2), device=keys.device)
     width = int(sizes.max()) if n else branching
     ids = _ids(num_observations, width)
@@ -152,7 +152,7 @@ def sample_garnet(
                 for i, part in zip(starts, parts, strict=True)
             ]
         )
-    tasks = _empty(n, width, num_actions, ids, sizes)
+    tasks = empty_tasks(n, width, num_actions, ids, sizes)
     shape = (n, width, num_actions)
     draw = uniforms(keys, 3, width * num_actions * branching).view(*shape, branching).double()
     chosen = torch.full((*shape, branching), -1, device=keys.device, dtype=torch.int64)
@@ -194,8 +194,8 @@ def sample_bandit(
     """
     n, num_actions = integer("n", n, 0), integer("num_actions", num_actions, 2)
     num_observations = integer("num_observations", num_observations, 1)
-    keys = _keys(n, seed, first, stream=3, device=torch.device(device))
-    tasks = _empty(n, 1, num_actions, num_observations, torch.ones(n, dtype=torch.int64, device=keys.device))
+    keys = task_keys(n, seed, first, stream=3, device=torch.device(device))
+    tasks = empty_tasks(n, 1, num_actions, num_observations, torch.ones(n, dtype=torch.int64, device=keys.device))
     base = exponential(keys, 3, 1).clamp(0.05, 2.0)
     means = torch.zeros(n, num_actions, dtype=torch.float64, device=keys.device)
     left = torch.ones(n, dtype=torch.bool, device=keys.device)
@@ -219,7 +219,7 @@ def sample_bandit(
 _ENTRIES = 1 << 22  # of dense tables that exist at a time where windows are wanted
 
 
-def _keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> Tensor:
+def task_keys(n: int, seed: int, first: int, stream: int, device: torch.device) -> Tensor:
     seed, first = integer("seed", seed), integer("first", first, 0)
     return keys_of(seed, torch.arange(first, first + n, device=device), stream)
 
@@ -232,7 +232,7 @@ def _sizes(num_states: Sizes, n: int, seed: int, first: int, least: int, device:
         low, high = (integer("num_states", size, least) for size in num_states)
         if low > high:
             raise ValueError(f"num_states: wanted (low, high) with low ≤ high, got {(low, high)}")
-        return low + integers(_keys(n, seed, first, stream=0, device=device), 1, 1, high - low + 1)[:, 0], high
+        return low + integers(task_keys(n, seed, first, stream=0, device=device), 1, 1, high - low + 1)[:, 0], high
     if not isinstance(num_states, (Tensor, np.ndarray)) or not num_states.ndim:
         size = integer("num_states", num_states, least, 2**62)
         return torch.full((n,), size, dtype=torch.int64, device=device), size
@@ -254,7 +254,7 @@ def _ids(num_observations: int | None, width: int) -> int:
     return ids
 
 
-def _empty(n: int, states: int, actions: int, ids: int, sizes: Tensor, packed: bool = False) -> TabularTasks:
+def empty_tasks(n: int, states: int, actions: int, ids: int, sizes: Tensor, packed: bool = False) -> TabularTasks:
     device = sizes.device
     windows = [torch.zeros(n, states, actions, dtype=d, device=device) for d in (torch.int64, torch.int32, torch.int32)]
     dense = (n, states, actions, states)

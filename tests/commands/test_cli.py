@@ -8,8 +8,9 @@ import torch
 
 from icrl.cli import main
 from icrl.commands.demo import success
+from icrl.omnirl.checkpoints import shipped
 from icrl.omnirl.evaluate import Context
-from icrl.omnirl.model import OmniRL, OmniRLConfig, shipped
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.worlds import TabularTasks
 from icrl.worlds.gymnasium_tables import CLASSIC
 
@@ -18,8 +19,10 @@ from icrl.worlds.gymnasium_tables import CLASSIC
 def small(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    OmniRL(
-        OmniRLConfig(layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12)
+    ValueIterationNetwork(
+        ValueIterationNetworkConfig(
+            layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12
+        )
     ).save(path)
     return path
 
@@ -113,11 +116,11 @@ def test_train_then_demo_from_its_model(tmp_path):
         "loop": {"updates": 2, "compile": False, "warmup": 1},
     }
     (tmp_path / "c.json").write_text(json.dumps(config))
-    args = ["train", "omnirl", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
+    args = ["train", "value-iteration-network", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
     threads = torch.get_num_threads()
     assert main([*args, "--threads", "1"]) == 0
     torch.set_num_threads(threads)
-    model = OmniRL.load(tmp_path / "run" / "model.safetensors")
+    model = ValueIterationNetwork.load(tmp_path / "run" / "model.safetensors")
     assert model.config.layers == 1
 
 
@@ -144,10 +147,12 @@ def test_wrong_input_is_one_line_and_exit_2(small, tmp_path, capsys):
     assert "safetensors" in refused(capsys, "worlds", "inspect", tasks)
     config = tmp_path / "c.json"
     config.write_text('{"loop": {"udpates": 3}}')
-    assert "udpates" in refused(capsys, "train", "omnirl", "--config", config, "--out", tmp_path / "run")
+    assert "udpates" in refused(
+        capsys, "train", "value-iteration-network", "--config", config, "--out", tmp_path / "run"
+    )
     assert not (tmp_path / "run").exists()
     config.write_text("{")
-    assert "JSON" in refused(capsys, "train", "omnirl", "--config", config, "--out", tmp_path / "run")
+    assert "JSON" in refused(capsys, "train", "value-iteration-network", "--config", config, "--out", tmp_path / "run")
 
 
 def test_success_by_hand():
@@ -185,5 +190,5 @@ def test_the_shipped_model_learns_in_context(tmp_path):
     assert shipped().stat().st_size < 10e6
     assert main(args) == 0
     methods = json.loads((tmp_path / "e.json").read_text())["methods"]
-    assert methods["OmniRL (in context)"]["normalized"] > 0.6
+    assert methods["value-iteration network"]["normalized"] > 0.6
     assert abs(methods["random"]["normalized"]) < 0.15

@@ -11,7 +11,7 @@ import pytest
 import icrl.cli
 from icrl.cli import main
 from icrl.omnirl.distill import DPDConfig
-from icrl.omnirl.training import OmniRLTraining
+from icrl.omnirl.value_iteration_training import ValueIterationTraining
 from icrl.training.config import configured
 from icrl.worlds import TabularTasks
 from icrl.worlds.difficulty import compare, draw_difficulty
@@ -74,7 +74,10 @@ def test_small_tasks_are_judged_by_their_own_kind(tmp_path):
     data = {**TINY["data"], "states": 4, "least_states": 3, "tasks": {"garnet": 1.0}}
     loop = {"updates": 2, "evaluate_every": 1, "checkpoint_every": 2, "log_every": 1}
     (tmp_path / "c.json").write_text(json.dumps({"training": {**TINY, "data": data}, "loop": loop}))
-    assert main(["train", "omnirl", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(["train", "value-iteration-network", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")])
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = [row["score"] for row in rows if "score" in row]
     assert len(scores) == 2
@@ -112,12 +115,12 @@ def test_sizes_of_kinds_that_are_not_drawn_do_not_count():
 )
 def test_training_that_cannot_do_what_it_says(settings, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
-        configured(OmniRLTraining, settings, "training")
+        configured(ValueIterationTraining, settings, "training")
 
 
 def test_as_many_own_records_as_a_batch_wants_are_enough():
-    training: OmniRLTraining = configured(
-        OmniRLTraining, {"dagger": 0.5, "dagger_records": 5, "data": {"batch": 10}}, "training"
+    training: ValueIterationTraining = configured(
+        ValueIterationTraining, {"dagger": 0.5, "dagger_records": 5, "data": {"batch": 10}}, "training"
     )
     assert training.own_records == 5
 

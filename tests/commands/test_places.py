@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from icrl.cli import COMMANDS, main
-from icrl.omnirl.model import OmniRL, OmniRLConfig
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.worlds import TabularTasks, sample_anymdp
 
 ROOT = os.geteuid() == 0
@@ -29,8 +29,10 @@ def tasks(tmp_path_factory):
 def small(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    OmniRL(
-        OmniRLConfig(layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12)
+    ValueIterationNetwork(
+        ValueIterationNetworkConfig(
+            layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12
+        )
     ).save(path)
     return path
 
@@ -67,7 +69,15 @@ def test_numbers_that_cannot_be_written_are_refused(name, tmp_path, capsys, monk
         assert err.startswith(f"icrl: json: cannot write {place} (")
 
 
-FOLDERS = ["train omnirl", "train offline", "train world-model", "collect", "distill", "worlds shards", "eval sicql"]
+FOLDERS = [
+    "train value-iteration-network",
+    "train offline",
+    "train world-model",
+    "collect",
+    "distill",
+    "worlds shards",
+    "eval sicql",
+]
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -49,7 +49,9 @@ def test_help_of_every_command_in_a_narrow_terminal(command, monkeypatch, capsys
     assert "--json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["icrl train omnirl --help | true", "SAMPLE | true", "SAMPLE 2>&1 | true"])
+@pytest.mark.parametrize(
+    "line", ["icrl train value-iteration-network --help | true", "SAMPLE | true", "SAMPLE 2>&1 | true"]
+)
 def test_a_reader_that_leaves_is_no_error(line, tmp_path):
     done = shell(f"{line}; exit ${{PIPESTATUS[0]}}", tmp_path)
     assert done.returncode == 128 + signal.SIGPIPE
@@ -100,7 +102,7 @@ def test_other_peoples_environments(environment, tmp_path):
 
 
 def test_help_without_docstrings(tmp_path):
-    assert icrl("train", "omnirl", "--help", cwd=tmp_path, PYTHONOPTIMIZE="2").returncode == 0
+    assert icrl("train", "value-iteration-network", "--help", cwd=tmp_path, PYTHONOPTIMIZE="2").returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,7 +17,7 @@ from icrl.cli import main
 from icrl.data.shards import DataSet, Field, ShardReader, shard_path, write_shards
 from icrl.files import checksum
 from icrl.offline.experiment import OfflineRun
-from icrl.omnirl.model import OmniRL, OmniRLConfig
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.reading import TensorFile, parse_json, read_json, read_rows
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, configured
@@ -25,7 +25,7 @@ from icrl.worlds import TabularTasks, sample_anymdp
 from icrl_kernels import _C
 
 OLD = Path(__file__).parents[1] / "data" / "written_by_0.1.0.dev"
-TINY = OmniRLConfig(actions=2, layers=1, action_width=2, state_width=2, value_width=2, pool_heads=1)
+TINY = ValueIterationNetworkConfig(actions=2, layers=1, action_width=2, state_width=2, value_width=2, pool_heads=1)
 
 
 def header_end(raw):
@@ -56,7 +56,7 @@ def test_every_bit_of_a_header_is_covered(kind, bits, tmp_path):
     if kind == "checkpoint":
         optimised(path)
     elif kind == "weights":
-        OmniRL(TINY).save(path, seed=3)
+        ValueIterationNetwork(TINY).save(path, seed=3)
     else:
         tasks = sample_anymdp(2, 8, 2, seed=1)
         (tasks.pack() if kind == "packed tasks" else tasks).save(path)
@@ -99,7 +99,7 @@ def test_earlier_files_load_and_say_what_is_not_covered():
 def test_an_earlier_file_keeps_to_the_metadata_that_it_had(tmp_path):
     """A flip in the name of the header's checksum makes no earlier version's file of one."""
     path = tmp_path / "m.safetensors"
-    OmniRL(TINY).save(path)
+    ValueIterationNetwork(TINY).save(path)
     path.write_bytes(path.read_bytes().replace(b"header_crc32", b"header_crc31"))
     with pytest.raises(ValueError, match=r"m\.safetensors: damaged"):
         checkpoint.load(path)
@@ -224,7 +224,7 @@ def test_json_of_any_content(text, what, tmp_path):
     with pytest.raises(ValueError, match=what) as caught:
         read_json(path)
     assert str(path) in str(caught.value)
-    for command in ("omnirl", "offline"):
+    for command in ("value-iteration-network", "offline"):
         assert main(["train", command, "--config", str(path), "--out", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
 
@@ -284,17 +284,17 @@ def test_configurations_of_other_types(values, what):
 
 
 def test_elements_of_configurations_have_types():
-    assert configured(OmniRLConfig, {"discounts": [0, 0.5]}, "model").discounts == (0.0, 0.5)
+    assert configured(ValueIterationNetworkConfig, {"discounts": [0, 0.5]}, "model").discounts == (0.0, 0.5)
     for given, what in (([0, "x"], r"discounts\[1\]: wanted float, got 'x'"), ([[0]], r"discounts\[0\]: wanted float")):
         with pytest.raises(ValueError, match=what):
-            configured(OmniRLConfig, {"discounts": given}, "model")
+            configured(ValueIterationNetworkConfig, {"discounts": given}, "model")
     assert configured(LoopConfig, {"clip": 2}, "loop").clip == 2.0
 
 
 def test_a_command_names_its_configuration(tmp_path, capsys):
     path = tmp_path / "c.json"
     for command, given in (
-        (["train", "omnirl"], {"training": {"segment": "x"}}),
+        (["train", "value-iteration-network"], {"training": {"segment": "x"}}),
         (["train", "offline"], {"settings": {"horizon": [1]}}),
         (["train", "world-model"], {"world_model": {"size": None}}),
         (["collect", str(tmp_path / "out")], {"data": {"size": "x"}}),
@@ -329,11 +329,11 @@ def test_a_command_names_its_configuration(tmp_path, capsys):
 def test_a_model_is_no_larger_than_its_file(config, tmp_path):
     """Sizes are compared before anything is allocated: terabytes of weights end in a line."""
     path = tmp_path / "m.safetensors"
-    model = OmniRL(TINY)
+    model = ValueIterationNetwork(TINY)
     facts = {"model": "omnirl", "config": {**TINY.__dict__, **config} if isinstance(config, dict) else config}
     checkpoint.save(path, model.state_dict(), facts)
     with pytest.raises(ValueError, match=r"m\.safetensors does not fit its own configuration"):
-        OmniRL.load(path)
+        ValueIterationNetwork.load(path)
 
 
 def test_facts_of_any_type(tmp_path):

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from icrl.cli import main
 from icrl.data.shards import DataSet, Field, ShardReader, batch_rows, read_index, shard_path, write_shards
 from icrl.omnirl.distill import DPDConfig, DPDStream
-from icrl.omnirl.model import OmniRLConfig
 from icrl.omnirl.record_shards import RECORDS, RecordStream, records_dataset, write_records
-from icrl.omnirl.training import OmniRLLearner, OmniRLTraining
+from icrl.omnirl.value_iteration_network import ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_training import ValueIterationLearner, ValueIterationTraining
 from icrl.training.config import LoopConfig
 from icrl.training.loop import train
 from icrl.worlds import TabularTasks
@@ -417,13 +417,15 @@ def test_refuses_records_that_do_not_fit(records):
 
 def test_training_from_disk_is_training_on_the_fly(records, tmp_path):
     """The same batches in the same order give the same model; and a run from disk resumes."""
-    tiny = OmniRLConfig(actions=3, layers=1, action_width=8, state_width=12, value_width=4)
-    config = OmniRLTraining(model=tiny, data=SMALL, segment=20, dagger=0.0, evaluation_tasks=2, evaluation_steps=4)
+    tiny = ValueIterationNetworkConfig(actions=3, layers=1, action_width=8, state_width=12, value_width=4)
+    config = ValueIterationTraining(
+        model=tiny, data=SMALL, segment=20, dagger=0.0, evaluation_tasks=2, evaluation_steps=4
+    )
     loop = LoopConfig(updates=3, warmup=1, checkpoint_every=2, seed=3)
-    from_disk = OmniRLLearner(replace(config, records=str(records)), loop)
+    from_disk = ValueIterationLearner(replace(config, records=str(records)), loop)
     assert isinstance(from_disk.stream, RecordStream)
     from_disk.stream.order["shuffle"] = False
-    on_the_fly = OmniRLLearner(config, loop)
+    on_the_fly = ValueIterationLearner(config, loop)
     for learner, name in ((from_disk, "disk"), (on_the_fly, "fly")):
         train(learner, loop, tmp_path / name)
         learner.stream.close()
@@ -431,11 +433,11 @@ def test_training_from_disk_is_training_on_the_fly(records, tmp_path):
         assert torch.equal(a, b)
     given = {"training": json.loads(json.dumps(asdict(config))), "loop": {"updates": 1}}
     (tmp_path / "c.json").write_text(json.dumps(given))
-    args = ["train", "omnirl", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
+    args = ["train", "value-iteration-network", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
     assert main([*args, "--records", str(records)]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["records"] == str(records)
     with pytest.raises(ValueError, match="has states 10, the configuration 11"):
-        OmniRLLearner(replace(config, data=replace(SMALL, states=11), records=str(records)), loop)
+        ValueIterationLearner(replace(config, data=replace(SMALL, states=11), records=str(records)), loop)
 
 
 def test_a_configuration_keeps_its_steps_and_batch(tmp_path):

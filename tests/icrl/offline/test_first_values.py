@@ -13,7 +13,7 @@ from icrl.offline.method import Spaces
 from icrl.offline.methods import METHODS, method_class
 from icrl.offline.trunk import MIXERS, Trunk, TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig
-from icrl.omnirl.model import OmniRL, OmniRLConfig
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.worlds import sample_anymdp
 from icrl_kernels import rollout_start
 
@@ -28,7 +28,7 @@ def make_method(name):
 
 
 MODULES = {
-    "omnirl": lambda: OmniRL(OmniRLConfig(layers=2)),
+    "omnirl": lambda: ValueIterationNetwork(ValueIterationNetworkConfig(layers=2)),
     **{f"trunk {mixer}": lambda mixer=mixer: Trunk(TrunkConfig(32, 2, 2, mixer), 12) for mixer in MIXERS},
     "world model": lambda: WorldModel(WorldModelConfig(), "x", 3, 4),
     "world model of data": lambda: WorldModel(
@@ -78,7 +78,7 @@ def test_omnirl_has_the_bits_of_building():
 
 
 def some_states():
-    yield OmniRL(OmniRLConfig(layers=2)).initial_state(2, 4)
+    yield ValueIterationNetwork(ValueIterationNetworkConfig(layers=2)).initial_state(2, 4)
     for mixer in ("softmax", "gla", "rwkv7"):
         yield Trunk(TrunkConfig(32, 2, 2, mixer), 12)(torch.randn(2, 3, 32))[1]
     tasks = sample_anymdp(2, 8, 3, seed=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from icrl.omnirl import Agent, OmniRL, OmniRLConfig, Temperature
+from icrl.omnirl import Agent, Temperature, ValueIterationNetwork, ValueIterationNetworkConfig
 
 B, S = 3, 8
 
@@ -14,7 +14,7 @@ B, S = 3, 8
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return OmniRL(OmniRLConfig(layers=2)).eval()
+    return ValueIterationNetwork(ValueIterationNetworkConfig(layers=2)).eval()
 
 
 def seen():
@@ -25,10 +25,10 @@ def best(agent):
     """Runs the agent's model as before, and keeps its best actions."""
     inner = agent.run
 
-    def run(tokens, state):
-        output, state = inner(tokens, state)
-        agent.best = output.readouts[-1].logits[:, 0, :, agent.prompt].argmax(-1)
-        return output, state
+    def run(tokens, prompt, state):
+        logits = inner(tokens, prompt, state)
+        agent.best = logits.argmax(-1)
+        return logits
 
     agent.run = run
     return agent

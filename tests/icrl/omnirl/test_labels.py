@@ -11,20 +11,21 @@ from icrl.cli import main
 from icrl.data.shards import read_index, shard_path
 from icrl.omnirl import record_shards
 from icrl.omnirl.agent import Agent
+from icrl.omnirl.checkpoints import shipped
 from icrl.omnirl.distill import DPDConfig
 from icrl.omnirl.labels import CHANGED, LABELS_VERSION
-from icrl.omnirl.model import OmniRL, OmniRLConfig, shipped
 from icrl.omnirl.record_shards import RecordStream, write_records
-from icrl.omnirl.training import OmniRLLearner, OmniRLTraining
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_training import ValueIterationLearner, ValueIterationTraining
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
 from icrl.training.loop import train
 from icrl_kernels import model_based_q
 
 OLD = Path(__file__).parents[2] / "data" / "written_by_0.1.0.dev"
-TINY = OmniRLConfig(actions=3, layers=1, action_width=4, state_width=6, value_width=4)
+TINY = ValueIterationNetworkConfig(actions=3, layers=1, action_width=4, state_width=6, value_width=4)
 DATA = DPDConfig(batch=2, steps=16, states=8, actions=3)
-CONFIG = OmniRLTraining(model=TINY, data=DATA, segment=16, dagger=0.0, evaluation_tasks=2, evaluation_steps=4)
+CONFIG = ValueIterationTraining(model=TINY, data=DATA, segment=16, dagger=0.0, evaluation_tasks=2, evaluation_steps=4)
 LOOP = LoopConfig(updates=1, warmup=1, device="cpu")
 
 
@@ -56,33 +57,35 @@ def named(model, times=1):
 
 @pytest.mark.filterwarnings("ignore:.*its checksum")
 def test_acting_with_older_labels_names_it_once(tmp_path):
-    (said,) = named(OmniRL.load(shipped()))
+    (said,) = named(ValueIterationNetwork.load(shipped()))
     assert CHANGED[1] in said
-    named(OmniRL(TINY), times=0)
-    model = OmniRL(TINY)
+    named(ValueIterationNetwork(TINY), times=0)
+    model = ValueIterationNetwork(TINY)
     model.save(tmp_path / "m")
-    named(OmniRL.load(tmp_path / "m"), times=0)
-    older = OmniRL.load(OLD / "omnirl" / "model.safetensors")
+    named(ValueIterationNetwork.load(tmp_path / "m"), times=0)
+    older = ValueIterationNetwork.load(OLD / "omnirl" / "model.safetensors")
     older.save(tmp_path / "older")  # which changes no label that they have learned
     assert labels_of(tmp_path / "older") == 0
-    named(OmniRL.load(tmp_path / "older"))
+    named(ValueIterationNetwork.load(tmp_path / "older"))
 
 
 def test_weights_runs_and_records_have_a_version(tmp_path):
     write_records(tmp_path / "records", DATA, 4, 1, rows_per_shard=2)
     assert [s.labels for s in read_index(tmp_path / "records")[1]] == [LABELS_VERSION] * 2
     assert RecordStream(tmp_path / "records", 2, 0).reader.labels == LABELS_VERSION
-    path = train(OmniRLLearner(CONFIG, LOOP), LOOP, tmp_path / "run")
-    assert labels_of(path) == OmniRL.load(path).labels == LABELS_VERSION
+    path = train(ValueIterationLearner(CONFIG, LOOP), LOOP, tmp_path / "run")
+    assert labels_of(path) == ValueIterationNetwork.load(path).labels == LABELS_VERSION
 
 
 @pytest.mark.parametrize("labels", ["x", -1, 1.0, None, [1]])
 def test_a_version_is_a_number(labels, tmp_path):
     checkpoint.save(
-        tmp_path / "m", OmniRL(TINY).state_dict(), {"model": "omnirl", "config": TINY.__dict__, "labels": labels}
+        tmp_path / "m",
+        ValueIterationNetwork(TINY).state_dict(),
+        {"model": "omnirl", "config": TINY.__dict__, "labels": labels},
     )
     with pytest.raises(ValueError, match="labels: wanted a version"):
-        OmniRL.load(tmp_path / "m")
+        ValueIterationNetwork.load(tmp_path / "m")
 
 
 def of_version(monkeypatch, version):
@@ -113,18 +116,18 @@ def test_records_from_before_versions_hold_the_labels_of_today():
 
 @pytest.mark.filterwarnings("ignore:.*its checksum")
 def test_beginning_from_older_weights_is_refused(tmp_path, capsys):
-    older = OmniRL(TINY)
+    older = ValueIterationNetwork(TINY)
     older.labels = 0
     older.save(tmp_path / "older")
     with pytest.raises(
         ValueError, match=f"init: {tmp_path}/older has labels of version 0, training makes .* version 1"
     ):
-        OmniRLLearner(CONFIG, LOOP, tmp_path / "older")
-    assert main(["train", "omnirl", "--init", str(shipped()), "--out", str(tmp_path / "run")]) == 2
+        ValueIterationLearner(CONFIG, LOOP, tmp_path / "older")
+    assert main(["train", "value-iteration-network", "--init", str(shipped()), "--out", str(tmp_path / "run")]) == 2
     assert f"init: {shipped()} has labels of version 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    OmniRL(TINY).save(tmp_path / "today")
-    OmniRLLearner(CONFIG, LOOP, tmp_path / "today")
+    ValueIterationNetwork(TINY).save(tmp_path / "today")
+    ValueIterationLearner(CONFIG, LOOP, tmp_path / "today")
 
 
 def with_labels(run, labels):
@@ -141,13 +144,13 @@ def with_labels(run, labels):
 
 
 def test_a_run_goes_on_with_its_own_labels_alone(tmp_path):
-    train(OmniRLLearner(CONFIG, LOOP), LOOP, tmp_path / "run")
+    train(ValueIterationLearner(CONFIG, LOOP), LOOP, tmp_path / "run")
     longer = LoopConfig(updates=2, warmup=1, device="cpu")
     with_labels(tmp_path / "run", LABELS_VERSION + 1)
     with pytest.raises(ValueError, match="the run has labels of version 2, training makes labels of version 1"):
-        train(OmniRLLearner(CONFIG, longer), longer, tmp_path / "run")
+        train(ValueIterationLearner(CONFIG, longer), longer, tmp_path / "run")
     with_labels(tmp_path / "run", None)  # from before versions: which they are is not known
     with pytest.warns(UserWarning, match="the run has learned labels of version 0"):
-        path = train(OmniRLLearner(CONFIG, longer), longer, tmp_path / "run")
+        path = train(ValueIterationLearner(CONFIG, longer), longer, tmp_path / "run")
     assert labels_of(path) == 0
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 2

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from icrl.omnirl.agent import Agent, Temperature
-from icrl.omnirl.model import OmniRL, OmniRLConfig, Tokens
 from icrl.omnirl.tags import START, TAGS, UNKNOWN
+from icrl.omnirl.tokens import Tokens
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 
-SMALL = OmniRLConfig(
+SMALL = ValueIterationNetworkConfig(
     layers=2, action_width=16, state_width=24, value_width=8, action_hidden=16, state_hidden=24, pool_heads=2
 )
 B, T, S = 3, 50, 7
@@ -16,7 +17,7 @@ B, T, S = 3, 50, 7
 @pytest.fixture
 def model():
     torch.manual_seed(1)
-    m = OmniRL(SMALL)
+    m = ValueIterationNetwork(SMALL)
     with torch.no_grad():  # away from the initialisation, where heads are nearly zero
         for p in m.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -163,7 +164,7 @@ def test_agent_refuses(model):
 def test_checkpoint_round_trip_and_damage(model, tmp_path):
     path = tmp_path / "m.safetensors"
     model.save(path, seed=3)
-    again = OmniRL.load(path)
+    again = ValueIterationNetwork.load(path)
     assert again.config == model.config
     tokens = make_tokens()
     with torch.no_grad():
@@ -173,22 +174,22 @@ def test_checkpoint_round_trip_and_damage(model, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
-        OmniRL.load(path)
+        ValueIterationNetwork.load(path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="damaged"):
-        OmniRL.load(path)
+        ValueIterationNetwork.load(path)
     flipped = bytearray(whole)
     flipped[-5] ^= 1
     path.write_bytes(flipped)
     with pytest.raises(ValueError, match="damaged"):
-        OmniRL.load(path)
+        ValueIterationNetwork.load(path)
     with torch.no_grad():
         model.bonus[0] = float("nan")
     model.save(path)
     with pytest.raises(ValueError, match="not finite"):
-        OmniRL.load(path)
+        ValueIterationNetwork.load(path)
     with pytest.raises(ValueError, match="no file"):
-        OmniRL.load(tmp_path / "absent.safetensors")
+        ValueIterationNetwork.load(tmp_path / "absent.safetensors")
 
 
 def test_unknown_tag_constant():

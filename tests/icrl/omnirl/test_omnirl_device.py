@@ -10,14 +10,22 @@ from icrl.commands import demo
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.distill import DPDConfig, draw_references, make_records, sample_tasks
-from icrl.omnirl.model import OmniRL, OmniRLConfig, Tokens
-from icrl.omnirl.training import OmniRLLearner, OmniRLTraining, Targets, loss_of, targets_of, tokens_of
+from icrl.omnirl.tokens import Tokens
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_training import (
+    Targets,
+    ValueIterationLearner,
+    ValueIterationTraining,
+    loss_of,
+    targets_of,
+    tokens_of,
+)
 from icrl.training.config import LoopConfig
 from icrl.training.loop import gradient, optimizers, take_step
 from icrl.worlds import sample_anymdp, sample_pomdp
 
-TINY = OmniRLTraining(
-    model=OmniRLConfig(
+TINY = ValueIterationTraining(
+    model=ValueIterationNetworkConfig(
         layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12, pool_heads=1
     ),
     data=DPDConfig(batch=4, steps=24),
@@ -41,7 +49,7 @@ def batch(device, length=T):
 
 @pytest.mark.parametrize("name", FAKES)
 def test_forward_loss_and_step_of_the_model(name):
-    model = OmniRL(TINY.model)
+    model = ValueIterationNetwork(TINY.model)
     with fake_device(name) as device, torch.no_grad():
         faked(model, device)
         tokens, targets = batch(device)
@@ -56,7 +64,7 @@ def test_forward_loss_and_step_of_the_model(name):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_the_learner_trains_on_its_device(name, muon):
     loop = replace(CPU, muon_learning_rate=muon)
-    learner = OmniRLLearner(TINY, loop)
+    learner = ValueIterationLearner(TINY, loop)
     with fake_device(name) as device:
         learner.model, learner.device = faked(learner.model, device), device
         made, parameters = optimizers(learner, loop), list(learner.model.parameters())
@@ -72,7 +80,7 @@ def test_the_learner_trains_on_its_device(name, muon):
 
 def test_training_makes_no_tensor_without_a_device():
     """Batches, labels, the model's own records, losses, steps and the evaluation."""
-    learner = OmniRLLearner(TINY, CPU)
+    learner = ValueIterationLearner(TINY, CPU)
     made, parameters = optimizers(learner, CPU), list(learner.model.parameters())
     with ExplicitDevices():
         for update in range(2):
@@ -86,7 +94,7 @@ def test_training_makes_no_tensor_without_a_device():
 
 def test_worlds_labels_and_evaluation_make_no_tensor_without_a_device():
     data = replace(TINY.data, tasks={"anymdp": 1.0, "garnet": 1.0, "bandit": 1.0})
-    model = OmniRL(TINY.model)
+    model = ValueIterationNetwork(TINY.model)
     pomdp = sample_pomdp(2, 8, 5, seed=0, num_observations=9)
     with ExplicitDevices():
         tasks = sample_tasks(data, 6, 3)
@@ -103,7 +111,7 @@ def test_worlds_labels_and_evaluation_make_no_tensor_without_a_device():
 
 
 def test_an_agent_acts_on_its_models_device():
-    model = OmniRL(TINY.model).to("meta")  # another device than that of what it is given
+    model = ValueIterationNetwork(TINY.model).to("meta")  # another device than that of what it is given
     agent = Agent(model, 2, 8, num_actions=torch.tensor([3, 5]))
     action = agent.act(torch.zeros(2, dtype=torch.int64))
     assert action.device.type == "meta"
@@ -113,7 +121,7 @@ def test_an_agent_acts_on_its_models_device():
 
 def test_autocast_keeps_states_and_tables_in_float32():
     torch.manual_seed(0)
-    model = OmniRL(TINY.model)
+    model = ValueIterationNetwork(TINY.model)
     ids = torch.randint(0, 5, (B, 600), generator=torch.Generator().manual_seed(0))
     zeros = torch.zeros_like(ids)
     tokens = Tokens(

@@ -195,7 +195,7 @@ def test_one_update_of_one_record_of_one_step(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"training": training, "loop": loop}))
     args = [
         "train",
-        "omnirl",
+        "value-iteration-network",
         "--config",
         tmp_path / "c.json",
         "--out",

@@ -20,15 +20,15 @@ from icrl.extras import versions
 from icrl.files import locked
 from icrl.offline.experiment import OfflineRun
 from icrl.omnirl.distill import DPDConfig
-from icrl.omnirl.model import OmniRL, OmniRLConfig
 from icrl.omnirl.record_shards import RecordStream
-from icrl.omnirl.training import OmniRLLearner, OmniRLTraining, read_config
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_training import ValueIterationLearner, ValueIterationTraining, read_config
 from icrl.training import checkpoint, process
 from icrl.training.config import LoopConfig, configured, init_of
 from icrl.training.loop import rate, train
 
-TINY = OmniRLTraining(
-    model=OmniRLConfig(
+TINY = ValueIterationTraining(
+    model=ValueIterationNetworkConfig(
         layers=1, action_width=8, state_width=12, value_width=4, action_hidden=8, state_hidden=12, pool_heads=1
     ),
     data=DPDConfig(batch=4, steps=24),
@@ -48,7 +48,7 @@ class Killed(Exception):
 
 
 def run(out, training=TINY, loop=LOOP, kill_at=None):
-    learner = OmniRLLearner(training, loop)
+    learner = ValueIterationLearner(training, loop)
     if kill_at is not None:
         losses = learner.losses
 
@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 def test_training_changes_the_weights_and_logs(tmp_path):
     model = weights(run(tmp_path / "run"))
     torch.manual_seed(LOOP.seed)
-    fresh = OmniRL(TINY.model).state_dict()
+    fresh = ValueIterationNetwork(TINY.model).state_dict()
     assert any(not torch.equal(model[k], fresh[k]) for k in fresh)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "gradient_norm", "policy_0.5"} <= rows[0].keys()
@@ -115,13 +115,15 @@ def test_rate():
 
 def test_configured_refuses():
     assert (
-        configured(OmniRLTraining, {"model": {"layers": 2}, "policy_weights": [1, 1, 1, 1, 1]}, "training").model.layers
+        configured(
+            ValueIterationTraining, {"model": {"layers": 2}, "policy_weights": [1, 1, 1, 1, 1]}, "training"
+        ).model.layers
         == 2
     )
     run = configured(OfflineRun, {"loop": {"updates": 7}}, "run")
     assert run.loop == replace(OfflineRun().loop, updates=7)  # the rest is what this run's loop has, not any loop
     with pytest.raises(ValueError, match=r"training\.model has no depth"):
-        configured(OmniRLTraining, {"model": {"depth": 2}}, "training")
+        configured(ValueIterationTraining, {"model": {"depth": 2}}, "training")
     with pytest.raises(ValueError, match="wanted int"):
         configured(LoopConfig, {"updates": "many"}, "loop")
 
@@ -172,11 +174,11 @@ def test_loop_refuses(values):
 
 def test_training_refuses():
     with pytest.raises(ValueError, match="policy_weights"):
-        OmniRLTraining(policy_weights=(1.0,))
+        ValueIterationTraining(policy_weights=(1.0,))
     with pytest.raises(ValueError, match="segment"):
-        OmniRLTraining(segment=0)
+        ValueIterationTraining(segment=0)
     with pytest.raises(ValueError, match="wanted an object"):
-        configured(OmniRLTraining, 5, "training")
+        configured(ValueIterationTraining, 5, "training")
 
 
 class Counting:
@@ -281,21 +283,21 @@ def test_the_seed_has_one_home():
     with pytest.raises(ValueError, match=r"training\.seed.*loop\.seed") as refused:
         read_config({"training": {"seed": 7}})
     assert "\n" not in str(refused.value)
-    a, b = (OmniRLLearner(TINY, replace(LOOP, seed=s)) for s in (1, 2))
+    a, b = (ValueIterationLearner(TINY, replace(LOOP, seed=s)) for s in (1, 2))
     assert not torch.equal(a.model.action_features.weight, b.model.action_features.weight)
     assert a.stream.seed != b.stream.seed
 
 
 def test_a_run_begins_from_given_weights(tmp_path):
     path = run(tmp_path / "first")
-    learner = OmniRLLearner(TINY, LOOP, init=path)
+    learner = ValueIterationLearner(TINY, LOOP, init=path)
     given = weights(path)
     assert all(torch.equal(given[name], value) for name, value in learner.model.state_dict().items())
     train(learner, replace(LOOP, updates=1), tmp_path / "second")
     record = json.loads((tmp_path / "second" / "config.json").read_text())
     assert record["init"] == str(path)
     with pytest.raises(ValueError, match=r"training\.model\.layers: 1 in .*, 2 given"):
-        OmniRLLearner(replace(TINY, model=replace(TINY.model, layers=2)), LOOP, init=path)
+        ValueIterationLearner(replace(TINY, model=replace(TINY.model, layers=2)), LOOP, init=path)
 
 
 def test_other_versions_are_named_recorded_and_no_obstacle(tmp_path, capsys, monkeypatch):
@@ -362,7 +364,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
     distill = ["distill", tmp_path / "rec", "--tasks", 64, "--steps", 24, "--batch", 4, "--workers", 1]
     assert main([str(a) for a in distill]) == 0
-    shared = ["train", "omnirl", "--records", tmp_path / "rec"]
+    shared = ["train", "value-iteration-network", "--records", tmp_path / "rec"]
     codes, said = torchrun(*shared, "--config", tmp_path / "two.json", "--out", tmp_path / "two")
     assert codes == [0, 0], said
     args = [*shared, "--config", tmp_path / "one.json", "--out", tmp_path / "one"]
@@ -387,7 +389,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
 
 def test_a_group_is_refused_where_another_process_is_at_work(tmp_path):
     with locked(tmp_path / "run"):
-        codes, said = torchrun("train", "omnirl", "--out", tmp_path / "run", "--device", "cpu")
+        codes, said = torchrun("train", "value-iteration-network", "--out", tmp_path / "run", "--device", "cpu")
     assert codes == [2, 2], said
     for _, err in said:
         assert err.splitlines()[-1] == f"icrl: out: another process is at work in {tmp_path / 'run'}"
@@ -414,13 +416,13 @@ def test_streams_go_on_with_other_processes_without_a_row_twice(tmp_path):
 
 
 def test_a_process_without_its_own_state_collects_anew(monkeypatch):
-    learner = OmniRLLearner(TINY, LOOP)
+    learner = ValueIterationLearner(TINY, LOOP)
     for _ in zip(range(3), learner.losses(2), strict=False):
         pass
     state = learner.state_dict()
     state["collections"] = 5
     for own in (True, False):
-        other = OmniRLLearner(TINY, LOOP)
+        other = ValueIterationLearner(TINY, LOOP)
         other.redistribute(state, 3, own)
         assert (other.own is not None) == own
         assert other.collections == 15  # in one process: numbers that none of the three has used
@@ -495,10 +497,10 @@ def test_a_record_that_a_kill_cut_short_is_no_run(tmp_path):
 
 def test_the_weights_to_begin_from_are_read_once(tmp_path):
     first = run(tmp_path / "first")
-    learner = OmniRLLearner(TINY, LOOP, first)
+    learner = ValueIterationLearner(TINY, LOOP, first)
     train(learner, LOOP, tmp_path / "second")
     first.unlink()
     longer = replace(LOOP, updates=7)
-    assert train(OmniRLLearner(TINY, longer, first, fresh=False), longer, tmp_path / "second").exists()
+    assert train(ValueIterationLearner(TINY, longer, first, fresh=False), longer, tmp_path / "second").exists()
     with pytest.raises(ValueError, match="init: wanted a path, got 5"):
         init_of(None, {"init": 5})

@@ -14,8 +14,8 @@ from icrl.commands.worlds import inspect
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.distill import DPDConfig, make_records
-from icrl.omnirl.model import OmniRL, OmniRLConfig
-from icrl.omnirl.training import OmniRLTraining, targets_of
+from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_training import ValueIterationTraining, targets_of
 from icrl.worlds import TabularEnv, TabularTasks, TabularVectorEnv, quality, sample_anymdp, sample_garnet
 from icrl.worlds.difficulty import difficulty
 from icrl_kernels import rollout, value_iteration
@@ -218,7 +218,7 @@ def test_baselines_and_oracle(tasks):
 
 def small_model():
     torch.manual_seed(0)
-    return OmniRL(OmniRLConfig(actions=A, layers=1)).eval()
+    return ValueIterationNetwork(ValueIterationNetworkConfig(actions=A, layers=1)).eval()
 
 
 def test_agent(tasks):
@@ -245,6 +245,8 @@ def test_records(tasks):
     there = tasks.action_mask[torch.arange(N)[:, None], state]
     assert there.gather(2, records.action[..., None]).all()
     assert torch.equal(records.q == -torch.inf, ~there[:, :, None].expand_as(records.q))
-    wanted = targets_of(records, OmniRLTraining(model=OmniRLConfig(actions=A), data=config)).policy
+    wanted = targets_of(
+        records, ValueIterationTraining(model=ValueIterationNetworkConfig(actions=A), data=config)
+    ).policy
     assert (wanted.sum(2) - 1).abs().max() < 1e-6
     assert (wanted[~there] == 0).all()  # no policy is to imitate what is missing, the explorer neither

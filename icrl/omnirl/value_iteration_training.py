@@ -21,9 +21,10 @@ from icrl.omnirl.agent import Temperature
 from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sample_tasks
 from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl.labels import name_others, refuse_others, version_of
-from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, Tokens
 from icrl.omnirl.record_shards import RecordStream
 from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
+from icrl.omnirl.tokens import Tokens
+from icrl.omnirl.value_iteration_network import Output, ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.training.config import LoopConfig, changes, configured
 from icrl.training.process import autocast, parallel, rank, resolve, world_size
 from icrl_kernels import model_based_q
@@ -31,8 +32,8 @@ from icrl_kernels.arguments import integer_fields
 
 
 @dataclass(frozen=True)
-class OmniRLTraining:
-    model: OmniRLConfig = field(default_factory=OmniRLConfig)
+class ValueIterationTraining:
+    model: ValueIterationNetworkConfig = field(default_factory=ValueIterationNetworkConfig)
     data: DPDConfig = field(default_factory=lambda: DPDConfig(batch=12, steps=1024))
     segment: int = 512
     """Steps of a record between two updates; the model's state is carried on, detached."""
@@ -107,7 +108,7 @@ class Targets(NamedTuple):
     value: Tensor
 
 
-def targets_of(records: Records, config: OmniRLTraining) -> Targets:
+def targets_of(records: Records, config: ValueIterationTraining) -> Targets:
     """The references' labels: optimal at each discount, and the model-based learner that watched the same history.
 
     They lie where the records do; the model-based learner runs on the CPU.
@@ -140,7 +141,7 @@ def _action_mask(records: Records, states: int) -> Tensor | None:
     return mask.scatter_(1, records.observation.cpu()[..., None].expand_as(lacks), ~lacks)
 
 
-def loss_of(output: Output, targets: Targets, config: OmniRLTraining) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(output: Output, targets: Targets, config: ValueIterationTraining) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a segment, a float32 scalar, and scalars to log; all on the output's device."""
     value = (targets.value - output.reward_mean[..., None, None]) / output.reward_scale[..., None, None]
     value = value.clamp(-5, 5)
@@ -171,7 +172,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "training": training, "loop": {**loop, "seed": seed}}
 
 
-def read_config(given: dict[str, Any]) -> tuple[OmniRLTraining, LoopConfig]:
+def read_config(given: dict[str, Any]) -> tuple[ValueIterationTraining, LoopConfig]:
     """The configuration in a JSON object {"training": {...}, "loop": {...}} over the defaults; a run's record is one.
 
     Raises:
@@ -184,10 +185,12 @@ def read_config(given: dict[str, Any]) -> tuple[OmniRLTraining, LoopConfig]:
     training = given.get("training", {})
     if isinstance(training, dict) and "seed" in training:
         raise ValueError(f"config: training.seed: the seed is loop.seed; got {training['seed']!r} here")
-    return configured(OmniRLTraining, training, "training"), configured(LoopConfig, given.get("loop", {}), "loop")
+    return configured(ValueIterationTraining, training, "training"), configured(
+        LoopConfig, given.get("loop", {}), "loop"
+    )
 
 
-def _stream(config: OmniRLTraining, seed: int) -> Stream[Records]:
+def _stream(config: ValueIterationTraining, seed: int) -> Stream[Records]:
     """This process's batches, from disk or made on the fly."""
     if not config.records:
         return DPDStream(config.data, seed=seed * world_size() + rank())
@@ -196,7 +199,7 @@ def _stream(config: OmniRLTraining, seed: int) -> Stream[Records]:
     return stream
 
 
-class OmniRLLearner:
+class ValueIterationLearner:
     """What `icrl.training.loop.train` drives.
 
     Records are made and labelled on the CPU; the model, its tokens and its targets live on the loop's device.
@@ -209,13 +212,13 @@ class OmniRLLearner:
     """
 
     def __init__(
-        self, config: OmniRLTraining, loop: LoopConfig, init: Path | None = None, *, fresh: bool = True
+        self, config: ValueIterationTraining, loop: LoopConfig, init: Path | None = None, *, fresh: bool = True
     ) -> None:
         torch.manual_seed(loop.seed)
         self.training, self.loop, self.init = config, loop, init
         self.device = resolve(loop.device)
         with torch.device("cpu"):
-            self.model: OmniRL = OmniRL(config.model)
+            self.model: ValueIterationNetwork = ValueIterationNetwork(config.model)
         if init is not None and fresh:
             self._begin_from(init)
         self.model.to(self.device)
@@ -228,7 +231,7 @@ class OmniRLLearner:
         self._judge: Any = None
 
     def _begin_from(self, init: Path) -> None:
-        given = OmniRL.load(init)
+        given = ValueIterationNetwork.load(init)
         refuse_others(f"init: {init}", given.labels)
         if found := changes(asdict(given.config), asdict(self.training.model), "training.model"):
             what = ", ".join(f"{name}: {there!r} in {init}, {here!r} given" for name, there, here in found)

@@ -1,11 +1,11 @@
-"""OmniRL: a linear-attention sequence model that learns a Markov decision process from its context.
+"""The value-iteration network: linear-attention memories that count transitions, and learned Bellman backups over them.
+
+It learns a Markov decision process from its context, as OmniRL does (`icrl.omnirl.model`), by another architecture: where
+OmniRL is a plain stack of token mixers, this network's memories have keys that are of use for a table.
 
 One token an environment step: the observation and the transition that led to it. Every memory is a gated linear attention
 (`icrl_kernels.gla`), so training runs in parallel over the sequence, acting is recurrent with a state of constant size, and
 a sequence of any length is trained by segments.
-
-What differs from the published OmniRL (arXiv 2502.02869), a plain stack of token mixers: the mixers' keys start, and stay,
-where they are of use for a table.
 
 - *Transition memory* (one layer, a head an action): key = the previous observation, in the head of the previous action;
   value = (1, reward, termination, observation, behaviour tag). Its read at the current observation gives, for each action,
@@ -14,6 +14,8 @@ where they are of use for a table.
 - *Value memories* (`layers` of them): key = the current observation, value = what the layer below thinks of it, with a decay
   on the addressed slot alone (an average that forgets stale estimates). The query is the transition memory's distribution
   of next states, so that the read is an expectation of values over next states: one layer is one learned Bellman backup.
+  The first stores the mean reward so far: backups from a value that is learned, and optimistic in tasks that are new, make
+  far states look better than near ones, and what was learned is unlearned (tests/icrl/omnirl/test_unlearning.py).
 - *Blocks* between them: per-action streams `z [B,T,A,d]` whose weights are shared by all actions, and a state stream
   `x [B,T,D]` that pools over them. Observations have no other embedding, so a checkpoint serves any number of states.
 
@@ -28,9 +30,8 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,22 @@ from torch import Tensor, nn
 
 from icrl.omnirl.labels import LABELS_VERSION, version_of
 from icrl.omnirl.tags import START, TAGS
+from icrl.omnirl.tokens import Tokens
 from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import configured
 from icrl_kernels import gla, gla_step, layers
 from icrl_kernels.arguments import integer, integer_fields, number
 
+KIND = "value_iteration_network"
+"""What its files say that they hold."""
+
+KINDS = (KIND, "omnirl")
+"""And what those from before it had a name of its own say."""
+
 
 @dataclass(frozen=True)
-class OmniRLConfig:
+class ValueIterationNetworkConfig:
     actions: int = 5
     layers: int = 5
     action_width: int = 32
@@ -56,6 +64,8 @@ class OmniRLConfig:
     state_hidden: int = 96
     pool_heads: int = 4
     write_rate: float = 0.3
+    tied: bool = False
+    """Whether all layers share their weights: then there may be as many as a state has memories."""
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
     explorer_discount: float = 0.9
 
@@ -71,6 +81,11 @@ class OmniRLConfig:
                     raise ValueError(f"{name}: wanted numbers in [0, 1], got {discount}")
 
     @property
+    def own_layers(self) -> int:
+        """How many layers have weights of their own."""
+        return min(self.layers, 1) if self.tied else self.layers
+
+    @property
     def policies(self) -> int:
         """How many policies are read out: the optimal one at each discount, and the explorer (tags 0..4)."""
         return len(self.policy_discounts)
@@ -79,17 +94,6 @@ class OmniRLConfig:
     def policy_discounts(self) -> tuple[float, ...]:
         """Each policy's discount, by its tag."""
         return (*self.discounts, self.explorer_discount)
-
-
-class Tokens(NamedTuple):
-    """One token a step, all `[B,T]`: where the agent is, and what brought it there."""
-
-    observation: Tensor  # int64 in [0, states)
-    previous_observation: Tensor  # int64; anything where done is START
-    previous_action: Tensor  # int64; `actions` where done is START
-    previous_reward: Tensor  # float32
-    previous_done: Tensor  # int64: 0 no, 1 terminated, 2 truncated, 3 START
-    previous_tag: Tensor  # int64 in [0, TAGS): the behaviour that chose previous_action
 
 
 class Readout(NamedTuple):
@@ -159,7 +163,7 @@ def _compared(x: Tensor, known: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pools the actions' streams into the state's and sends it back, each through a gated MLP."""
 
-    def __init__(self, c: OmniRLConfig) -> None:
+    def __init__(self, c: ValueIterationNetworkConfig) -> None:
         super().__init__()
         d, width, pooled = c.action_width, c.state_width, 8 * c.pool_heads
         self.score = _linear(d, c.pool_heads, d**-0.5)
@@ -183,12 +187,15 @@ class Block(nn.Module):
         return z + self.action_out(F.silu(a) * b), x
 
 
-class OmniRL(nn.Module):
+class ValueIterationNetwork(nn.Module):
     """`model(tokens, state) -> (output, state)`; see the module's docstring for what it is."""
 
-    def __init__(self, config: OmniRLConfig | None = None) -> None:
+    title = "value-iteration network"
+    """In tables and pictures."""
+
+    def __init__(self, config: ValueIterationNetworkConfig | None = None) -> None:
         super().__init__()
-        c = self.config = config or OmniRLConfig()
+        c = self.config = config or ValueIterationNetworkConfig()
         self.labels = LABELS_VERSION
         """Of the labels that the weights have learned: see icrl.omnirl.labels."""
         self.labels_named = False
@@ -198,17 +205,16 @@ class OmniRL(nn.Module):
         self.register_buffer("discounts", torch.empty(G, dtype=torch.float32), persistent=False)
         self.action_features = _linear(12 + TAGS, d, 0.5, bias=True)
         self.state_features = _linear(7, width, 0.5, bias=True)
-        self.write_rate = nn.Parameter(torch.empty(c.layers))
+        self.write_rate = nn.Parameter(torch.empty(c.own_layers))
         self.bonus = nn.Parameter(torch.empty(G))  # of rarely tried actions, a policy
         self.reset_parameters()
-        self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(c.layers))
-        self.read = nn.ModuleList(
-            _linear(c.value_width + 1 + 4 * G, d, 0.7 * c.value_width**-0.5) for _ in range(c.layers)
-        )
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers + 1))
-        self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
-        self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(c.layers + 1))
-        self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(c.layers + 1))
+        own = c.own_layers
+        self.write = nn.ModuleList(_linear(width, c.value_width, width**-0.5) for _ in range(own))
+        self.read = nn.ModuleList(_linear(c.value_width + 1 + 4 * G, d, 0.7 * c.value_width**-0.5) for _ in range(own))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(own + 1))
+        self.policy_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(own + 1))
+        self.q_heads = nn.ModuleList(_linear(d, G, 0.02, bias=True) for _ in range(own + 1))
+        self.q_state_heads = nn.ModuleList(_linear(width, G, 0.02, bias=True) for _ in range(own + 1))
         self.float()  # as its memories are, whatever torch's default dtype
 
     def reset_parameters(self) -> None:
@@ -219,19 +225,34 @@ class OmniRL(nn.Module):
             layers.fill(tensor, torch.tensor(values, dtype=tensor.dtype, device=tensor.device))
 
     @property
+    def actions(self) -> int:
+        return self.config.actions
+
+    @property
+    def prompts(self) -> int:
+        """How many policies a prompt may ask for: its tag is one of 0 to prompts-1."""
+        return self.config.policies
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.write_rate.device
 
-    def initial_state(self, batch: int, states: int) -> State:
-        """An empty context for `batch` sequences of tasks with up to `states` observations, on the model's device."""
+    def initial_state(self, batch: int, states: int, layers: int | None = None) -> State:
+        """An empty context for `batch` sequences of tasks with up to `states` observations, on the model's device.
+
+        `layers`: of value memories, as many as are wanted where the layers are tied; default the configuration's.
+        """
         c = self.config
         batch, states = integer("batch", batch, 0), integer("states", states, 1)
+        layers = c.layers if layers is None else integer("layers", layers, 0)
+        if not c.tied and layers != c.layers:
+            raise ValueError(f"layers: wanted the model's {c.layers}, as they have weights of their own, got {layers}")
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
-        values = [zeros(batch, 1, states, 1 + c.value_width + c.policies) for _ in range(c.layers)]
+        values = [zeros(batch, 1, states, 1 + c.value_width + c.policies) for _ in range(layers)]
         memory = zeros(batch, c.actions, states, 3 + TAGS + states)
         return State(memory, values, *(zeros(batch) for _ in range(5)))
 
@@ -259,6 +280,12 @@ class OmniRL(nn.Module):
             old.copy_(now)
         return output, state
 
+    @torch.no_grad()
+    def decide(self, tokens: Tokens, prompt: int, state: State) -> Tensor:
+        """The logits `[B,A]` of the policy that `prompt` names, after one token; `state` is CHANGED IN PLACE, as in `step`."""
+        output, _ = self.step(tokens, state)
+        return output.readouts[-1].logits[:, 0, :, prompt]
+
     def _run(self, tokens: Tokens, state: State, attend: Attend) -> tuple[Output, State]:
         c = self.config
         states = state.transition.shape[2]
@@ -272,12 +299,16 @@ class OmniRL(nn.Module):
         readouts = [self._readout(0, z, x, z.new_zeros(()))]
         new_values = []
         units = (mean[..., None, None], scale[..., None, None])
-        for i in range(c.layers):
-            best = readouts[-1].q.amax(2) * units[1][..., 0] + units[0][..., 0]
-            value = torch.cat([torch.ones_like(best[..., :1]), self.write[i](_normed(x)), best], -1)[:, :, None]
-            rate = torch.sigmoid(self.write_rate[i]).clamp(max=0.8)
+        for i, memory in enumerate(state.values):
+            own = 0 if c.tied else i
+            if i:
+                best = readouts[-1].q.amax(2) * units[1][..., 0] + units[0][..., 0]
+            else:
+                best = mean[..., None].expand_as(readouts[0].q[:, :, 0])
+            value = torch.cat([torch.ones_like(best[..., :1]), self.write[own](_normed(x)), best], -1)[:, :, None]
+            rate = torch.sigmoid(self.write_rate[own]).clamp(max=0.8)
             key = here[:, :, None]
-            read, new = attend(next_state, key * rate, value, key * torch.log1p(-rate), state.values[i])
+            read, new = attend(next_state, key * rate, value, key * torch.log1p(-rate), memory)
             new_values.append(new)
             weight = read[..., :1]
             average = read[..., 1:] / (weight + 1e-2)
@@ -285,9 +316,9 @@ class OmniRL(nn.Module):
             backup = (1 - self.discounts) * gain + self.discounts * mass[..., None] * average[..., c.value_width :]
             backup = ((backup - units[0]) / units[1]).clamp(-8, 8) * (mass[..., None] > 0.02)
             compared = _compared(backup, (mass[..., None] > 0.02).float())
-            z = z + self.read[i](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
-            z, x = self.blocks[i + 1](z, x)
-            readouts.append(self._readout(i + 1, z, x, backup))
+            z = z + self.read[own](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
+            z, x = self.blocks[own + 1](z, x)
+            readouts.append(self._readout(own + 1, z, x, backup))
         output = Output(readouts, mean, scale)
         return output, State(new_transition, new_values, *statistics)
 
@@ -296,7 +327,7 @@ class OmniRL(nn.Module):
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         if q.shape[1] == 1 and not torch.is_grad_enabled():  # the bits of `step`
-            return OmniRL._attend_in_place(q, k, v, g, state.clone())
+            return ValueIterationNetwork._attend_in_place(q, k, v, g, state.clone())
         gate = None if g is None else g.float()
         o, new = gla(q.float(), k.float(), v.float(), gate, scale=1.0, initial_state=state, output_final_state=True)
         assert new is not None
@@ -377,32 +408,27 @@ class OmniRL(nn.Module):
         return Readout(self.policy_heads[i](zn), q)
 
     def save(self, path: Path | str, **facts: object) -> None:
-        made = {"model": "omnirl", "config": asdict(self.config), "labels": self.labels}
+        made = {"model": KIND, "config": asdict(self.config), "labels": self.labels}
         checkpoint.save(path, self.state_dict(), {**made, **facts})
 
     @classmethod
-    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> OmniRL:
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> ValueIterationNetwork:
         """A model from a checkpoint written by `save`, on a device. Raises ValueError where the file is not one."""
-        tensors, facts = checkpoint.load(path)
-        if facts.get("model") != "omnirl":
-            raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted 'omnirl'")
+        return cls.loaded(path, *checkpoint.load(path), device)
+
+    @classmethod
+    def loaded(
+        cls, path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any], device: torch.device | str
+    ) -> ValueIterationNetwork:
+        if facts.get("model") not in KINDS:
+            raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted {KIND!r}")
         try:
-            config = configured(OmniRLConfig, facts["config"], "config")
+            config = configured(ValueIterationNetworkConfig, facts["config"], "config")
             with torch.device("cpu"):
-                model = checkpoint.fitted(tensors, config.layers, lambda _: cls(config))
+                model = checkpoint.fitted(tensors, config.own_layers, lambda _: cls(config))
             model.labels = version_of(facts)
         except checkpoint.MALFORMED as e:
             raise ValueError(f"checkpoint: {path} does not fit its own configuration ({checkpoint.why(e)})") from e
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(f"checkpoint: {path} holds weights that are not finite")
         return model.to(device).eval()
-
-
-def shipped() -> Path:
-    """The checkpoint that comes with the package."""
-    path = Path(str(files("icrl.omnirl") / "weights" / "omnirl.safetensors"))
-    if not path.exists():
-        raise ValueError(
-            f"checkpoint: this installation has no shipped model at {path}; train one with `icrl train omnirl`"
-        )
-    return path
