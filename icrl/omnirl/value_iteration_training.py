@@ -22,38 +22,58 @@ from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sam
 from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl.labels import name_others, refuse_others, version_of
 from icrl.omnirl.record_shards import RecordStream
-from icrl.omnirl.tags import EXPLORER, START, UNKNOWN
+from icrl.omnirl.tags import EXPERTS, EXPLORER, START, UNKNOWN
 from icrl.omnirl.tokens import Tokens
-from icrl.omnirl.value_iteration_network import Output, ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.value_iteration_network import Output, ValueIterationNetwork, ValueIterationNetworkConfig, whole
 from icrl.training.config import LoopConfig, changes, configured
 from icrl.training.process import autocast, parallel, rank, resolve, world_size
 from icrl_kernels import model_based_q
-from icrl_kernels.arguments import integer_fields
+from icrl_kernels.arguments import integer, integer_fields
 
 
 @dataclass(frozen=True)
 class ValueIterationTraining:
     model: ValueIterationNetworkConfig = field(default_factory=ValueIterationNetworkConfig)
-    data: DPDConfig = field(default_factory=lambda: DPDConfig(batch=12, steps=1024))
+    data: DPDConfig = field(
+        default_factory=lambda: DPDConfig(
+            batch=8,
+            steps=2048,
+            states=64,
+            tasks={"anymdp": 0.6, "garnet": 0.1, "bandit": 0.05, "grid": 0.25},
+            behaviours={
+                "uniform": 0.2,
+                "random_policy": 0.15,
+                "q_learning+noise": 0.1,
+                "model_based+noise": 0.35,
+                "model_based+noise->greedy3": 0.05,
+                "greedy3+noise": 0.05,
+                "greedy3->model_based": 0.1,
+            },
+        )
+    )
+    depths: tuple[int, ...] = (5, 8)
+    """Of tied layers: a batch runs through as many as are drawn from these. Empty: the model's."""
     segment: int = 512
     """Steps of a record between two updates; the model's state is carried on, detached."""
     policy_weights: tuple[float, ...] = (0.5, 0.5, 0.7, 0.5, 1.0)
     """Of each policy's loss: the optimal one at each discount, and the explorer."""
-    explorer_bonus: float = 0.2
+    explorer_bonus: float = 0.1
     """Of the model-based learner that the explorer imitates: see icrl_kernels.model_based_q."""
     q_weight: float = 0.3
+    """Of the last block's loss of values. The blocks before it have none: a few backups cannot reach the values that are
+    asked for, and what would fill the gap is a guess, which outlives what is learned in a context."""
     auxiliary_weight: float = 0.3
-    """Of the losses after each block but the last."""
+    """Of the policies' losses after each block but the last."""
     dagger: float = 0.4
     """Share of the batch in which the model itself acted."""
     dagger_from: int = 150
     """The first update with it."""
     dagger_every: int = 50
     """Updates between two collections."""
-    dagger_records: int = 64
+    dagger_records: int = 32
     """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
     evaluation_tasks: int = 64
-    """Of AnyMDP, of as many states as the data have at most; where these have too few, tasks as the data's."""
+    """Of AnyMDP, of 16 states or as many as the data have at most; where these have too few, tasks as the data's."""
     evaluation_steps: int = 1000
     records: str = ""
     """Folder of records (`icrl distill`) to train from; empty: made on the fly."""
@@ -63,6 +83,10 @@ class ValueIterationTraining:
         integer_fields(self, dagger_from=0, **dict.fromkeys(one, 1))
         if len(self.policy_weights) != self.model.policies:
             raise ValueError(f"policy_weights: wanted {self.model.policies} of them, got {self.policy_weights}")
+        for depth in self.depths if isinstance(self.depths, (tuple, list)) else (self.depths,):
+            integer("depths", depth, 1)
+        if self.depths and not self.model.tied:
+            raise ValueError(f"depths: wanted none for layers that have weights of their own, got {self.depths}")
         if self.model.discounts != self.data.discounts:
             raise ValueError(f"discounts: the model has {self.model.discounts}, the data {self.data.discounts}")
         if self.model.actions != self.data.actions:
@@ -128,8 +152,19 @@ def targets_of(records: Records, config: ValueIterationTraining) -> Targets:
     q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
     best = q.amax(2, keepdim=True)
     ties = (q >= best - 1e-6 * (1 + best.abs())).float()
+    known = _expert_seen(records, config.data.states)[..., None]
+    ties[..., EXPLORER] = torch.where(known, ties[..., EXPERTS[-1]], ties[..., EXPLORER])
     discounts = torch.tensor(c.policy_discounts, dtype=torch.float32, device=q.device)
     return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
+
+
+def _expert_seen(records: Records, states: int) -> Tensor:
+    """[B,T] bool: whether an expert was seen to act earlier where the agent is: then the explorer does what is optimal."""
+    expert = torch.isin(records.tag, torch.tensor(EXPERTS, dtype=torch.int64, device=records.tag.device))
+    here = F.one_hot(records.observation, states).bool()
+    seen = (here & expert[..., None]).cumsum(1, dtype=torch.int32) > 0
+    before = F.pad(seen[:, :-1], (0, 0, 1, 0))
+    return (before & here).any(-1)
 
 
 def _action_mask(records: Records, states: int) -> Tensor | None:
@@ -151,25 +186,27 @@ def loss_of(output: Output, targets: Targets, config: ValueIterationTraining) ->
     for i, readout in enumerate(output.readouts):
         last = i == len(output.readouts) - 1
         entropy = -(targets.policy * F.log_softmax(readout.logits.float(), 2)).sum(2).mean((0, 1))
-        q_loss = F.smooth_l1_loss(readout.q.float(), value)
-        total = total + (1.0 if last else config.auxiliary_weight) * (
-            (entropy * weights).sum() + config.q_weight * q_loss
-        )
+        total = total + (1.0 if last else config.auxiliary_weight) * (entropy * weights).sum()
         if last:
             names = [*(f"policy_{g:g}" for g in config.model.discounts), "explorer"]
             metrics = dict(zip(names, entropy.detach(), strict=True))
+            q_loss = F.smooth_l1_loss(readout.q.float(), value)
+            total = total + config.q_weight * q_loss
             metrics["q"] = q_loss.detach()
     return total, {"loss": total.detach(), **metrics}
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's record as it is written today: the seed once stood in "training", and counted there."""
+    """A run's record as it is written today: settings that were none yet, and the seed, which once stood in "training"."""
     training, loop = config.get("training", {}), config.get("loop", {})
-    if not isinstance(training, dict) or not isinstance(loop, dict) or "seed" not in training:
+    if not isinstance(training, dict) or not isinstance(loop, dict):
         return config
-    training = dict(training)
-    seed = training.pop("seed")
-    return {**config, "training": training, "loop": {**loop, "seed": seed}}
+    training = {"depths": [], **training}
+    if isinstance(training.get("model"), dict):
+        training["model"] = whole(training["model"])
+    if "seed" in training:
+        loop = {**loop, "seed": training.pop("seed")}
+    return {**config, "training": training, "loop": loop}
 
 
 def read_config(given: dict[str, Any]) -> tuple[ValueIterationTraining, LoopConfig]:
@@ -272,7 +309,10 @@ class ValueIterationLearner:
         """The loss of each segment of a batch and what to log, as `loss_of` gives them."""
         c = self.training
         B, T = tokens.observation.shape
-        state = self.model.initial_state(B, c.data.states)
+        layers = c.model.layers
+        if c.depths:
+            layers = c.depths[int(torch.randint(len(c.depths), (), dtype=torch.int64, device="cpu"))]
+        state = self.model.initial_state(B, c.data.states, layers)
         for begin in range(0, T, c.segment):
             part = Tokens(*(x[:, begin : begin + c.segment] for x in tokens))
             with autocast(self.loop, self.device):
@@ -318,7 +358,7 @@ class ValueIterationLearner:
         c = self.training
         if self._judge is None:
             large = c.data.states >= ANYMDP_LEAST
-            chosen: dict[str, Any] = {"kind": "anymdp", "num_states": c.data.states} if large else {}
+            chosen: dict[str, Any] = {"kind": "anymdp", "num_states": min(16, c.data.states)} if large else {}
             tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, **chosen)
             self._judge = tasks, references(tasks)
         tasks, reference = self._judge
