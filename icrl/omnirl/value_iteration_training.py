@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icrl.data.prefetch import Stream
+from icrl.data.seeds import hash_seed
 from icrl.omnirl.agent import Temperature
 from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sample_tasks
 from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
@@ -60,8 +61,8 @@ class ValueIterationTraining:
     explorer_bonus: float = 0.1
     """Of the model-based learner that the explorer imitates: see icrl_kernels.model_based_q."""
     q_weight: float = 0.3
-    """Of the last block's loss of values. The blocks before it have none: a few backups cannot reach the values that are
-    asked for, and what would fill the gap is a guess, which outlives what is learned in a context."""
+    """Of the losses of values, after the last block and the first, whose values no other block reads. Those between have none:
+    a few backups cannot reach the values that are asked for, and a guess would fill the gap."""
     auxiliary_weight: float = 0.3
     """Of the policies' losses after each block but the last."""
     dagger: float = 0.4
@@ -187,12 +188,13 @@ def loss_of(output: Output, targets: Targets, config: ValueIterationTraining) ->
         last = i == len(output.readouts) - 1
         entropy = -(targets.policy * F.log_softmax(readout.logits.float(), 2)).sum(2).mean((0, 1))
         total = total + (1.0 if last else config.auxiliary_weight) * (entropy * weights).sum()
-        if last:
-            names = [*(f"policy_{g:g}" for g in config.model.discounts), "explorer"]
-            metrics = dict(zip(names, entropy.detach(), strict=True))
+        if last or i == 0:
             q_loss = F.smooth_l1_loss(readout.q.float(), value)
             total = total + config.q_weight * q_loss
             metrics["q"] = q_loss.detach()
+        if last:
+            names = [*(f"policy_{g:g}" for g in config.model.discounts), "explorer"]
+            metrics |= zip(names, entropy.detach(), strict=True)
     return total, {"loss": total.detach(), **metrics}
 
 
@@ -289,7 +291,7 @@ class ValueIterationLearner:
         ]
 
     def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-        return self.segments(*self._batch(update))
+        return self.segments(*self._batch(update), self.depth(update))
 
     def _batch(self, update: int) -> tuple[Tokens, Targets]:
         """The tokens and targets of an update, on the model's device."""
@@ -305,13 +307,17 @@ class ValueIterationLearner:
         tokens = Tokens(*(x.to(self.device) for x in tokens_of(records)))
         return tokens, Targets(*(x.to(self.device) for x in targets_of(records, c)))
 
-    def segments(self, tokens: Tokens, targets: Targets) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+    def depth(self, update: int) -> int:
+        """Through how many layers an update's batch runs, in every process the same."""
+        depths = self.training.depths or (self.training.model.layers,)
+        return depths[hash_seed(self.loop.seed, update, 7) % len(depths)]
+
+    def segments(
+        self, tokens: Tokens, targets: Targets, layers: int | None = None
+    ) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
         """The loss of each segment of a batch and what to log, as `loss_of` gives them."""
         c = self.training
         B, T = tokens.observation.shape
-        layers = c.model.layers
-        if c.depths:
-            layers = c.depths[int(torch.randint(len(c.depths), (), dtype=torch.int64, device="cpu"))]
         state = self.model.initial_state(B, c.data.states, layers)
         for begin in range(0, T, c.segment):
             part = Tokens(*(x[:, begin : begin + c.segment] for x in tokens))
