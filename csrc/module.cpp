@@ -9,6 +9,7 @@
 #define ICRL_CPU_SOURCES(f) \
   f(anymdp) \
   f(emission) \
+  f(fused_program) \
   f(gated_delta_rule) \
   f(gla) \
   f(gsa) \

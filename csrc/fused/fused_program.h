@@ -1,0 +1,55 @@
+// A program of fused ops over one batch, its tensors bound to addresses. Nothing that it is given can make a run read
+// or write outside its buffers, weights and tensors: all of that is judged when it is built.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "fused/program.h"
+
+namespace icrl {
+
+using ViewGiven = std::tuple<int64_t, int64_t, int64_t>;  // buffer, column, width
+using BufferGiven = std::tuple<int64_t, int64_t>;         // rows, width
+using TensorGiven = std::tuple<int64_t, bool, bool>;      // bytes a context, optional, given with each call
+using OpGiven = std::tuple<std::string, ViewGiven, ViewGiven, ViewGiven, std::vector<int64_t>, std::vector<int64_t>,
+                           std::vector<int64_t>, std::vector<double>>;
+
+class FusedProgram {
+ public:
+  FusedProgram(const std::vector<BufferGiven>& buffers, const std::vector<TensorGiven>& tensors,
+               const std::vector<OpGiven>& ops, uintptr_t weights, int64_t weight_floats, int64_t batch, int64_t group);
+  FusedProgram(const FusedProgram&) = delete;
+  FusedProgram& operator=(const FusedProgram&) = delete;
+
+  void bind(int64_t tensor, uintptr_t address);
+  void set(int64_t tensor, float value);  // of a tensor of no bytes a context: a number that all share
+  const std::vector<int64_t>& of_a_call() const { return of_a_call_; }  // tensors that are given with each call
+  void run(int threads) const;  // by at most so many threads, where that is worth it
+
+  // What a loop over several steps needs: contexts of different groups do not meet.
+  void require_bound() const;
+  int64_t batch() const { return batch_; }
+  int64_t group() const { return plan_.group; }
+  int64_t groups() const { return (batch_ + plan_.group - 1) / plan_.group; }
+  bool long_run() const;        // whether the interpreter's lock is worth giving up for it
+  int team(int threads) const;  // threads that a step is worth
+  float* scratch() const;       // of the calling thread
+  void run_group(int64_t i, float* scratch) const;
+
+ private:
+  int64_t batch_, scratch_floats_ = 0;
+  std::vector<FusedBuffer> buffers_;
+  std::vector<FusedTensor> tensors_;
+  std::vector<void*> addresses_;
+  std::vector<float> numbers_;  // what `set` was given
+  std::vector<FusedOp> ops_;
+  std::vector<int64_t> of_a_call_;
+  FusedPlan plan_;
+  void add(const OpGiven& op);
+  double nanoseconds() const;  // about, of a step by one thread
+};
+
+}  // namespace icrl

@@ -1,0 +1,5 @@
+"""The step of a whole model as one call: a program of fused layer ops over packed weights, interpreted in C++."""
+
+from icrl_kernels.fused.program import Program, Rows, Step
+
+__all__ = ["Program", "Rows", "Step"]
