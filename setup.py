@@ -56,6 +56,7 @@ SOURCES: dict[str, list[str]] = {
     "tabular/value_iteration.isa.cpp": [],
     "linear_attention/rwkv7.isa.cpp": [],
     "fused/layers.isa.cpp": [],
+    "fused/memories.isa.cpp": [],
     "tabular/rollout.cu": SAME_BITS_CUDA,
     "tabular/value_iteration_cuda_on_host.cpp": [],
     "tabular/anymdp.isa.cpp": [],

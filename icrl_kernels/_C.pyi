@@ -8,11 +8,13 @@ class AnymdpWindows:
     def move_to(self, probability: int, reward: int, offset: int, rows: int, threads: int) -> None: ...
 
 def anymdp_sample(*args: int) -> AnymdpWindows: ...
+def strange_outcome(reward: int, done: int, n: int, most: float) -> bool: ...
+
 class FusedProgram:
     def __init__(
         self,
         buffers: list[tuple[int, int]],
-        tensors: list[tuple[int, bool, bool]],
+        tensors: list[tuple[str, int, bool, bool, int]],
         ops: list[tuple],
         weights: int,
         weight_floats: int,

@@ -13,9 +13,10 @@ namespace icrl {
 
 using ViewGiven = std::tuple<int64_t, int64_t, int64_t>;  // buffer, column, width
 using BufferGiven = std::tuple<int64_t, int64_t>;         // rows, width
-using TensorGiven = std::tuple<int64_t, bool, bool>;      // bytes a context, optional, given with each call
-using OpGiven = std::tuple<std::string, ViewGiven, ViewGiven, ViewGiven, std::vector<int64_t>, std::vector<int64_t>,
-                           std::vector<int64_t>, std::vector<double>>;
+// name, bytes a context, optional, given with each call, and of indices what they are below (0: no indices)
+using TensorGiven = std::tuple<std::string, int64_t, bool, bool, int64_t>;
+using OpGiven = std::tuple<std::string, ViewGiven, ViewGiven, ViewGiven, std::vector<ViewGiven>, std::vector<int64_t>,
+                           std::vector<int64_t>, std::vector<int64_t>, std::vector<double>>;
 
 class FusedProgram {
  public:
@@ -29,8 +30,9 @@ class FusedProgram {
   const std::vector<int64_t>& of_a_call() const { return of_a_call_; }  // tensors that are given with each call
   void run(int threads) const;  // by at most so many threads, where that is worth it
 
-  // What a loop over several steps needs: contexts of different groups do not meet.
+  // What a step that is run group by group needs: contexts of different groups do not meet.
   void require_bound() const;
+  void judge_indices(int64_t first, int64_t contexts) const;
   int64_t batch() const { return batch_; }
   int64_t group() const { return plan_.group; }
   int64_t groups() const { return (batch_ + plan_.group - 1) / plan_.group; }
@@ -46,7 +48,8 @@ class FusedProgram {
   std::vector<void*> addresses_;
   std::vector<float> numbers_;  // what `set` was given
   std::vector<FusedOp> ops_;
-  std::vector<int64_t> of_a_call_;
+  std::vector<int64_t> of_a_call_, indices_;
+  std::vector<std::string> names_;
   FusedPlan plan_;
   void add(const OpGiven& op);
   double nanoseconds() const;  // about, of a step by one thread

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -25,7 +26,7 @@ constexpr double kWeightNanoseconds = 0.03;  // about what a weight takes for a 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 const FusedKind* find_kind(const std::string& name) {
-  for (const FusedKind* table : {ICRL_DISPATCH(fused_layers)})
+  for (const FusedKind* table : {ICRL_DISPATCH(fused_layers), ICRL_DISPATCH(fused_memories)})
     for (const FusedKind* kind = table; kind->name; ++kind)
       if (name == kind->name) return kind;
   return nullptr;
@@ -53,8 +54,6 @@ float* thread_scratch(int64_t floats) {
 
 }  // namespace
 
-// buffers: (rows, width); tensors: (bytes a context, optional, given with each call); ops: (kind, in, out, side,
-// tensors, weights, sizes, numbers), a view (buffer, column, width).
 FusedProgram::FusedProgram(const std::vector<BufferGiven>& buffers, const std::vector<TensorGiven>& tensors,
                            const std::vector<OpGiven>& ops, uintptr_t weights, int64_t weight_floats, int64_t batch,
                            int64_t group)
@@ -73,11 +72,13 @@ FusedProgram::FusedProgram(const std::vector<BufferGiven>& buffers, const std::v
     floats += rows * stride;
     if (floats > kMost / group) refuse("buffers: they do not fit into memory");
   }
-  for (const auto& [bytes, optional, of_a_call] : tensors) {
-    if (bytes < 0 || bytes > kMost)
-      refuse("tensor " + std::to_string(tensors_.size()) + ": wanted a size, got " + std::to_string(bytes));
-    if (of_a_call) of_a_call_.push_back(static_cast<int64_t>(tensors_.size()));
-    tensors_.push_back({bytes, optional});
+  for (const auto& [name, bytes, optional, of_a_call, below] : tensors) {
+    if (bytes < 0 || bytes > kMost) refuse(name + ": wanted a size, got " + std::to_string(bytes));
+    if (below < 0 || (below && (bytes != 8 || optional))) refuse(name + ": wanted indices of int64, one a context");
+    const auto at = static_cast<int64_t>(tensors_.size());
+    if (of_a_call) of_a_call_.push_back(at);
+    if (below) indices_.push_back(at);
+    tensors_.push_back({bytes, optional, below}), names_.push_back(name);
   }
   addresses_.assign(tensors.size(), nullptr), numbers_.assign(tensors.size(), 0.f);
   plan_ = {buffers_.data(),   tensors_.data(),
@@ -88,7 +89,7 @@ FusedProgram::FusedProgram(const std::vector<BufferGiven>& buffers, const std::v
 }
 
 void FusedProgram::add(const OpGiven& given) {
-  const auto& [name, in, out, side, tensors, weights, sizes, numbers] = given;
+  const auto& [name, in, out, side, more, tensors, weights, sizes, numbers] = given;
   const std::string here = "op " + std::to_string(ops_.size()) + " (" + name + "): ";
   const FusedKind* kind = find_kind(name);
   if (!kind) refuse(here + "there is no such kind");
@@ -105,6 +106,8 @@ void FusedProgram::add(const OpGiven& given) {
     return FusedView{static_cast<int32_t>(buffer), static_cast<int32_t>(column), static_cast<int32_t>(width)};
   };
   op.in = view(in), op.out = view(out), op.side = view(side);
+  if (more.size() > kFusedViews) refuse(here + "too many views");
+  for (size_t i = 0; i < kFusedViews; ++i) op.more[i] = i < more.size() ? view(more[i]) : FusedView{-1, 0, 0};
   const auto copy = [&](const auto& from, auto& to, const char* what, auto rest) {
     constexpr size_t n = sizeof(to) / sizeof(to[0]);
     if (from.size() > n) refuse(here + "too many " + what);
@@ -125,6 +128,7 @@ void FusedProgram::add(const OpGiven& given) {
 
 void FusedProgram::bind(int64_t tensor, uintptr_t address) {
   if (tensor < 0 || tensor >= static_cast<int64_t>(tensors_.size()))
+
     refuse("there is no tensor " + std::to_string(tensor));
   addresses_[static_cast<size_t>(tensor)] = reinterpret_cast<void*>(address);
 }
@@ -132,13 +136,26 @@ void FusedProgram::bind(int64_t tensor, uintptr_t address) {
 void FusedProgram::set(int64_t tensor, float value) {
   bind(tensor, 0);
   const auto at = static_cast<size_t>(tensor);
-  if (tensors_[at].bytes) refuse("tensor " + std::to_string(tensor) + " is no number that all contexts share");
+  if (tensors_[at].bytes) refuse(names_[at] + ": wanted an address, as it is no number that all share");
   numbers_[at] = value, addresses_[at] = &numbers_[at];
 }
 
 void FusedProgram::require_bound() const {
   for (size_t i = 0; i < tensors_.size(); ++i)
-    if (!addresses_[i] && !tensors_[i].optional) refuse("tensor " + std::to_string(i) + " is not bound");
+    if (!addresses_[i] && !tensors_[i].optional) refuse(names_[i] + ": is not bound");
+}
+
+void FusedProgram::judge_indices(int64_t first, int64_t contexts) const {
+  for (int64_t i : indices_) {
+    const auto at = static_cast<size_t>(i);
+    const int64_t *from = static_cast<const int64_t*>(addresses_[at]) + first, below = tensors_[at].below;
+    uint64_t most = 0;  // what is below 0 is beyond all that may be
+    for (int64_t c = 0; c < contexts; ++c) most = std::max(most, static_cast<uint64_t>(from[c]));
+    if (most < static_cast<uint64_t>(below)) continue;
+    const auto [least, largest] = std::minmax_element(from, from + contexts);
+    refuse(names_[at] + ": wanted 0 to " + std::to_string(below - 1) + ", got " + std::to_string(*least) + " to " +
+           std::to_string(*largest));
+  }
 }
 
 void FusedProgram::run_group(int64_t i, float* scratch) const {
@@ -157,6 +174,7 @@ int FusedProgram::team(int threads) const { return team_for(nanoseconds(), threa
 
 void FusedProgram::run(int threads) const {
   require_bound();
+  judge_indices(0, batch_);
   parallel_for(groups(), threads > 1 ? team(threads) : 1, [this](int64_t i) { run_group(i, scratch()); });
 }
 
@@ -181,9 +199,19 @@ void run(FusedProgram& program, int threads, const py::args& values) {
   }
 }
 
+// Whether a reward is not finite or beyond `most`, or an end none of 0, 1 and 2, among n outcomes.
+bool strange_outcome(uintptr_t reward, uintptr_t done, int64_t n, float most) {
+  const auto* r = reinterpret_cast<const float*>(reward);
+  const auto* d = reinterpret_cast<const uint8_t*>(done);
+  for (int64_t i = 0; i < n; ++i)
+    if (!(r[i] <= most && -r[i] <= most) || d[i] > 2) return true;
+  return false;
+}
+
 }  // namespace
 
 void bind_fused_program(py::module_& m) {
+  m.def("strange_outcome", &strange_outcome);
   py::class_<FusedProgram>(m, "FusedProgram")
       .def(py::init<const std::vector<BufferGiven>&, const std::vector<TensorGiven>&, const std::vector<OpGiven>&,
                     uintptr_t, int64_t, int64_t, int64_t>())

@@ -30,6 +30,7 @@ struct FusedBuffer {
 struct FusedTensor {
   int64_t bytes;
   bool optional;  // whether its address may be null
+  int64_t below;  // of indices, which are int64, one a context: they are at least 0 and less than this; 0: no indices
 };
 
 struct FusedPlan {
@@ -46,11 +47,11 @@ struct FusedGroup {
   float* scratch;
 };
 
-constexpr int kFusedTensors = 16, kFusedWeights = 4, kFusedSizes = 8, kFusedNumbers = 4;
+constexpr int kFusedTensors = 16, kFusedWeights = 4, kFusedSizes = 8, kFusedNumbers = 4, kFusedViews = 4;
 
 struct FusedOp {
   void (*run)(const FusedGroup& g, const FusedOp& o);
-  FusedView in, out, side;
+  FusedView in, out, side, more[kFusedViews];
   int32_t tensors[kFusedTensors];  // -1: none
   int64_t weights[kFusedWeights], sizes[kFusedSizes];
   float numbers[kFusedNumbers];
@@ -65,7 +66,9 @@ struct FusedKind {
 };
 
 // Tables of kinds, a source file each.
-#define ICRL_FUSED_ENTRIES const FusedKind* fused_layers();
+#define ICRL_FUSED_ENTRIES         \
+  const FusedKind* fused_layers(); \
+  const FusedKind* fused_memories();
 ICRL_IN_EACH_ISA(ICRL_FUSED_ENTRIES)
 #undef ICRL_FUSED_ENTRIES
 

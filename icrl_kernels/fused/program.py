@@ -56,6 +56,7 @@ class Slot(NamedTuple):
     shared: bool  # by all contexts
     optional: bool
     each_call: bool
+    below: int  # of indices: they are at least 0 and less than this; 0: no indices
 
 
 @dataclass
@@ -93,14 +94,17 @@ class Program:
         shared: bool = False,
         optional: bool = False,
         each_call: bool = False,
+        below: int = 0,
     ) -> Slot:
         """A tensor of the user's, `[batch, *shape]`, or `[*shape]` where all contexts share it.
 
-        each_call: its address is given to `run`; otherwise it is bound once. A shared one of no shape is a number then.
+        optional: its address may be 0. each_call: its address is given to `run`; otherwise it is bound once. A shared one of
+        no shape is a number then. below: its numbers, int64 and one a context, are indices less than this, and every run
+        refuses others by its name before anything has changed.
         """
         if name in self.slots:
             raise ValueError(f"name: wanted one that no tensor of the program has, got {name!r}")
-        slot = Slot(name, len(self.slots), shape, dtype, shared, optional, each_call)
+        slot = Slot(name, len(self.slots), shape, dtype, shared, optional, each_call, below)
         self.slots[name] = slot
         return slot
 
@@ -122,6 +126,7 @@ class Program:
         input: Rows = NONE,
         out: Rows = NONE,
         side: Rows = NONE,
+        more: Sequence[Rows] = (),
         tensors: Sequence[Slot | None] = (),
         weights: Sequence[int] = (),
         sizes: Sequence[int] = (),
@@ -129,7 +134,8 @@ class Program:
     ) -> None:
         """Add an op of a kind that csrc/fused has; what its lists hold is said there."""
         slots = [-1 if slot is None else slot.number for slot in tensors]
-        self.ops.append((kind, tuple(input), tuple(out), tuple(side), slots, list(weights), list(sizes), list(numbers)))
+        views = (tuple(input), tuple(out), tuple(side), [tuple(rows) for rows in more])
+        self.ops.append((kind, *views, slots, list(weights), list(sizes), list(numbers)))
 
     def linear(
         self,
@@ -256,7 +262,7 @@ class Step:
         tensors = []
         for slot in program.slots.values():
             each = torch.Size(slot.shape).numel() * slot.dtype.itemsize
-            tensors.append((0 if slot.shared else each, slot.optional, slot.each_call))
+            tensors.append((slot.name, 0 if slot.shared else each, slot.optional, slot.each_call, slot.below))
         self.program = _C.FusedProgram(
             program.buffers, tensors, program.ops, self.weights.data_ptr(), program.floats, batch, group
         )
@@ -291,5 +297,9 @@ class Step:
             self._bound[name] = tensor
 
     def run(self, *given: int | float, threads: int = 1) -> None:
-        """One token. given: the address, or the number, of each tensor that is given with each call, in their order."""
+        """One token. given: the address, or the number (a float), of each tensor that is given with each call, in their order.
+
+        Raises:
+            ValueError: an index is out of range; nothing has changed then.
+        """
         self.program.run(threads, *given)

@@ -147,7 +147,7 @@ def linear(**changed):
     (y,) = p.linear(x, [layer])
     p.write("y", y)
     kind, *rest = p.ops[1]
-    names = ("input", "out", "side", "tensors", "weights", "sizes", "numbers")
+    names = ("input", "out", "side", "more", "tensors", "weights", "sizes", "numbers")
     p.ops[1] = (changed.pop("kind", kind), *(changed.get(n, r) for n, r in zip(names, rest, strict=True)))
     return p
 
@@ -179,6 +179,8 @@ def linear(**changed):
         ({"sizes": []}, "sizes"),
         ({"tensors": [2]}, "no tensor 2"),
         ({"tensors": [0] * 17}, "too many tensors"),
+        ({"more": [(0, 0, 1)] * 5}, "too many views"),
+        ({"more": [(0, 8, 1)]}, "columns 8 to 9"),
     ],
 )
 def test_what_an_op_may_not_do(changed, said):
@@ -245,7 +247,7 @@ def test_tensors_are_judged_when_bound(tensor, said):
 def test_nothing_runs_unbound():
     step = linear().step(2)
     step.bind(x=torch.zeros(2, 3, 8))
-    with pytest.raises(ValueError, match=r"tensor 1 is not bound"):
+    with pytest.raises(ValueError, match=r"^y: is not bound"):
         step.run()
     with pytest.raises(ValueError, match=r"^z: wanted one of x, y"):
         step.bind(z=torch.zeros(2))
