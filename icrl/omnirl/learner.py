@@ -43,11 +43,6 @@ class Distillation(Protocol):
         ...
 
     @property
-    def dagger_from(self) -> int:
-        """The first update with it."""
-        ...
-
-    @property
     def dagger_every(self) -> int:
         """Updates between two collections."""
         ...
@@ -88,7 +83,7 @@ def check_distillation(c: Distillation) -> None:
 
 
 class DistillationLearner:
-    """What `icrl.training.loop.train` drives. A subclass gives the model, `hidden_matrices` and `losses`.
+    """What `icrl.training.loop.train` drives. A subclass gives the model, its configuration at each update, and losses.
 
     Records are made and labelled on the CPU; the model, its tokens and its targets live on the loop's device.
 
@@ -123,6 +118,11 @@ class DistillationLearner:
         """The training's configuration at an update."""
         raise NotImplementedError
 
+    @property
+    def dagger_from(self) -> int:
+        """The first update with own records in its batch."""
+        raise NotImplementedError
+
     def hidden_matrices(self) -> list[nn.Parameter]:
         raise NotImplementedError
 
@@ -150,9 +150,9 @@ class DistillationLearner:
         c = self.at(update)
         records = next(self.stream)
         n = c.own_records
-        if n and update >= c.dagger_from:
+        if n and update >= self.dagger_from:
             fits = self.own is not None and self.own.observation.shape[1] == records.observation.shape[1]
-            if not fits or (update - c.dagger_from) % c.dagger_every == 0:
+            if not fits or (update - self.dagger_from) % c.dagger_every == 0:
                 self._collect(c, None if not fits else self.own)
             assert self.own is not None
             chosen = torch.randperm(len(self.own.observation), device="cpu")[:n]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from icrl.models.mixers import MIXERS, Recurrent, Softmax, make_mixer
 from icrl.models.stack import Block, Stack, normal
 from icrl.models.tokenizers import ContinuousObservations, DiscreteObservations, Tokenizer
+from icrl.omnirl import value_iteration_network
 from icrl.omnirl.labels import LABELS_VERSION, version_of
 from icrl.omnirl.layouts import FusedTokens, InterleavedTokens, Parts, check_arrangement, reward_features
 from icrl.omnirl.tags import START, UNKNOWN
@@ -137,7 +138,9 @@ class World(NamedTuple):
 class Output(NamedTuple):
     logits: Tensor  # [B,T,A,G] of each policy; G = 1 with policy "prompted"
     world: World
-    reward_scale: Tensor  # [B,T] float32: root mean square of the rewards so far, 1 before the first that is not 0
+    reward_scale: Tensor
+    """[B,T] float32: root mean square of the rewards so far - in the interleaved layout, of those before the transition that
+    the world model tells of -, 1 before the first that is not 0."""
 
 
 class OmniRLState(NamedTuple):
@@ -160,6 +163,10 @@ torch.serialization.add_safe_globals([OmniRLState])  # torch.load with weights_o
 
 def _head(inputs: int, outputs: int, std: float = 0.02) -> layers.Linear:
     return layers.Linear(inputs, outputs).start(partial(normal, std=std * inputs**-0.5))
+
+
+def _root_mean(square: Tensor, count: Tensor) -> Tensor:
+    return torch.where(square > 0, (square / count.clamp(min=1)).sqrt(), 1.0)
 
 
 class OmniRL(nn.Module):
@@ -232,7 +239,8 @@ class OmniRL(nn.Module):
             raise ValueError(f"states: wanted at most the model's {self.config.states} observations, got {states}")
         made = []
         for block in self.stack.blocks:
-            assert isinstance(block, Block) and not isinstance(block.mixer, Softmax)
+            assert isinstance(block, Block)
+            assert not isinstance(block.mixer, Softmax)
             mixer = block.mixer.mixer if isinstance(block.mixer, Recurrent) else block.mixer
             made.append(mixer.initial_state(batch, self.device))
         zeros = torch.zeros(batch, dtype=torch.float32, device=self.device)
@@ -294,9 +302,10 @@ class OmniRL(nn.Module):
     ) -> tuple[Parts, Tensor, tuple[Tensor, Tensor]]:
         """The tokens' parts, the rewards' scale `[B,T]`, and the statistics after them."""
         first = tokens.previous_done == START
-        square = state.reward_square[:, None] + tokens.previous_reward.square().masked_fill(first, 0.0).cumsum(1)
+        squares = tokens.previous_reward.square().masked_fill(first, 0.0)
+        square = state.reward_square[:, None] + squares.cumsum(1)
         count = state.count[:, None] + (~first).float().cumsum(1)
-        scale = torch.where(square > 0, (square / count.clamp(min=1)).sqrt(), 1.0)
+        scale = _root_mean(square, count)
         none = first if missing is None else first | torch.cat([first[:, :1] & False, missing[:, :-1]], 1)
         parts = Parts(
             tokens,
@@ -306,6 +315,9 @@ class OmniRL(nn.Module):
             torch.full_like(tokens.previous_tag, UNKNOWN) if prompt is None else prompt,
         )
         after = (square[:, -1], count[:, -1]) if square.shape[1] else (state.reward_square, state.count)
+        if not self.layout.world_actions:
+            earlier = ((s[:, None], now[:, :-1]) for s, now in ((state.reward_square, square), (state.count, count)))
+            scale = _root_mean(*(torch.cat(x, 1) for x in earlier))
         return parts, scale, after
 
     def _output(self, decision: Tensor, world: Tensor, scale: Tensor, action: Tensor | None) -> Output:
@@ -338,7 +350,7 @@ class OmniRL(nn.Module):
         tokenizer: Tokenizer | None = None,
     ) -> OmniRL:
         if (kind := facts.get("model")) != KIND:
-            other = "; icrl.load gives whichever model a file holds" if isinstance(kind, str) else ""
+            other = "; load it by ValueIterationNetwork.load" if kind in value_iteration_network.KINDS else ""
             raise ValueError(f"checkpoint: {path} holds a {shown(kind)}, wanted {KIND!r}{other}")
         wanted, given = facts.get("tokenizer", ""), "" if tokenizer is None else type(tokenizer).__name__
         if wanted != given:

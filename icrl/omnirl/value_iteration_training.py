@@ -88,13 +88,16 @@ def loss_of(output: Output, targets: Targets, config: ValueIterationTraining) ->
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's record as it is written today: the seed once stood in "training", and counted there."""
+    """A run's record as it is written today: the seed once stood in "training", and counted there; layers were not tied."""
     training, loop = config.get("training", {}), config.get("loop", {})
-    if not isinstance(training, dict) or not isinstance(loop, dict) or "seed" not in training:
+    if not isinstance(training, dict) or not isinstance(loop, dict):
         return config
-    training = dict(training)
-    seed = training.pop("seed")
-    return {**config, "training": training, "loop": {**loop, "seed": seed}}
+    training, loop = dict(training), dict(loop)
+    if "seed" in training:
+        loop["seed"] = training.pop("seed")
+    if isinstance(training.get("model"), dict):
+        training["model"] = {"tied": False, **training["model"]}
+    return {**config, "training": training, "loop": loop}
 
 
 def read_config(given: dict[str, Any]) -> tuple[ValueIterationTraining, LoopConfig]:
@@ -131,6 +134,10 @@ class ValueIterationLearner(DistillationLearner):
 
     def at(self, update: int) -> ValueIterationTraining:
         return self.training
+
+    @property
+    def dagger_from(self) -> int:
+        return self.training.dagger_from
 
     def config(self) -> dict[str, Any]:
         return {"training": asdict(self.training), **({"init": str(self.init)} if self.init else {})}
