@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from icrl.models.trunk import Trunk, TrunkState
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import Trunk, TrunkState
 from icrl_kernels.arguments import integer_fields
 
 

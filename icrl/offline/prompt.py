@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from icrl.models.trunk import Trunk
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import Trunk
 from icrl_kernels.arguments import integer_fields
 
 

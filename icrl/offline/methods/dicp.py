@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.models.trunk import TrunkState
 from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.offline.method import Metrics, Spaces, deviation, head
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import TrunkState
 from icrl_kernels.arguments import integer_fields
 
 

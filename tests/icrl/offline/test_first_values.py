@@ -9,9 +9,9 @@ import torch
 from first_weights import emptied, reset_each, tensors
 from torch.utils import _pytree as pytree
 
+from icrl.models.trunk import MIXERS, Trunk, TrunkConfig
 from icrl.offline.method import Spaces
 from icrl.offline.methods import METHODS, method_class
-from icrl.offline.trunk import MIXERS, Trunk, TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig
 from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.worlds import sample_anymdp
