@@ -55,6 +55,7 @@ SOURCES: dict[str, list[str]] = {
     "linear_attention/gsa.isa.cpp": [],
     "tabular/value_iteration.isa.cpp": [],
     "linear_attention/rwkv7.isa.cpp": [],
+    "fused/mixers.isa.cpp": [],
     "fused/layers.isa.cpp": [],
     "fused/memories.isa.cpp": [],
     "tabular/rollout.cu": SAME_BITS_CUDA,

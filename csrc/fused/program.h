@@ -66,9 +66,10 @@ struct FusedKind {
 };
 
 // Tables of kinds, a source file each.
-#define ICRL_FUSED_ENTRIES         \
-  const FusedKind* fused_layers(); \
-  const FusedKind* fused_memories();
+#define ICRL_FUSED_ENTRIES           \
+  const FusedKind* fused_layers();   \
+  const FusedKind* fused_memories(); \
+  const FusedKind* fused_mixers();
 ICRL_IN_EACH_ISA(ICRL_FUSED_ENTRIES)
 #undef ICRL_FUSED_ENTRIES
 

@@ -1,4 +1,5 @@
-// One token of one head, on float rows and a state in the user's layout: what the ops' steps and the fused mixers share.
+// One token of one head, on float rows and a state in the user's layout: what the ops' steps and the fused mixers
+// share.
 //
 //   K, V, M    channels of a key, of a value; slots
 //   q, k       [K] query and key, zeros from there to a whole number of 16;  r, a, b: RWKV-7's, alike

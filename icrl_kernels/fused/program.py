@@ -59,6 +59,23 @@ class Slot(NamedTuple):
     below: int  # of indices: they are at least 0 and less than this; 0: no indices
 
 
+@dataclass(eq=False)
+class Matrix:
+    """A linear layer made of others' parameters: weight [outputs, inputs], bias [outputs] or None, and what they come from."""
+
+    weight: Tensor
+    bias: Tensor | None
+    made_of: list[tuple[nn.Module, str]]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
 @dataclass
 class Program:
     """Buffers, tensors, packed weights and ops, in the order in which they are added."""
@@ -140,15 +157,15 @@ class Program:
     def linear(
         self,
         input: Rows,
-        layers: Sequence[nn.Linear],
+        layers: Sequence[nn.Linear | Matrix],
         *,
         norm: nn.Module | None = None,
         biases_of: Sequence[nn.Linear] = (),
     ) -> list[Rows]:
         """Linear layers of one input, side by side in a new buffer: their outputs, in order.
 
-        norm: a norm whose weight and bias stand between the input and the layers; they become part of theirs. biases_of:
-        layers as wide as each of these, whose biases are added to theirs.
+        norm: a norm whose weight and bias stand between the input and the layers; they become part of theirs. One over each
+        head's channels is every head's. biases_of: layers as wide as each of these, whose biases are added to theirs.
         """
         columns = [-(-layer.out_features // SIXTEEN) * SIXTEEN for layer in layers]
         whole = self.rows(sum(columns), self.count(input))
@@ -157,7 +174,7 @@ class Program:
         return [whole.part(start, layer.out_features) for start, layer in zip(starts, layers, strict=True)]
 
     def linear_into(
-        self, out: Rows, input: Rows, layer: nn.Linear, *, norm: nn.Module | None = None, add: bool = False
+        self, out: Rows, input: Rows, layer: nn.Linear | Matrix, *, norm: nn.Module | None = None, add: bool = False
     ) -> None:
         """One linear layer's outputs into the columns of `out`, or added to them."""
         if out.width != layer.out_features:
@@ -168,7 +185,7 @@ class Program:
         self,
         out: Rows,
         input: Rows,
-        layers: Sequence[nn.Linear],
+        layers: Sequence[nn.Linear | Matrix],
         norm: nn.Module | None,
         biases_of: Sequence[nn.Linear],
         add: bool,
@@ -180,7 +197,7 @@ class Program:
         self.op("linear", input=input, out=out, weights=[weight, bias], sizes=[input.width, out.width, int(add)])
 
     def _packed_layers(
-        self, layers: Sequence[nn.Linear], norm: nn.Module | None, biases_of: Sequence[nn.Linear]
+        self, layers: Sequence[nn.Linear | Matrix], norm: nn.Module | None, biases_of: Sequence[nn.Linear]
     ) -> tuple[int, int]:
         """The offsets of the layers' weights and bias (-1: none)."""
         key = (*map(id, layers), -1 if norm is None else id(norm), *map(id, biases_of))
@@ -197,14 +214,19 @@ class Program:
             weight, bias = wide[id(layer), "weight"], torch.zeros(layer.out_features, dtype=torch.float64, device="cpu")
             for other in (layer, *biases_of):
                 bias = bias + wide.get((id(other), "bias"), 0.0)
-            bias = bias + weight @ wide.get((id(norm), "bias"), weight.new_zeros(layer.in_features))
-            weight = weight * wide.get((id(norm), "weight"), 1.0)
+            if (shift := wide.get((id(norm), "bias"))) is not None:
+                bias = bias + weight @ shift.repeat(layer.in_features // len(shift))
+            if (scale := wide.get((id(norm), "weight"))) is not None:
+                weight = weight * scale.repeat(layer.in_features // len(scale))
             missing = -layer.out_features % SIXTEEN
             rows.append(torch.nn.functional.pad(weight, (0, 0, 0, missing)))
             shifts.append(torch.nn.functional.pad(bias, (0, missing)))
         panels = [panel.flatten() for panel in torch.cat(rows).t().split(PANEL, 1)]
         biased = any(name == "bias" for _, name in wide)
-        sources = [(m, name) for m, name in parameters if (id(m), name) in wide]
+        sources = []
+        for m, name in parameters:
+            if (id(m), name) in wide:
+                sources += m.made_of if isinstance(m, Matrix) else [(m, name)]
         at = self.weights(torch.cat(panels), *sources), self.weights(torch.cat(shifts)) if biased else -1
         self._packed_of[key] = at
         return at
