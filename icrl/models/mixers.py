@@ -119,7 +119,8 @@ class WindowedSoftmax(nn.Module):
         self.qkv_proj = layers.Linear(width, 3 * width)
         self.o_proj = layers.Linear(width, width)
 
-    def _slopes(self, device: torch.device) -> Tensor:
+    def slopes(self, device: torch.device) -> Tensor:
+        """How much each head's scores fall with a token of distance, [H]."""
         return 2 ** (-8 / self.heads * torch.arange(1, self.heads + 1, dtype=torch.float32, device=device))
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> WindowState:
@@ -154,7 +155,7 @@ class WindowedSoftmax(nn.Module):
         distance = here[:, None] - there
         first = W - state.length.clamp(max=W)  # of the places that hold a token
         seen = (distance >= 0) & (distance < W) & (there >= first[:, None, None])  # [B,T,W+T]
-        bias = -self._slopes(device)[:, None, None] * distance
+        bias = -self.slopes(device)[:, None, None] * distance
         mask = bias.masked_fill(~seen[:, None], -torch.inf)
         y = F.scaled_dot_product_attention(q.float(), keys, values, attn_mask=mask).to(q.dtype)
         places = (state.length[:, None] + torch.arange(T, dtype=torch.int64, device=device)) % W
@@ -174,7 +175,7 @@ class WindowedSoftmax(nn.Module):
         state.values.scatter_(2, index, v[:, :, None])
         age = (slot[:, None] - torch.arange(W, dtype=torch.int64, device=device)) % W
         state.length.add_(1)
-        bias = -self._slopes(device)[:, None] * age[:, None]
+        bias = -self.slopes(device)[:, None] * age[:, None]
         bias = bias.masked_fill((age >= state.length[:, None])[:, None], -torch.inf)
         scores = (state.keys @ q[..., None])[..., 0] * q.shape[-1] ** -0.5 + bias
         y = (scores.softmax(-1)[:, :, None] @ state.values)[:, :, 0]

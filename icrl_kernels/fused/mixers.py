@@ -72,11 +72,7 @@ def add_mixer(
     for name in STEPS:
         if name in vars(module) or getattr(type(module), name, None) is not getattr(kind, name, None):
             raise ValueError(f"module: wanted {kind.__name__}'s own {name}, got {type(module).__name__}'s")
-    if _torch_private.hooked(module):
-        raise ValueError("module: wanted one without hooks")
-    for name, tensor in module.named_parameters():
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(f"module: wanted float32 on the CPU, got {name} of {tensor.dtype} on {tensor.device}")
+    require_plain(module)
     if program.count(source) != 1 or program.count(destination) != 1:
         raise ValueError("source, destination: wanted one row a context, for one token")
     if isinstance(module, layers.RWKV7):
@@ -86,6 +82,15 @@ def add_mixer(
     y, last, output_norm = BUILDERS[kind](program, module, source, state, norm)
     program.linear_into(destination, y, last, norm=output_norm, add=add)
     return None
+
+
+def require_plain(module: nn.Module) -> None:
+    """Raises ValueError unless a module's parameters are float32 on the CPU and it has no hooks, which no program would run."""
+    if _torch_private.hooked(module):
+        raise ValueError("module: wanted one without hooks")
+    for name, tensor in module.named_parameters():
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(f"module: wanted float32 on the CPU, got {name} of {tensor.dtype} on {tensor.device}")
 
 
 def bind_state(step: Step, name: str, state: layers.State) -> None:
