@@ -315,8 +315,8 @@ class OmniRL(nn.Module):
     ) -> tuple[Parts, Tensor, tuple[Tensor, Tensor]]:
         """The tokens' parts, the rewards' scale `[B,T]`, and the statistics after them."""
         first = tokens.previous_done == START
-        squares = tokens.previous_reward.square().masked_fill(first, 0.0)
-        square = state.reward_square[:, None] + squares.cumsum(1)
+        reward = tokens.previous_reward.masked_fill(first, 0.0)
+        square = state.reward_square[:, None] + reward.square().cumsum(1)
         count = state.count[:, None] + (~first).float().cumsum(1)
         scale = _root_mean(square, count)
         none = first if missing is None else first | torch.cat([first[:, :1] & False, missing[:, :-1]], 1)
@@ -324,7 +324,7 @@ class OmniRL(nn.Module):
             tokens,
             self.tokenizer.encode(tokens.observation, missing),
             self.tokenizer.encode(tokens.previous_observation, none),
-            reward_features(tokens.previous_reward / scale),
+            reward_features(reward / scale),
             torch.full_like(tokens.previous_tag, UNKNOWN) if prompt is None else prompt,
         )
         after = (square[:, -1], count[:, -1]) if square.shape[1] else (state.reward_square, state.count)

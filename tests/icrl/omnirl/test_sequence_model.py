@@ -162,11 +162,10 @@ def test_what_is_missing_is_not_seen():
 @torch.no_grad()
 def test_the_start_has_no_past():
     model, tokens = make(SMALL), some_tokens()
-    other = changed(tokens, "previous_observation", 0)
-    reward = tokens.previous_reward.clone()
-    reward[:, 0] = 0
-    one = model(tokens._replace(previous_reward=reward), model.initial_state(3, S))
-    assert_close(one, model(other._replace(previous_reward=reward), model.initial_state(3, S)))
+    other = changed(changed(tokens, "previous_observation", 0), "previous_reward", 0)
+    one, two = (model(t, model.initial_state(3, S)) for t in (tokens, other))
+    for a, b in zip(leaves(one), leaves(two), strict=True):
+        assert torch.equal(a, b)
 
 
 @torch.no_grad()
@@ -193,26 +192,9 @@ def test_gradients_flow_to_every_parameter(case):
     model.tokenizer.loss(output.world.observation, tokens.observation).sum().backward(retain_graph=True)
     (output.logits.square().sum() + output.world.reward.square().sum() + output.world.done.square().sum()).backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and (p.grad != 0).any(), name
-
-
-def test_the_gradient_is_that_of_finite_differences():
-    model, tokens = make(SMALL), some_tokens()
-
-    def value():
-        return model(tokens, model.initial_state(3))[0].logits.square().sum()
-
-    loss = value()
-    loss.backward()
-    p = model.layout.joint.weight
-    direction = torch.randn_like(p)
-    directional = float((p.grad * direction).sum())
-    with torch.no_grad():
-        p.add_(direction, alpha=1e-2)
-        above = float(value())
-        p.sub_(direction, alpha=2e-2)
-        below = float(value())
-    assert (above - below) / 2e-2 == pytest.approx(directional, rel=0.02)
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert (p.grad != 0).any(), name
 
 
 @torch.no_grad()
@@ -296,7 +278,7 @@ def test_other_observations(tmp_path):
     output, _ = own(Tokens(*images, *tokens[2:]), own.initial_state(3))
     assert own.tokenizer.loss(output.world.observation[:, :, 0], images[0]).shape == (3, 23)
     own.save(tmp_path / "p.safetensors")
-    with pytest.raises(ValueError, match="tokenizer: .* was saved with 'Pixels', got None"):
+    with pytest.raises(ValueError, match=r"tokenizer: .* was saved with 'Pixels', got None"):
         OmniRL.load(tmp_path / "p.safetensors")
     again = OmniRL.load(tmp_path / "p.safetensors", tokenizer=Pixels(10))
     assert torch.equal(again.tokenizer.net.weight, own.tokenizer.net.weight)
@@ -379,9 +361,9 @@ def test_configurations_are_refused(case):
 
 def test_tasks_that_are_too_large_are_refused():
     model = make(SMALL)
-    with pytest.raises(ValueError, match="states: wanted at most the model's 10 observations, got 11"):
+    with pytest.raises(ValueError, match=r"states: wanted at most the model.s 10 observations, got 11"):
         Agent(model, 1, 11)
-    with pytest.raises(ValueError, match="num_actions: wanted 1 to 3, the model's, got 4 to 4"):
+    with pytest.raises(ValueError, match=r"num_actions: wanted 1 to 3, the model.s, got 4 to 4"):
         Agent(model, 1, S, num_actions=4)
     with pytest.raises(ValueError, match=r"tokens: wanted one a sequence, \[B,1\], got \[3, 2\]"):
         model.step(some_tokens(T=2), model.initial_state(3))
