@@ -221,9 +221,9 @@ class OmniRL(nn.Module):
         self.observation_head = _head(c.width, told * size, 0.1)
         self.reward_head, self.done_head = _head(c.width, told), _head(c.width, told)
         if addresses is not None:
-            mixer = self.stack.blocks[0].mixer.mixer
-            assert isinstance(mixer, AddressedDeltaNet)
-            mixer.start_outputs()
+            for module in self.stack.modules():
+                if isinstance(module, AddressedDeltaNet):
+                    module.start_outputs()
             self.observation_head.start(partial(_reads, addresses=addresses))
         self.float()  # as the states are, whatever torch's default dtype
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from icrl.cli import main
-from icrl.omnirl.distill import DPDConfig, make_batch, sample_tasks
-from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
+from icrl.omnirl.distill import DPDConfig, make_batch
 from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, World
 from icrl.omnirl.tags import START, UNKNOWN
 from icrl.omnirl.targets import (
@@ -248,7 +247,7 @@ def test_command(tmp_path, capsys):
                 "hidden": 16,
                 "code": 10,
             },
-            "data": {"actions": 3},
+            "data": {"actions": 3, "tasks": {"anymdp": 1.0}},
             "stages": [{"share": 1.0, "states": 12, "records": 4, "steps": 12, "segment": 6}],
             "dagger": 0.0,
             "evaluation_tasks": 2,
