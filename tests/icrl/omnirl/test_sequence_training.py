@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from icrl.cli import main
-from icrl.omnirl.distill import DPDConfig, make_batch
+from icrl.omnirl.distill import DPDConfig, make_batch, sample_tasks
+from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
 from icrl.omnirl.model import OmniRL, OmniRLConfig, Output, World
 from icrl.omnirl.tags import START, UNKNOWN
 from icrl.omnirl.targets import (
@@ -279,3 +281,32 @@ def test_command(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "holds a run with another configuration (loop.seed: 0 in the run, 1 given)" in error
     assert error.count("\n") == 1
+
+
+def test_it_learns_to_learn_in_two_minutes(tmp_path):
+    """91K parameters, 300 batches of 2,048 steps (35 s on one core): fresh bandits and tasks of 5 to 8 states."""
+    training = OmniRLTraining(
+        model=OmniRLConfig(states=8, width=64, layers=2, heads=5, head_dim=16, code=16, hidden=64),
+        data=DPDConfig(tasks={"garnet": 0.6, "bandit": 0.4}, least_states=5, states=8, batch=32, steps=64),
+        stages=(),
+        segment=64,
+        dagger=0.0,
+        evaluation_tasks=2,
+        evaluation_states=7,
+        evaluation_steps=2,
+        bandit_steps=0,
+    )
+    rates = {"learning_rate": 3e-3, "muon_learning_rate": 0.02, "warmup": 20, "decay": 0.4}
+    loop = LoopConfig(updates=300, checkpoint_every=300, evaluate_every=300, **rates)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    model = OmniRL.load(train(OmniRLLearner(training, loop), loop, tmp_path / "run"))
+    seconds = time.process_time() - begin
+    torch.set_num_threads(threads)
+    assert seconds < 120
+    for kind, steps in (("garnet", 200), ("bandit", 100)):
+        tasks = sample_tasks(training.data, 64, 99, kind=kind)
+        context = run_agent(model, tasks, steps, seed=1)
+        score, interval = mean_ci(normalized(context, references(tasks), steps // 2, steps))
+        assert score - interval > 0.3, kind
