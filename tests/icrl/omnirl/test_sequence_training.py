@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import ExplicitDevices
 
 from icrl.cli import main
 from icrl.omnirl.distill import DPDConfig, make_batch, sample_tasks
@@ -25,7 +26,7 @@ from icrl.omnirl.targets import (
 from icrl.omnirl.training import Asked, OmniRLLearner, OmniRLTraining, Stage, loss_of, read_config, renumbered
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
-from icrl.training.loop import train
+from icrl.training.loop import gradient, optimizers, take_step, train
 
 MODEL = OmniRLConfig(actions=3, states=16, width=48, layers=1, heads=3, head_dim=10, hidden=16, code=10)
 TINY = OmniRLTraining(
@@ -234,6 +235,31 @@ def test_the_published_configuration():
     c = OmniRLTraining.published()
     assert (c.observation_weight, c.reward_weight, c.prompted_weight) == (0.4, 0.4, 0.2)
     assert (c.data.steps, c.segment, c.position_steps, c.observation_dropout) == (12_000, 2048, 512, 0.15)
+
+
+@pytest.mark.parametrize("training", [TINY, PROMPTED], ids=["fused", "interleaved"])
+def test_training_makes_no_tensor_without_a_device(training):
+    learner = OmniRLLearner(training, replace(LOOP, device="cpu"))
+    made, parameters = optimizers(learner, LOOP), list(learner.model.parameters())
+    with ExplicitDevices():
+        for update in (0, 4):
+            learner.load_state_dict({**learner.state_dict(), "stream": {"seed": 0, "next_batch": update}})
+            for loss, _ in learner.losses(update):
+                gradient(loss, parameters, LOOP.clip)
+                take_step(made)
+        learner.evaluate()
+    learner.stream.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [TINY, PROMPTED], ids=["fused", "interleaved"])
+def test_a_run_on_a_gpu(tmp_path, training):
+    rows = {}
+    for device in ("cpu", "cuda"):
+        run(tmp_path / device, training, replace(LOOP, device=device, updates=3, checkpoint_every=3, evaluate_every=3))
+        rows[device] = [json.loads(x) for x in (tmp_path / device / "metrics.jsonl").read_text().splitlines()]
+    for a, b in zip(rows["cpu"][:3], rows["cuda"][:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
 
 
 def test_command(tmp_path, capsys):
