@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +189,16 @@ class Addresses(NamedTuple):
     gate: int  # the first of one channel an action: 2 where it was the last one, 0 elsewhere
     constant: int  # a channel that is always 1
     actions: int
+    others: int  # the first of all other channels, to the last
+
+    def spread(self, width: int, size: int) -> Tensor:
+        """`[width, actions·size]` float32 on the CPU: random directions among the other channels, a block of about unit
+        vectors an action; always the same ones, so that what is written by them can be read by them."""
+        rows, columns = width - self.others, self.actions * size
+        drawn = torch.randn(
+            rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+        )
+        return F.pad(drawn * rows**-0.5, (0, 0, self.others, 0))
 
 
 class AddressedDeltaNet(layers.GatedDeltaNet):
@@ -198,34 +207,71 @@ class AddressedDeltaNet(layers.GatedDeltaNet):
     A head's key is the code of the previous observation, its query that of the current one, by the same matrix, and it writes
     (beta .73) only after its own action (else beta .007): it reads what followed when the action was last taken here. These
     heads forget in `memory` steps; those beyond the actions begin as Gated DeltaNet's, and forget in 8 to 512 steps.
+
+    Where it `copies`, what is written is, above all, the code of the current observation, and `start_outputs` spreads what
+    the heads read, each action's by its own directions, over the channels that hold nothing else.
     """
 
     def __init__(
-        self, hidden_size: int, head_dim: int, num_heads: int, addresses: Addresses, memory: float = 4000.0
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        addresses: Addresses,
+        copies: bool,
+        memory: float = 4000.0,
     ) -> None:
         if num_heads < addresses.actions:
             raise ValueError(f"heads: wanted at least one an action, {addresses.actions}, got {num_heads}")
-        self.addresses, self.memory = addresses, memory
+        self.addresses, self.copies, self.memory = addresses, copies, memory
         super().__init__(hidden_size, expand_v=1.0, head_dim=head_dim, num_heads=num_heads, use_short_conv=False)
-        K = num_heads * head_dim
-        for name, first in (("q_proj", addresses.query), ("k_proj", addresses.key)):
-            made = layers.Linear(hidden_size, K, bias=False)
-            setattr(self, name, made.start(partial(self._read, first=first)))
-        self.b_proj = layers.Linear(hidden_size, num_heads, bias=False).start(self._open)
+        starts = {"q_proj": self._queries, "k_proj": self._keys, "v_proj": self._values, "g_proj": self._gates}
+        for name, begin in starts.items():
+            setattr(self, name, layers.Linear(hidden_size, num_heads * head_dim, bias=False).start(begin))
+        self.b_proj = layers.Linear(hidden_size, num_heads, bias=False).start(self._rates)
+
+    def _drawn(self, layer: nn.Linear) -> tuple[Tensor, int, int]:
+        """First weights as nn.Linear's; K; and how many rows are of the actions' heads."""
+        weight = torch.empty(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
+        weight.uniform_(-(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+        return weight, self.head_k_dim, self.addresses.actions * self.head_k_dim
+
+    def _codes(self, like: Tensor, first: int) -> Tensor:
+        """Rows of the actions' heads that read the code from channel `first` on, each head the same."""
+        K, n = self.head_k_dim, self.addresses.actions
+        rows = torch.zeros(n * K, like.shape[1], dtype=like.dtype, device=like.device)
+        rows[:, first : first + K] = torch.eye(K, dtype=like.dtype, device=like.device).repeat(n, 1)
+        return rows
 
     @torch.no_grad()
-    def _read(self, layer: nn.Linear, first: int) -> None:
-        weight = torch.empty(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
-        nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
-        K, own = self.head_k_dim, self.addresses.actions * self.head_k_dim
-        weight[:own] = 0
-        weight[:own, first : first + K] = torch.eye(K, dtype=torch.float32, device=weight.device).repeat(
-            self.addresses.actions, 1
-        )
+    def _queries(self, layer: nn.Linear) -> None:
+        weight, _, own = self._drawn(layer)
+        weight[:own] = self._codes(weight, self.addresses.query)
         layers.fill(layer.weight, weight)
 
     @torch.no_grad()
-    def _open(self, layer: nn.Linear) -> None:
+    def _keys(self, layer: nn.Linear) -> None:
+        weight, _, own = self._drawn(layer)
+        weight[:own] = self._codes(weight, self.addresses.key)
+        layers.fill(layer.weight, weight)
+
+    @torch.no_grad()
+    def _values(self, layer: nn.Linear) -> None:
+        weight, _, own = self._drawn(layer)
+        if self.copies:
+            weight[:own] = 0.5 * weight[:own] + self._codes(weight, self.addresses.query)
+        layers.fill(layer.weight, weight)
+
+    @torch.no_grad()
+    def _gates(self, layer: nn.Linear) -> None:
+        weight, _, own = self._drawn(layer)
+        if self.copies:
+            weight[:own] = 0
+        weight[:own, self.addresses.constant] = 2
+        layers.fill(layer.weight, weight)
+
+    @torch.no_grad()
+    def _rates(self, layer: nn.Linear) -> None:
         weight = torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
         a = self.addresses
         weight[: a.actions, a.constant] = -5
@@ -234,9 +280,20 @@ class AddressedDeltaNet(layers.GatedDeltaNet):
         )
         layers.fill(layer.weight, weight)
 
+    @torch.no_grad()
+    def _outputs(self, layer: nn.Linear) -> None:
+        weight = torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
+        spread = self.addresses.spread(self.hidden_size, self.head_k_dim)
+        weight[:, : spread.shape[1]] = 0.5 * spread.to(weight.device)
+        layers.fill(layer.weight, weight)
+
+    def start_outputs(self) -> None:
+        """Give the output's projection its first weights, where this layer copies."""
+        if self.copies:
+            self.o_proj.start(self._outputs)
+
     def _start(self) -> None:
-        n = len(self.dt_bias)
-        spare = n - self.addresses.actions
+        spare = len(self.dt_bias) - self.addresses.actions
         steps = [self.memory] * self.addresses.actions + [8 * 64 ** (i / max(1, spare - 1)) for i in range(spare)]
         rates = 1 / torch.tensor(steps, dtype=torch.float32, device=self.dt_bias.device)
         nn.init.zeros_(self.A_log)
@@ -266,7 +323,7 @@ def make_mixer(
     if mixer == "softmax":
         return WindowedSoftmax(width, heads, window) if window else Softmax(width, heads)
     if addresses is not None:
-        return Recurrent(AddressedDeltaNet(width, size, heads, addresses))
+        return Recurrent(AddressedDeltaNet(width, size, heads, addresses, copies=layer == 0))
     made: dict[str, Any] = {
         "gla": lambda: layers.GLA(width, num_heads=heads),
         "gated_delta_net": lambda: layers.GatedDeltaNet(

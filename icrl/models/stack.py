@@ -87,10 +87,10 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width, rms)
 
-    def start_projections(self) -> None:
+    def start_projections(self, branch: float = 1.0) -> None:
         """Give the projections of attention and MLPs first weights, normal with deviation 1/√inputs; those that end a branch
-        are less by 1/√(2 · blocks), so that the stream does not grow with depth."""
-        depth = (2 * len(self.blocks)) ** -0.5
+        are less by branch/√(2 · blocks), so that the stream does not grow with depth."""
+        depth = branch * (2 * len(self.blocks)) ** -0.5
         gains = {"qkv_proj": 1.0, "o_proj": depth, "mlp_in": 1.0, "mlp_out": depth}
         for name, layer in self.named_modules():
             gain = gains.get(name.rpartition(".")[2])

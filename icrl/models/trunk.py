@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from icrl.models.mixers import MIXERS, make_mixer
+from icrl.models.mixers import MIXERS, WindowedSoftmax, make_mixer
 from icrl.models.stack import Block, Stack
 from icrl_kernels.arguments import integer_fields
 
@@ -96,6 +96,7 @@ class Trunk(Stack):
         memory = []
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
+            assert not isinstance(block.mixer, WindowedSoftmax)
             y, m = block.mixer.remember(block.mix_norm(x), lengths)
             memory.append(m)
             if i + 1 < len(self.blocks):  # nothing reads what the last block makes of the prompt

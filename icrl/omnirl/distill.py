@@ -21,13 +21,16 @@ from icrl import worlds
 from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
 from icrl.worlds import TabularTasks
+from icrl.worlds.grids import sample_grids
 from icrl_kernels import Behaviours, Rollout, rollout
 from icrl_kernels.arguments import integer, integer_fields, number
 from icrl_kernels.tabular.behaviours import BUILTIN
 
 Sampler = Callable[["DPDConfig", int, int], TabularTasks]
 
+KINDS = ("anymdp", "garnet", "bandit", "grid")
 ANYMDP_LEAST = 8  # states of an AnyMDP task
+GRID_LEAST, GRID_ACTIONS = 4, 5
 TAG_MODEL_BASED, TAG_Q_LEARNING, TAG_RANDOM, TAG_UNKNOWN = 4, 5, 6, 7
 BUILTIN_TAGS = {
     "uniform": TAG_RANDOM,
@@ -116,8 +119,8 @@ class DPDConfig:
             for each in (name, f"{name}_records"):
                 if not 0 <= number(each, getattr(self, each, 0)) <= 1:
                     raise ValueError(f"{each}: wanted a probability, got {getattr(self, each)}")
-        if unknown := set(self.tasks) - {"anymdp", "garnet", "bandit"}:
-            raise ValueError(f"tasks: wanted anymdp, garnet or bandit, got {', '.join(sorted(map(str, unknown)))}")
+        if unknown := set(self.tasks) - set(KINDS):
+            raise ValueError(f"tasks: wanted {', '.join(KINDS)}, got {', '.join(sorted(map(str, unknown)))}")
         for name in self.behaviours:
             _parse(name, len(self.discounts))
         self._check_sizes()
@@ -128,6 +131,7 @@ class DPDConfig:
             "anymdp": {"states": ANYMDP_LEAST, "actions": 2},
             "garnet": {"states": max(2, self.garnet_branching), "actions": 1},
             "bandit": {"states": 1, "actions": 2},
+            "grid": {"states": GRID_LEAST, "actions": GRID_ACTIONS},
         }
         for kind in (kind for kind, weight in self.tasks.items() if weight > 0):
             for name, given in (("states", self.least_states), ("actions", self.actions)):
@@ -173,8 +177,11 @@ def sample_tasks(
             )
         elif name == "bandit":
             tasks = worlds.sample_bandit(count, config.actions, seed=own, num_observations=config.states)
+        elif name == "grid":
+            span = (sizes, sizes) if isinstance(sizes, int) else sizes
+            tasks = sample_grids(count, span, seed=own, num_observations=config.states)
         else:
-            raise ValueError(f"kind: wanted anymdp, garnet or bandit, got {name!r}")
+            raise ValueError(f"kind: wanted {', '.join(KINDS)}, got {name!r}")
         parts.append(tasks)
     return worlds.TabularTasks.concatenate(parts)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from icrl.reading import shown
 
-LABELS_VERSION = 1
+LABELS_VERSION = 2
 """Of the labels that this code makes. One more for every change of what a label says of the same history; `CHANGED` says
 which. Files from before labels had a version are of version 0."""
 
 CHANGED = {
     1: "the explorer's labels count the rewards of truncated steps, of which bandits have no others",  # since 2026-11-21
+    2: "the explorer's label is the optimal action where an expert (tag 2 or 3) was seen to act before",  # since 2026-11-30
 }
 """By version: what is different from the version before."""
 

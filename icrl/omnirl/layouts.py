@@ -105,7 +105,7 @@ class FusedTokens(nn.Module):
         if width < begin + 8:
             raise ValueError(f"width: wanted at least {begin + 8}, for addresses of {size} channels, got {width}")
         self.begin = begin
-        self.addresses = Addresses(0, size, 2 * size, 2 * size + actions + 1, actions) if addressed else None
+        self.addresses = Addresses(0, size, 2 * size, 2 * size + actions + 1, actions, begin) if addressed else None
         self.observation = layers.Linear(size, width, bias=False)
         self.previous_observation = layers.Linear(size, width, bias=False)
         self.joint = layers.Linear(size, (actions + 1) * (width - begin), bias=False)

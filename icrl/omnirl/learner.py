@@ -118,6 +118,15 @@ class DistillationLearner:
         """The training's configuration at an update."""
         raise NotImplementedError
 
+    def config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def save_model(self, path: Path, **facts: Any) -> None:
+        self.model.save(path, training=self.config()["training"], seed=self.loop.seed, **facts)
+
     @property
     def dagger_from(self) -> int:
         """The first update with own records in its batch."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from icrl.models.mixers import MIXERS, Recurrent, Softmax, make_mixer
+from icrl.models.mixers import MIXERS, AddressedDeltaNet, Addresses, Recurrent, Softmax, make_mixer
 from icrl.models.stack import Block, Stack, normal
 from icrl.models.tokenizers import ContinuousObservations, DiscreteObservations, Tokenizer
 from icrl.omnirl import value_iteration_network
@@ -165,6 +165,14 @@ def _head(inputs: int, outputs: int, std: float = 0.02) -> layers.Linear:
     return layers.Linear(inputs, outputs).start(partial(normal, std=std * inputs**-0.5))
 
 
+@torch.no_grad()
+def _reads(layer: nn.Linear, addresses: Addresses) -> None:
+    """First weights that read what the first memory copies: the code of the last outcome of each action."""
+    width, size = layer.in_features, layer.out_features // addresses.actions
+    layers.fill(layer.weight, addresses.spread(width, size).t())
+    nn.init.zeros_(layer.bias)
+
+
 def _root_mean(square: Tensor, count: Tensor) -> Tensor:
     return torch.where(square > 0, (square / count.clamp(min=1)).sqrt(), 1.0)
 
@@ -206,12 +214,17 @@ class OmniRL(nn.Module):
             mixer = make_mixer(c.mixer, c.width, c.heads, **options, layer=i, layers_in_all=c.layers)
             blocks.append(Block(c.width, mixer, c.hidden, gated=c.gated, rms=True))
         self.stack = Stack(c.width, blocks, rms=True)
-        self.stack.start_projections()
+        self.stack.start_projections(0.2 if c.addressed else 1.0)
         self.policies = 1 if c.policy == "prompted" else c.policies
         told = 1 if not self.layout.world_actions else c.actions
         self.policy_head = _head(c.width, c.actions * self.policies)
-        self.observation_head = _head(c.width, told * size, 1.0)
+        self.observation_head = _head(c.width, told * size, 0.1)
         self.reward_head, self.done_head = _head(c.width, told), _head(c.width, told)
+        if addresses is not None:
+            for module in self.stack.modules():
+                if isinstance(module, AddressedDeltaNet):
+                    module.start_outputs()
+            self.observation_head.start(partial(_reads, addresses=addresses))
         self.float()  # as the states are, whatever torch's default dtype
 
     @property
@@ -302,8 +315,8 @@ class OmniRL(nn.Module):
     ) -> tuple[Parts, Tensor, tuple[Tensor, Tensor]]:
         """The tokens' parts, the rewards' scale `[B,T]`, and the statistics after them."""
         first = tokens.previous_done == START
-        squares = tokens.previous_reward.square().masked_fill(first, 0.0)
-        square = state.reward_square[:, None] + squares.cumsum(1)
+        reward = tokens.previous_reward.masked_fill(first, 0.0)
+        square = state.reward_square[:, None] + reward.square().cumsum(1)
         count = state.count[:, None] + (~first).float().cumsum(1)
         scale = _root_mean(square, count)
         none = first if missing is None else first | torch.cat([first[:, :1] & False, missing[:, :-1]], 1)
@@ -311,7 +324,7 @@ class OmniRL(nn.Module):
             tokens,
             self.tokenizer.encode(tokens.observation, missing),
             self.tokenizer.encode(tokens.previous_observation, none),
-            reward_features(tokens.previous_reward / scale),
+            reward_features(reward / scale),
             torch.full_like(tokens.previous_tag, UNKNOWN) if prompt is None else prompt,
         )
         after = (square[:, -1], count[:, -1]) if square.shape[1] else (state.reward_square, state.count)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icrl.omnirl.distill import DPDConfig, Records
-from icrl.omnirl.tags import START, UNKNOWN
+from icrl.omnirl.tags import EXPERTS, EXPLORER, START, UNKNOWN
 from icrl.omnirl.tokens import Tokens
 from icrl_kernels import model_based_q
 
@@ -73,8 +74,19 @@ def targets_of(records: Records, config: Labelled) -> Targets:
     q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
     best = q.amax(2, keepdim=True)
     ties = (q >= best - 1e-6 * (1 + best.abs())).float()
+    known = _expert_seen(records, config.data.states)[..., None]
+    ties[..., EXPLORER] = torch.where(known, ties[..., EXPERTS[-1]], ties[..., EXPLORER])
     discounts = torch.tensor(c.policy_discounts, dtype=torch.float32, device=q.device)
     return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
+
+
+def _expert_seen(records: Records, states: int) -> Tensor:
+    """[B,T] bool: whether an expert was seen to act earlier where the agent is: then the explorer does what is optimal."""
+    expert = torch.isin(records.tag, torch.tensor(EXPERTS, dtype=torch.int64, device=records.tag.device))
+    here = F.one_hot(records.observation, states).bool()
+    seen = (here & expert[..., None]).cumsum(1, dtype=torch.int32) > 0
+    before = F.pad(seen[:, :-1], (0, 0, 1, 0))
+    return (before & here).any(-1)
 
 
 def _action_mask(records: Records, states: int) -> Tensor | None:

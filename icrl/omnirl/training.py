@@ -57,13 +57,14 @@ STAGES = (
     Stage(0.15, 8, 64, 32, 2048, 512),
 )
 LOOP = LoopConfig(
-    updates=9000,
+    updates=12_000,
     learning_rate=2e-3,
     muon_learning_rate=0.02,
     warmup=100,
     decay=0.3,
     checkpoint_every=100,
-    evaluate_every=500,
+    evaluate_every=250,
+    autocast=True,
 )
 
 
@@ -72,7 +73,20 @@ class OmniRLTraining:
     """The defaults are the recipe for a CPU; `published` is the paper's."""
 
     model: OmniRLConfig = field(default_factory=OmniRLConfig)
-    data: DPDConfig = field(default_factory=DPDConfig)
+    data: DPDConfig = field(
+        default_factory=lambda: DPDConfig(
+            tasks={"anymdp": 0.7, "garnet": 0.1, "bandit": 0.05, "grid": 0.15},
+            behaviours={
+                "uniform": 0.2,
+                "random_policy": 0.15,
+                "q_learning+noise": 0.15,
+                "model_based+noise": 0.3,
+                "model_based+noise->greedy3": 0.05,
+                "greedy3+noise": 0.05,
+                "greedy3->model_based": 0.1,
+            },
+        )
+    )
     """Tasks and behaviours; sizes are those of the stages, where there are some."""
     stages: tuple[Stage, ...] = STAGES
     segment: int = 512
@@ -105,13 +119,13 @@ class OmniRLTraining:
     """Share of the run's updates before that."""
     dagger_every: int = 50
     """Updates between two collections."""
-    dagger_records: int = 64
+    dagger_records: int = 128
     """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
     evaluation_tasks: int = 64
     evaluation_states: int = 16
     """Of AnyMDP tasks to act in; with fewer than 8, tasks as the data's."""
-    evaluation_steps: int = 1000
-    bandit_steps: int = 0
+    evaluation_steps: int = 2000
+    bandit_steps: int = 100
     """Steps of an evaluation in bandits, of which the last half counts; 0: none."""
     records: str = ""
     """Folder of records (`icrl distill`) to train from, without stages; empty: made on the fly."""
@@ -322,10 +336,9 @@ class OmniRLLearner(DistillationLearner):
         B, T = records.action.shape
         tokens = tokens_of(records)
         transitions = next_transitions(records) if c.model.layout == "fused" else previous_transitions(tokens)
-        tokens, transitions, targets = (
-            kind(*(x.to(self.device) for x in of))
-            for kind, of in ((Tokens, tokens), (Transitions, transitions), (Targets, targets))
-        )
+        tokens = Tokens(*(x.to(self.device) for x in tokens))
+        transitions = Transitions(*(x.to(self.device) for x in transitions))
+        targets = Targets(*(x.to(self.device) for x in targets))
         label, told = self._prompts(c, B, T)
         if c.model.policy == "prompted":
             chosen = label[:, :, None, None].expand(-1, -1, targets.policy.shape[2], 1)
@@ -379,6 +392,3 @@ class OmniRLLearner(DistillationLearner):
             context = run_agent(self.model, tasks, c.bandit_steps, seed=7)
             scores["score_bandits"] = mean_ci(normalized(context, reference, c.bandit_steps // 2, c.bandit_steps))[0]
         return scores
-
-    def save_model(self, path: Path, **facts: Any) -> None:
-        self.model.save(path, training=self.config()["training"], seed=self.loop.seed, **facts)

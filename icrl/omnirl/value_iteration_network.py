@@ -52,11 +52,14 @@ KIND = "value_iteration_network"
 KINDS = (KIND, "omnirl")
 """And what those from before it had a name of its own say."""
 
+BEFORE = {"tied": False, "fading": False}
+"""Of models from before these were settings."""
+
 
 @dataclass(frozen=True)
 class ValueIterationNetworkConfig:
     actions: int = 5
-    layers: int = 5
+    layers: int = 8
     action_width: int = 32
     state_width: int = 64
     value_width: int = 24
@@ -64,10 +67,12 @@ class ValueIterationNetworkConfig:
     state_hidden: int = 96
     pool_heads: int = 4
     write_rate: float = 0.3
-    tied: bool = False
+    tied: bool = True
     """Whether all layers share their weights: then there may be as many as a state has memories."""
+    fading: bool = True
+    """Whether what the blocks add to a backup's value fades with visits n to the action, as 1/(1 + n²)."""
     discounts: tuple[float, ...] = (0.0, 0.5, 0.93, 0.994)
-    explorer_discount: float = 0.9
+    explorer_discount: float = 0.97
 
     def __post_init__(self) -> None:
         one = ("actions", "action_width", "state_width", "value_width", "action_hidden", "state_hidden", "pool_heads")
@@ -134,6 +139,12 @@ class State(NamedTuple):
 
 
 torch.serialization.add_safe_globals([State])  # torch.load with weights_only makes it
+
+
+def whole(config: Any) -> Any:
+    """A file's configuration with the settings that were none when it was written."""
+    return {**BEFORE, **config} if isinstance(config, dict) else config
+
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]  # q, k, v, g, state
 
@@ -293,10 +304,11 @@ class ValueIterationNetwork(nn.Module):
         rewards, statistics = self._reward_statistics(tokens.previous_reward, state)
         mean, scale = rewards.mean, rewards.scale
         seen, new_transition = self._read_transitions(tokens, here, state.transition, attend)
-        z, x, next_state, mean_reward, known, mass = self._features(tokens, here, seen, rewards)
+        z, x, next_state, mean_reward, known, mass, visits = self._features(tokens, here, seen, rewards)
+        unknown = 1 / (1 + visits.square()) if c.fading else torch.ones_like(visits)
         gain = mean_reward[..., None] + self.bonus * rewards.rms[..., None, None] * known
         z, x = self.blocks[0](z, x)
-        readouts = [self._readout(0, z, x, z.new_zeros(()))]
+        readouts = [self._readout(0, z, x, z.new_zeros(()), unknown)]
         new_values = []
         units = (mean[..., None, None], scale[..., None, None])
         for i, memory in enumerate(state.values):
@@ -318,7 +330,7 @@ class ValueIterationNetwork(nn.Module):
             compared = _compared(backup, (mass[..., None] > 0.02).float())
             z = z + self.read[own](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
             z, x = self.blocks[own + 1](z, x)
-            readouts.append(self._readout(own + 1, z, x, backup))
+            readouts.append(self._readout(own + 1, z, x, backup, unknown))
         output = Output(readouts, mean, scale)
         return output, State(new_transition, new_values, *statistics)
 
@@ -377,8 +389,8 @@ class ValueIterationNetwork(nn.Module):
     def _features(self, t: Tokens, here: Tensor, seen: Tensor, rewards: Rewards) -> tuple[Tensor, ...]:
         """What the transition memory knows of each action here.
 
-        Streams z and x; then, of each action: frequencies of next states, mean reward, 1/√visits (0 where untried), and
-        the share of its outcomes that went on.
+        Streams z and x; then, of each action: frequencies of next states, mean reward, 1/√visits (0 where untried), the
+        share of its outcomes that went on, and visits.
         """
         n = seen[..., :1].clamp(min=0)
         average = seen[..., 1:] / (n + 1e-2)
@@ -400,12 +412,12 @@ class ValueIterationNetwork(nn.Module):
             0.3 * ((rewards.most - mean) / scale).clamp(-8, 8),
         ]
         x = self.state_features(torch.stack(parts, -1))
-        return z, x, next_state, reward[..., 0], known * (n + 1e-2).rsqrt(), (known * (1 - end))[..., 0]
+        return z, x, next_state, reward[..., 0], known * (n + 1e-2).rsqrt(), (known * (1 - end))[..., 0], n
 
-    def _readout(self, i: int, z: Tensor, x: Tensor, backup: Tensor) -> Readout:
+    def _readout(self, i: int, z: Tensor, x: Tensor, backup: Tensor, unknown: Tensor) -> Readout:
         zn = _normed(z)
-        q = backup + self.q_heads[i](zn) + self.q_state_heads[i](_normed(x))[:, :, None]
-        return Readout(self.policy_heads[i](zn), q)
+        guess = self.q_heads[i](zn) + self.q_state_heads[i](_normed(x))[:, :, None]
+        return Readout(self.policy_heads[i](zn), backup + guess * unknown)
 
     def save(self, path: Path | str, **facts: object) -> None:
         made = {"model": KIND, "config": asdict(self.config), "labels": self.labels}
@@ -424,7 +436,7 @@ class ValueIterationNetwork(nn.Module):
             other = "; load it by OmniRL.load" if facts.get("model") == "omnirl_sequence" else ""
             raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted {KIND!r}{other}")
         try:
-            config = configured(ValueIterationNetworkConfig, facts["config"], "config")
+            config = configured(ValueIterationNetworkConfig, whole(facts["config"]), "config")
             with torch.device("cpu"):
                 model = checkpoint.fitted(tensors, config.own_layers, lambda _: cls(config))
             model.labels = version_of(facts)

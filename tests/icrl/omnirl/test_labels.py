@@ -96,15 +96,24 @@ def test_records_of_mixed_versions_are_refused(tmp_path, monkeypatch):
     folder = tmp_path / "records"
     write_records(folder, DATA, 4, 1, rows_per_shard=2, shards=range(1))
     of_version(monkeypatch, LABELS_VERSION + 1)
-    with pytest.raises(ValueError, match=f"out: {folder} holds labels of version 1, and 2 would be added"):
+    with pytest.raises(
+        ValueError,
+        match=f"out: {folder} holds labels of version {LABELS_VERSION}, and {LABELS_VERSION + 1} would be added",
+    ):
         write_records(folder, DATA, 4, 1, rows_per_shard=2)
     write_records(tmp_path / "later", DATA, 4, 1, rows_per_shard=2)
     shard_path(folder, 1).write_bytes(shard_path(tmp_path / "later", 1).read_bytes())
     assert write_records(folder, DATA, 4, 1, rows_per_shard=2).made == 0  # lists what is there
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors: holds labels of version 2, shard-00000.* of 1"):
+    with pytest.raises(
+        ValueError,
+        match=rf"shard-00001.safetensors: holds labels of version {LABELS_VERSION + 1}, shard-00000.* of {LABELS_VERSION}",
+    ):
         RecordStream(folder, 2, 0)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=f"records: {tmp_path}/later has labels of version 2: .* knows 1"):
+    with pytest.raises(
+        ValueError,
+        match=f"records: {tmp_path}/later has labels of version {LABELS_VERSION + 1}: .* knows {LABELS_VERSION}",
+    ):
         RecordStream(tmp_path / "later", 2, 0)
 
 
@@ -120,7 +129,7 @@ def test_beginning_from_older_weights_is_refused(tmp_path, capsys):
     older.labels = 0
     older.save(tmp_path / "older")
     with pytest.raises(
-        ValueError, match=f"init: {tmp_path}/older has labels of version 0, training makes .* version 1"
+        ValueError, match=f"init: {tmp_path}/older has labels of version 0, training makes .* version {LABELS_VERSION}"
     ):
         ValueIterationLearner(CONFIG, LOOP, tmp_path / "older")
     assert main(["train", "value-iteration-network", "--init", str(shipped()), "--out", str(tmp_path / "run")]) == 2
@@ -147,7 +156,10 @@ def test_a_run_goes_on_with_its_own_labels_alone(tmp_path):
     train(ValueIterationLearner(CONFIG, LOOP), LOOP, tmp_path / "run")
     longer = LoopConfig(updates=2, warmup=1, device="cpu")
     with_labels(tmp_path / "run", LABELS_VERSION + 1)
-    with pytest.raises(ValueError, match="the run has labels of version 2, training makes labels of version 1"):
+    with pytest.raises(
+        ValueError,
+        match=f"the run has labels of version {LABELS_VERSION + 1}, training makes labels of version {LABELS_VERSION}",
+    ):
         train(ValueIterationLearner(CONFIG, longer), longer, tmp_path / "run")
     with_labels(tmp_path / "run", None)  # from before versions: which they are is not known
     with pytest.warns(UserWarning, match="the run has learned labels of version 0"):
