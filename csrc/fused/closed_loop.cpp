@@ -28,7 +28,7 @@ namespace {
 
 namespace py = pybind11;
 
-// What an acting program is given with each call, in its order (icrl/omnirl/value_iteration_step.py).
+// What an acting program is given with each call, in its order (icrl_kernels/fused/acting.py).
 enum Given {
   kObservation,
   kReward,
@@ -128,10 +128,11 @@ void closed_loop(FusedProgram& program, const std::vector<py::object>& given, co
     const int64_t slot = program.of_a_call()[i];
     if (PyFloat_CheckExact(given[i].ptr()))
       program.set(slot, given[i].cast<float>());
-    else
+    else if (i != kNoise && i != kTemperature)
       program.bind(slot, given[i].cast<uintptr_t>());
   }
   const py::gil_scoped_release free_gil;
+  program.bind(program.of_a_call()[kNoise], noise);
   program.require_bound();
   const auto address = [&](Given what) {
     return reinterpret_cast<uintptr_t>(program.addresses()[static_cast<size_t>(program.of_a_call()[what])]);

@@ -15,8 +15,9 @@ from icrl.omnirl.labels import name_others
 from icrl.omnirl.tags import EXPLORER, START, TAGS, UNKNOWN
 from icrl.omnirl.tokens import Tokens
 from icrl.omnirl.value_iteration_step import ValueIterationStep, why_not
-from icrl_kernels import _C, _torch_private, threads_here
+from icrl_kernels import threads_here
 from icrl_kernels.arguments import dense, integer, number
+from icrl_kernels.fused import strange_outcome, watched
 
 # Up to so many contexts a step's operators are too short for a second thread: it brings nothing on a quiet machine, and
 # beside busy processes each of them waits for it (benches/NOTES.md, "Threads").
@@ -233,7 +234,7 @@ class Agent:
             if fused.stale:
                 self._look()
                 fused = self._fused
-        if self.run is self._decide and not torch.is_autocast_enabled("cpu") and not _torch_private.dispatch_modes():
+        if self.run is self._decide and not watched():
             return fused
         if self.fused:
             raise ValueError(
@@ -316,9 +317,13 @@ class Agent:
         """The tag and copies of the reward and the end that the next step reads."""
         return self._outcome.tag, self._outcome.reward.clone(), self._outcome.done.clone()
 
-    def next_step(self) -> tuple[int, tuple[int, int, int, int]]:
-        """Addresses for the next step: of its noise, and of where the agents were and will have been."""
-        return self._noise.at + self._noise.next * self._noise.bytes, (*self._last.at, *self._now.at)
+    def noise(self, steps: int) -> Tensor:
+        """The noise `[steps,B,A]` of the next steps, which must be there."""
+        return self._noise.values[self._noise.next : self._noise.next + steps]
+
+    def places(self) -> tuple[int, int, int, int]:
+        """Addresses of the last observation and action, and of those of the next step."""
+        return *self._last.at, *self._now.at
 
     def went(self, steps: int, reward: Tensor, done: Tensor) -> None:
         """So many steps were made, the last of which brought this."""
@@ -376,7 +381,7 @@ class Agent:
         if not self._acted:
             raise RuntimeError("observe: there is no action yet that brought this, call act first")
         plain = self._plain(reward, torch.float32) and self._plain(done, torch.uint8)
-        if not plain or _C.strange_outcome(reward.data_ptr(), done.data_ptr(), self.batch, MOST_REWARD):
+        if not plain or strange_outcome(reward, done, MOST_REWARD):
             reward, done = self._judged(reward, done)
         self._outcome = _Outcome(reward, done, integer("tag", tag, 0, TAGS - 1))
         if not self._turned:

@@ -12,9 +12,9 @@ from icrl.omnirl.agent import MOST_AHEAD, MOST_REWARD, Agent
 from icrl.omnirl.tags import UNKNOWN
 from icrl.omnirl.value_iteration_step import ValueIterationStep
 from icrl.worlds.tasks import TabularTasks
-from icrl_kernels import _C, rollout_start, rollout_step
+from icrl_kernels import rollout_start, rollout_step
 from icrl_kernels.arguments import integer
-from icrl_kernels.tabular.rollout_tables import READ_PAST
+from icrl_kernels.fused import closed_loop
 
 
 @dataclass
@@ -62,6 +62,7 @@ class ClosedLoop:
         self.tables = tasks.tables()
         self.simulator = rollout_start(self.tables, seed=seed)
         self._most = max(1, MOST_AHEAD // (agent.batch * agent.model.actions))  # steps whose noise is drawn at once
+        self._ids = tasks.state_mapping.contiguous()
         self._open = None
         if tasks.action_mask is not None:  # of all the model's actions
             missing = agent.model.actions - tasks.shape[2]
@@ -106,39 +107,28 @@ class ClosedLoop:
     def _steps(self, fused: ValueIterationStep, out: Trajectory, t: int, steps: int) -> int:
         """At most `steps` steps from t on of this call, in C++: how many."""
         steps = self.agent.ahead(steps)
-        agent, tables, batch, width = self.agent, self.tables, self.agent.batch, self.agent.model.actions
-        (tag, reward, done), (noise, places) = agent.outcome(), agent.next_step()
+        agent, batch = self.agent, self.agent.batch
+        tag, reward, done = agent.outcome()
         if tag != UNKNOWN:  # of the first step alone
             steps = 1
         temperature = [agent.temperature.at(agent.step + i) for i in range(steps)]
-        temperature = torch.tensor(temperature, dtype=torch.float32, device="cpu")
         observation, action = torch.empty((2, batch), dtype=torch.int64, device="cpu").unbind()
-        ended_in = torch.empty(batch, dtype=torch.int16, device="cpu")
-        ids, mask = self.tasks.state_mapping.contiguous(), None
-        if self._open is not None:
-            mask = torch.empty(batch, width, dtype=torch.bool, device="cpu")
-        first = (observation, reward, done)
-        given = [x.data_ptr() for x in first] + [float(tag), noise, 0.0, 0 if mask is None else mask.data_ptr()]
-        given += [action.data_ptr(), 0, *places]
-        written = (out.state, out.observation, out.action, out.reward, out.done)
-        _C.closed_loop(
-            fused.step.program,
+        mask = torch.empty(batch, agent.model.actions, dtype=torch.bool, device="cpu")
+        given = [*(x.data_ptr() for x in (observation, reward, done)), float(tag), 0, 0.0]
+        given += [0 if self._open is None else mask.data_ptr(), action.data_ptr(), 0, *agent.places()]
+        closed_loop(
+            fused.step,
             given,
-            [x.data_ptr() for x in tables],
-            [x.data_ptr() for x in self.simulator],
-            *tables.offset.shape,
-            len(tables.cumulative) - READ_PAST,
-            [x.data_ptr() + t * x.element_size() for x in written],
-            out.reward.shape[1],
-            ended_in.data_ptr(),
-            ids.data_ptr(),
-            0 if self._open is None else self._open.data_ptr(),
-            noise,
-            temperature.data_ptr(),
-            MOST_REWARD,
-            steps,
-            width,
-            torch.get_num_threads(),
+            self.tables,
+            self.simulator,
+            self._ids,
+            agent.noise(steps),
+            torch.tensor(temperature, dtype=torch.float32, device="cpu"),
+            (out.state, out.observation, out.action, out.reward, out.done),
+            begin=t,
+            open=self._open,
+            most_reward=MOST_REWARD,
+            threads=torch.get_num_threads(),
         )
         agent.went(steps, reward, done)
         return steps

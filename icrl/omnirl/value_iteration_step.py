@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from icrl.omnirl.tags import TAGS
 from icrl.omnirl.value_iteration_network import Block, State, ValueIterationNetwork
-from icrl_kernels import _torch_private, layers
-from icrl_kernels.fused import Program, Rows, Step
+from icrl_kernels import layers
+from icrl_kernels.fused import Program, Rows, Step, hooked
 
 EPS = 1e-5  # of the norms
 
@@ -27,7 +27,7 @@ def why_not(model: object) -> str | None:
     for name, module in model.named_modules():
         if type(module) not in kinds or vars(module).keys() & {"forward", "decide", "step"}:
             return f"its module {name!r} is not the network's own"
-    if _torch_private.hooked(model):
+    if hooked(model):
         return "it has hooks"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or type(tensor) not in (Tensor, nn.Parameter):
