@@ -62,6 +62,7 @@ SOURCES: dict[str, list[str]] = {
     "tabular/value_iteration_cuda_on_host.cpp": [],
     "tabular/anymdp.isa.cpp": [],
     "tabular/rollout.isa.cpp": SAME_BITS,
+    "fused/closed_loop.cpp": SAME_BITS,
     "fused/program.cpp": [],
     "linear_attention/gated_delta_rule.cpp": [],
     "linear_attention/gla.cpp": [],

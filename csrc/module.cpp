@@ -8,6 +8,7 @@
 // clang-format off: a line each
 #define ICRL_CPU_SOURCES(f) \
   f(anymdp) \
+  f(closed_loop) \
   f(emission) \
   f(fused_program) \
   f(gated_delta_rule) \

@@ -30,16 +30,19 @@ class FusedProgram {
   const std::vector<int64_t>& of_a_call() const { return of_a_call_; }  // tensors that are given with each call
   void run(int threads) const;  // by at most so many threads, where that is worth it
 
-  // What a step that is run group by group needs: contexts of different groups do not meet.
+  // What a loop over several steps needs: contexts of different groups do not meet, so that each group may be at a step
+  // of its own, with the addresses of that step.
   void require_bound() const;
-  void judge_indices(int64_t first, int64_t contexts) const;
   int64_t batch() const { return batch_; }
-  int64_t group() const { return plan_.group; }
   int64_t groups() const { return (batch_ + plan_.group - 1) / plan_.group; }
-  bool long_run() const;        // whether the interpreter's lock is worth giving up for it
-  int team(int threads) const;  // threads that a step is worth
-  float* scratch() const;       // of the calling thread
-  void run_group(int64_t i, float* scratch) const;
+  bool long_run() const;                       // whether the interpreter's lock is worth giving up for it
+  int team(int threads, int64_t steps) const;  // threads that so many steps are worth
+  float* scratch() const;                      // of the calling thread
+  FusedGroup group(int64_t i, const FusedPlan& plan, float* scratch) const;
+  const FusedPlan& plan() const { return plan_; }
+  const std::vector<void*>& addresses() const { return addresses_; }
+  void judge_indices(const FusedPlan& plan, int64_t first, int64_t contexts) const;
+  void run_group(const FusedGroup& g) const;
 
  private:
   int64_t batch_, scratch_floats_ = 0;

@@ -411,10 +411,10 @@ void pool(const FusedGroup& g, const FusedOp& o) {
   }
 }
 
-// ---- the action: the first largest of logit + temperature noise, among those that the mask marks. in: logits, [A] rows
-// of 1. tensors: noise [A], temperature (a number), mask [A] of bytes or null, own (int64: the task has so many actions,
-// those beyond wrap around), state; and what is written: the action and the task's (int64), the state, logits [A] or
-// null
+// ---- the action: the first largest of logit + temperature noise, among those that the mask marks. in: logits, [A]
+// rows of 1. tensors: noise [A], temperature (a number), mask [A] of bytes or null, own (int64: the task has so many
+// actions, those beyond wrap around), state; and what is written: the action and the task's (int64), the state, logits
+// [A] or null
 
 const char* check_choose_action(const FusedPlan& p, const FusedOp& o) {
   if (!given(o.in) || o.in.width != 1) return "wants a column of logits";

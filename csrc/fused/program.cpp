@@ -146,10 +146,10 @@ void FusedProgram::require_bound() const {
     if (!addresses_[i] && !tensors_[i].optional) refuse(names_[i] + ": is not bound");
 }
 
-void FusedProgram::judge_indices(int64_t first, int64_t contexts) const {
+void FusedProgram::judge_indices(const FusedPlan& plan, int64_t first, int64_t contexts) const {
   for (int64_t i : indices_) {
     const auto at = static_cast<size_t>(i);
-    const int64_t *from = static_cast<const int64_t*>(addresses_[at]) + first, below = tensors_[at].below;
+    const int64_t *from = static_cast<const int64_t*>(plan.addresses[at]) + first, below = tensors_[at].below;
     uint64_t most = 0;  // what is below 0 is beyond all that may be
     for (int64_t c = 0; c < contexts; ++c) most = std::max(most, static_cast<uint64_t>(from[c]));
     if (most < static_cast<uint64_t>(below)) continue;
@@ -159,9 +159,12 @@ void FusedProgram::judge_indices(int64_t first, int64_t contexts) const {
   }
 }
 
-void FusedProgram::run_group(int64_t i, float* scratch) const {
-  const int64_t first = i * plan_.group, left = batch_ - first;
-  const FusedGroup g{plan_, first, left < plan_.group ? left : plan_.group, scratch};
+FusedGroup FusedProgram::group(int64_t i, const FusedPlan& plan, float* scratch) const {
+  const int64_t first = i * plan.group, left = batch_ - first;
+  return {plan, first, left < plan.group ? left : plan.group, scratch};
+}
+
+void FusedProgram::run_group(const FusedGroup& g) const {
   for (const FusedOp& op : ops_) op.run(g, op);
 }
 
@@ -171,12 +174,15 @@ double FusedProgram::nanoseconds() const {
   return kWeightNanoseconds * static_cast<double>(plan_.weight_floats) * static_cast<double>(batch_);
 }
 bool FusedProgram::long_run() const { return nanoseconds() > 1e5; }
-int FusedProgram::team(int threads) const { return team_for(nanoseconds(), threads); }
+int FusedProgram::team(int threads, int64_t steps) const {
+  return team_for(nanoseconds() * static_cast<double>(steps), threads);
+}
 
 void FusedProgram::run(int threads) const {
   require_bound();
-  judge_indices(0, batch_);
-  parallel_for(groups(), threads > 1 ? team(threads) : 1, [this](int64_t i) { run_group(i, scratch()); });
+  judge_indices(plan_, 0, batch_);
+  parallel_for(groups(), threads > 1 ? team(threads, 1) : 1,
+               [this](int64_t i) { run_group(group(i, plan_, scratch())); });
 }
 
 namespace {

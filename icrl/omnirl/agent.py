@@ -15,8 +15,9 @@ from icrl.omnirl.labels import name_others
 from icrl.omnirl.tags import EXPLORER, START, TAGS, UNKNOWN
 from icrl.omnirl.tokens import Tokens
 from icrl.omnirl.value_iteration_step import ValueIterationStep, why_not
-from icrl_kernels import _C, _torch_private, threads_here
+from icrl_kernels import threads_here
 from icrl_kernels.arguments import dense, integer, number
+from icrl_kernels.fused import strange_outcome, watched
 
 # Up to so many contexts a step's operators are too short for a second thread: it brings nothing on a quiet machine, and
 # beside busy processes each of them waits for it (benches/NOTES.md, "Threads").
@@ -106,9 +107,14 @@ class _Noise:
         if self.next == self.steps:
             uniform = torch.rand(steps, *self.size, generator=self.generator, device="cpu", dtype=torch.float32)
             self.values = -torch.log(-torch.log(uniform.clamp_(1e-9, 1 - 1e-7)))
-            self.at, self.steps, self.next = self.values.data_ptr(), steps, 0
-            self.actions = torch.empty(steps, self.size[0], dtype=torch.int64, device="cpu").unbind()
+            self.at, self.steps, self.next, self.actions = self.values.data_ptr(), steps, 0, ()
         return self.next
+
+    def action(self, i: int) -> Tensor:
+        """A new tensor for the actions of the step whose noise is number i: made for all steps at once."""
+        if not self.actions:
+            self.actions = torch.empty(self.steps, self.size[0], dtype=torch.int64, device="cpu").unbind()
+        return self.actions[i]
 
 
 class Agent:
@@ -185,7 +191,8 @@ class Agent:
         self._outcome = _Outcome(reward, torch.full_like(reward, START, dtype=torch.uint8), UNKNOWN)
         self._noise = _Noise(self.generator, self.batch, model.actions)
         self.state = model.initial_state(self.batch, self.states)
-        self._look()
+        if fused:
+            self._look()
 
     def _place(self, observation: int, action: int) -> _Place:
         size = (self.batch,)
@@ -207,7 +214,13 @@ class Agent:
     def _previous(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What `Tokens` says of the last step."""
         last, outcome = self._last, self._outcome
-        return last.observation, last.action, outcome.reward, outcome.done.long(), torch.full_like(last.action, outcome.tag)
+        return (
+            last.observation,
+            last.action,
+            outcome.reward,
+            outcome.done.long(),
+            torch.full_like(last.action, outcome.tag),
+        )
 
     def serving(self) -> ValueIterationStep | None:
         """The fused step, if it serves a call that is made now; None: the module does. ValueError where `fused` is True."""
@@ -221,25 +234,30 @@ class Agent:
             if fused.stale:
                 self._look()
                 fused = self._fused
-        if self.run is self._decide and not torch.is_autocast_enabled("cpu") and not _torch_private.dispatch_modes():
+        if self.run is self._decide and not watched():
             return fused
         if self.fused:
-            raise ValueError("fused: wanted a call that the fused step serves: `run` is replaced, or autocast or a mode is on")
+            raise ValueError(
+                "fused: wanted a call that the fused step serves: `run` is replaced, or autocast or a mode is on"
+            )
         return None
 
     def _look(self) -> None:
-        """Make the fused step, of the weights as they are, where it serves the model; ValueError where it is to and does not."""
+        """Have a fused step of the weights as they are, where it serves the model; ValueError where it is to and does not."""
         self._look_at, self._renew_at = self.step + LOOK, self.step + AHEAD
         why = "it is switched off" if self.fused is False else why_not(self.model)
-        self._fused = None
-        if why is None:
+        old = self._fused
+        if why is None and (old is None or old.stale or old.step.replaced):
             own = self.num_actions
             own = torch.full_like(self._now.action, own) if isinstance(own, int) else own.long().contiguous()
             try:
                 self._fused = ValueIterationStep(self.model, self._state, self.prompt, own)  # type: ignore[arg-type]
             except ValueError as error:
                 why = str(error)
-        if why is not None and self.fused:
+        if why is None:
+            return
+        self._fused = None
+        if self.fused:
             raise ValueError(f"fused: wanted a model that the fused step serves, but {why}")
 
     def _check(self, name: str, tensor: Tensor, of_integers: bool = True) -> None:
@@ -257,21 +275,23 @@ class Agent:
         one at least for each task, and of the task's own.
         """
         fused = self.serving()
-        act = self._act_by_module if fused is None else self._act_fused
-        action = act(fused, observation, action_mask)
+        if fused is None:
+            action = self._act_by_module(observation, action_mask)
+        else:
+            action = self._act_fused(fused, observation, action_mask)
         self._acted, self._turned = True, False
         self._noise.next += 1
         self.step += 1
         return action
 
-    def _act_fused(self, fused: Any, observation: Tensor, action_mask: Tensor | None) -> Tensor:
+    def _act_fused(self, fused: ValueIterationStep, observation: Tensor, action_mask: Tensor | None) -> Tensor:
         if not self._plain(observation, torch.int64):
             self._check("observation", observation)
             observation = observation.to("cpu", torch.int64).contiguous()
         own = None if action_mask is None else self._own(action_mask)
         noise = self._noise
         i = noise.need(max(1, min(AHEAD, MOST_AHEAD // (self.batch * self._actions))))
-        action = noise.actions[i]
+        action = noise.action(i)
         fused.run(
             1 if self._alone else torch.get_num_threads(),
             observation.data_ptr(),
@@ -286,8 +306,36 @@ class Agent:
         )
         return action
 
+    # --- for a closed loop, which runs the fused step itself
+
+    def ahead(self, steps: int) -> int:
+        """How many of the next `steps` steps have their noise, which is drawn where none has."""
+        i = self._noise.need(steps)
+        return min(steps, self._noise.steps - i)
+
+    def outcome(self) -> tuple[int, Tensor, Tensor]:
+        """The tag and copies of the reward and the end that the next step reads."""
+        return self._outcome.tag, self._outcome.reward.clone(), self._outcome.done.clone()
+
+    def noise(self, steps: int) -> Tensor:
+        """The noise `[steps,B,A]` of the next steps, which must be there."""
+        return self._noise.values[self._noise.next : self._noise.next + steps]
+
+    def places(self) -> tuple[int, int, int, int]:
+        """Addresses of the last observation and action, and of those of the next step."""
+        return *self._last.at, *self._now.at
+
+    def went(self, steps: int, reward: Tensor, done: Tensor) -> None:
+        """So many steps were made, the last of which brought this."""
+        self._outcome = _Outcome(reward, done, UNKNOWN)
+        if steps % 2:
+            self._last, self._now = self._now, self._last
+        self._acted = self._turned = True
+        self._noise.next += steps
+        self.step += steps
+
     @torch.no_grad()
-    def _act_by_module(self, _: None, observation: Tensor, action_mask: Tensor | None) -> Tensor:
+    def _act_by_module(self, observation: Tensor, action_mask: Tensor | None) -> Tensor:
         self._check("observation", observation)
         if observation.device.type == "cpu":
             low, high = (int(x) for x in observation.aminmax())
@@ -333,7 +381,7 @@ class Agent:
         if not self._acted:
             raise RuntimeError("observe: there is no action yet that brought this, call act first")
         plain = self._plain(reward, torch.float32) and self._plain(done, torch.uint8)
-        if not plain or _C.strange_outcome(reward.data_ptr(), done.data_ptr(), self.batch, MOST_REWARD):
+        if not plain or strange_outcome(reward, done, MOST_REWARD):
             reward, done = self._judged(reward, done)
         self._outcome = _Outcome(reward, done, integer("tag", tag, 0, TAGS - 1))
         if not self._turned:

@@ -176,24 +176,18 @@ class DistillationLearner:
         tasks = sample_tasks(c.data, c.dagger_records, seed)
         q = tasks.solve(torch.tensor(c.model.discounts, dtype=torch.float32, device=tasks.device)).q.float()
         end = (1.0, 0.5, 0.2)[self.collections % 3]  # of the temperature: from exploring to exploiting
-        rows: list[tuple[Tensor, ...]] = []
-        everyone = torch.arange(len(tasks), device=q.device)
-
-        def record(state: Tensor, observation: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> None:
-            rows.append((observation, action, reward, done.long(), q[everyone, :, state]))
-
         prompt = (EXPLORER, 2, EXPLORER, 3)[self.collections % 4]
-        run_agent(
+        went = run_agent(
             self.model,
             tasks,
             c.data.steps,
             prompt=prompt,
             temperature=Temperature(1.0, end, c.data.steps // 2),
             seed=seed,
-            record=record,
         )
-        observation, action, reward, done, values = (torch.stack(x, 1) for x in zip(*rows, strict=True))
-        new = Records(observation, action, reward, done, torch.full_like(action, UNKNOWN), values)
+        everyone = torch.arange(len(tasks), dtype=torch.int64, device=q.device)[:, None]
+        unknown = torch.full_like(went.action, UNKNOWN)
+        new = Records(went.observation, went.action, went.reward, went.done.long(), unknown, q[everyone, :, went.state])
         keep = 7 * c.dagger_records
         self.own = (
             new if kept is None else Records(*(torch.cat([a[-keep:], b]) for a, b in zip(kept, new, strict=True)))

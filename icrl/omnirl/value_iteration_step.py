@@ -6,24 +6,20 @@ the same state. Only what acting reads is: the logits of one policy in the last 
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from icrl.omnirl.tags import TAGS
 from icrl.omnirl.value_iteration_network import Block, State, ValueIterationNetwork
-from icrl_kernels import _torch_private, layers
-from icrl_kernels.fused import Program, Rows, Step
+from icrl_kernels import layers
+from icrl_kernels.fused import Program, Rows, Step, hooked
 
 EPS = 1e-5  # of the norms
-GIVEN = ("observation", "reward", "done", "tag", "noise", "temperature", "mask", "task_action", "logits")
-TURNS = ("previous", "action", "kept", "chosen")
-"""What is given with each call, in order: GIVEN, then TURNS (read: where the agent was and what it did; written: the same of
-this step, for the next)."""
 
 
-def why_not(model: nn.Module) -> str | None:
+def why_not(model: object) -> str | None:
     """Why the program would not compute what this model does; None where it does."""
     if type(model) is not ValueIterationNetwork:
         return f"the model is a {type(model).__name__}, not a ValueIterationNetwork"
@@ -31,7 +27,7 @@ def why_not(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if type(module) not in kinds or vars(module).keys() & {"forward", "decide", "step"}:
             return f"its module {name!r} is not the network's own"
-    if _torch_private.hooked(model):
+    if hooked(model):
         return "it has hooks"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or type(tensor) not in (Tensor, nn.Parameter):
@@ -40,7 +36,12 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def program(model: ValueIterationNetwork, states: int, memories: int, prompt: int) -> Program:
-    """The step of contexts with up to `states` observations and so many value memories, acting by the prompt's policy."""
+    """The step of contexts with up to `states` observations and so many value memories, acting by the prompt's policy.
+
+    What is given with each call: what `Tokens` says, noise, temperature, mask, where to write the tasks' actions and, or 0,
+    the logits; then where the agents were and what they did there, as the step before wrote it, and where to write that of
+    this step.
+    """
     c, p = model.config, Program()
     A, G, D, S = c.actions, c.policies, c.value_width, states
     width, seen_width = 1 + D + G, 3 + TAGS + S
@@ -48,17 +49,15 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
     memory = p.tensor("transition", A, S, seen_width)
     stored = [p.tensor(f"values{i}", S, width) for i in range(memories)]
     own = p.tensor("num_actions", dtype=torch.int64)
-    each = {"each_call": True}
-    observation = p.tensor("observation", dtype=torch.int64, below=S, **each)
-    reward, done = p.tensor("reward", **each), p.tensor("done", dtype=torch.uint8, **each)
-    tag = p.tensor("tag", shared=True, **each)
-    noise, temperature = p.tensor("noise", A, **each), p.tensor("temperature", shared=True, **each)
-    mask = p.tensor("mask", A, dtype=torch.bool, optional=True, **each)
-    task_action = p.tensor("task_action", dtype=torch.int64, **each)
-    logits = p.tensor("logits", A, optional=True, **each)
-    previous = p.tensor("previous", dtype=torch.int64, below=S, **each)
-    action = p.tensor("action", dtype=torch.int64, below=A + 1, **each)
-    kept, chosen = (p.tensor(name, dtype=torch.int64, **each) for name in ("kept", "chosen"))
+    given = partial(p.tensor, each_call=True)
+    observation = given("observation", dtype=torch.int64, below=S)
+    reward, done, tag = given("reward"), given("done", dtype=torch.uint8), given("tag", shared=True)
+    noise, temperature = given("noise", A), given("temperature", shared=True)
+    mask = given("mask", A, dtype=torch.bool, optional=True)
+    task_action, logits = given("task_action", dtype=torch.int64), given("logits", A, optional=True)
+    previous = given("previous", dtype=torch.int64, below=S)
+    action = given("action", dtype=torch.int64, below=A + 1)
+    kept, chosen = given("kept", dtype=torch.int64), given("chosen", dtype=torch.int64)
 
     rewards, seen = p.rows(5), p.rows(seen_width, A)
     p.op("reward_statistics", out=rewards, tensors=[reward, *numbers.values()])
@@ -145,5 +144,5 @@ class ValueIterationStep:
 
     @property
     def stale(self) -> bool:
-        """Whether a weight has changed since it was copied, or a tensor of the state has been replaced."""
+        """Whether a weight has changed since it was copied, or a tensor of the state is another."""
         return self.step.stale or self._addresses() != self._layout

@@ -211,15 +211,15 @@ class Program:
         wide = {at: t.detach().double() for at, t in there.items() if t is not None}
         rows, shifts = [], []
         for layer in layers:
-            weight, bias = wide[id(layer), "weight"], torch.zeros(layer.out_features, dtype=torch.float64, device="cpu")
-            for other in (layer, *biases_of):
-                bias = bias + wide.get((id(other), "bias"), 0.0)
+            weight, missing = wide[id(layer), "weight"], -layer.out_features % SIXTEEN
+            bias = sum(wide[at] for at in ((id(other), "bias") for other in (layer, *biases_of)) if at in wide)
             if (shift := wide.get((id(norm), "bias"))) is not None:
                 bias = bias + weight @ shift.repeat(layer.in_features // len(shift))
             if (scale := wide.get((id(norm), "weight"))) is not None:
                 weight = weight * scale.repeat(layer.in_features // len(scale))
-            missing = -layer.out_features % SIXTEEN
             rows.append(torch.nn.functional.pad(weight, (0, 0, 0, missing)))
+            if not isinstance(bias, Tensor):
+                bias = weight.new_zeros(layer.out_features)
             shifts.append(torch.nn.functional.pad(bias, (0, missing)))
         panels = [panel.flatten() for panel in torch.cat(rows).t().split(PANEL, 1)]
         biased = any(name == "bias" for _, name in wide)
@@ -273,7 +273,7 @@ class Program:
 class Step:
     """A program with its tensors: `run` is one token for every context.
 
-    Weights are copies: `stale` says whether a parameter has changed since. Bound tensors are float32 (or what the program
+    Weights are copies: `stale` and `replaced` say whether parameters are other ones since. Bound tensors are float32 (or what the program
     says), on the CPU, contiguous; they are kept, and written to where the program writes. Tensors of each call are addresses,
     which nothing judges: it is for the caller to give addresses of what the program wants.
     """
@@ -288,16 +288,25 @@ class Step:
         self.program = _C.FusedProgram(
             program.buffers, tensors, program.ops, self.weights.data_ptr(), program.floats, batch, group
         )
+        self._copied = self._parameters()
         self._versions = self._now()
         self._bound: dict[str, Tensor] = {}
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(id(t), t._version) for t in (getattr(module, name) for module, name in self.sources)]
+    def _parameters(self) -> list[Tensor]:
+        return [getattr(module, name) for module, name in self.sources]
+
+    def _now(self) -> list[int]:
+        return [parameter._version for parameter in self._copied]
 
     @property
     def stale(self) -> bool:
-        """Whether a parameter that was copied has changed, or is another."""
+        """Whether a parameter that was copied has changed in place."""
         return self._now() != self._versions
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a module has another parameter in the place of one that was copied; dearer to know than `stale`."""
+        return any(a is not b for a, b in zip(self._parameters(), self._copied, strict=True))
 
     def bind(self, **tensors: Tensor) -> None:
         """Bind tensors by name. Raises ValueError, naming it, for one of another shape, dtype, device or layout."""

@@ -113,12 +113,14 @@ def test_changed_parameters_are_seen():
     net, _, _ = made((16, 33, 16), 1, 1)
     step = net.program(2).step(1)
     assert not step.stale
+    assert not step.replaced
     with torch.no_grad():
         net.norm.bias.add_(1)
     assert step.stale
+    assert not step.replaced
     step = net.program(2).step(1)
     net.up.bias = nn.Parameter(net.up.bias.detach().clone())
-    assert step.stale
+    assert step.replaced
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
