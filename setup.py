@@ -57,6 +57,7 @@ SOURCES: dict[str, list[str]] = {
     "linear_attention/rwkv7.isa.cpp": [],
     "fused/mixers.isa.cpp": [],
     "fused/layers.isa.cpp": [],
+    "fused/tokens.isa.cpp": [],
     "fused/memories.isa.cpp": [],
     "tabular/rollout.cu": SAME_BITS_CUDA,
     "tabular/value_iteration_cuda_on_host.cpp": [],

@@ -412,13 +412,13 @@ void pool(const FusedGroup& g, const FusedOp& o) {
 }
 
 // ---- the action: the first largest of logit + temperature noise, among those that the mask marks. in: logits, [A]
-// rows of 1. tensors: noise [A], temperature (a number), mask [A] of bytes or null, own (int64: the task has so many
-// actions, those beyond wrap around), state; and what is written: the action and the task's (int64), the state, logits
-// [A] or null
+// rows of 1 or a row of [A]. tensors: noise [A], temperature (a number), mask [A] of bytes or null, own (int64: the
+// task has so many actions, those beyond wrap around), state; and what is written: the action and the task's (int64),
+// the state, logits [A] or null
 
 const char* check_choose_action(const FusedPlan& p, const FusedOp& o) {
-  if (!given(o.in) || o.in.width != 1) return "wants a column of logits";
-  const int64_t A = rows_of(p, o.in);
+  if (!given(o.in) || (o.in.width != 1 && rows_of(p, o.in) != 1)) return "wants a column or a row of logits";
+  const int64_t A = rows_of(p, o.in) * o.in.width;
   if (!has_tensor(p, o, 0, 4 * A) || !has_tensor(p, o, 1, 0)) return "wants noise of each action and a temperature";
   if (!has_tensor(p, o, 2, A, true)) return "wants a mask of a byte an action";
   for (int i = 3; i < 8; ++i)
@@ -426,7 +426,7 @@ const char* check_choose_action(const FusedPlan& p, const FusedOp& o) {
   return has_tensor(p, o, 8, 4 * A, true) ? nullptr : "wants logits of each action";
 }
 void choose_action(const FusedGroup& g, const FusedOp& o) {
-  const int64_t A = buffer(g.plan, o.in).rows, ldx = stride(g, o.in);
+  const int64_t A = buffer(g.plan, o.in).rows * o.in.width, ldx = o.in.width > 1 ? 1 : stride(g, o.in);
   for (int64_t c = 0; c < g.contexts; ++c) {
     const float *x = context_rows(g, o.in, c), *noise = context_tensor<const float>(g, o, 0, c);
     const float temperature = *context_tensor<const float>(g, o, 1, c);

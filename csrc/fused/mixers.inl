@@ -178,34 +178,6 @@ ICRL_INLINE void decay_rows(const FusedGroup& g, const FusedOp& o) {
 }
 void decay(const FusedGroup& g, const FusedOp& o) { o.sizes[0] ? decay_rows<true>(g, o) : decay_rows<false>(g, o); }
 
-// y = the table's row i, or y + that; with two indices, row i n + j, j below n. sizes: rows of the table, whether to add;
-// weights: table [rows][width padded]; tensors: i and, if there are two, j, int64
-const char* check_table_row(const FusedPlan& p, const FusedOp& o) {
-  if (!given(o.out) || rows_of(p, o.out) != 1) return "wants an output of one row a context";
-  if (!has_weights(p, o, 0, o.sizes[0] * padded(o.out.width))) return "wants its table within the packed weights";
-  int64_t rows = 1;
-  for (int i = 0; i < 2; ++i) {
-    if (i == 1 && o.tensors[1] < 0) break;
-    if (!has_tensor(p, o, i, 8) || p.tensors[o.tensors[i]].below < 1) return "wants indices";
-    if (p.tensors[o.tensors[i]].below > o.sizes[0] / rows) return "wants indices within its table";
-    rows *= p.tensors[o.tensors[i]].below;
-  }
-  return nullptr;
-}
-void table_row(const FusedGroup& g, const FusedOp& o) {
-  const int64_t n = o.out.width, ld = padded(n);
-  for (int64_t c = 0; c < g.contexts; ++c) {
-    int64_t row = *context_tensor<const int64_t>(g, o, 0, c);
-    if (o.tensors[1] >= 0)
-      row = row * g.plan.tensors[o.tensors[1]].below + *context_tensor<const int64_t>(g, o, 1, c);
-    const float* x = weights(g, o, 0) + row * ld;
-    float* y = context_rows(g, o.out, c);
-    for_vectors(n, [&](int64_t j, auto part) {
-      part.store(y + j, o.sizes[1] ? part.load(y + j) + part.load(x + j) : part.load(x + j));
-    });
-  }
-}
-
 // ---- heads
 
 // y = softmax of (2x, -2x) of each head: twice as many columns. sizes: heads
@@ -655,7 +627,6 @@ const FusedKind* fused_mixers() {
       {"affine", check_affine, affine},
       {"lerp", check_lerp, lerp},
       {"decay", check_decay, decay},
-      {"table_row", check_table_row, table_row},
       {"hedgehog", check_hedgehog, hedgehog},
       {"sum_norm", check_heads, sum_norm},
       {"divide_by_last", check_divide_by_last, divide_by_last},

@@ -26,8 +26,8 @@ constexpr double kWeightNanoseconds = 0.03;  // about what a weight takes for a 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 const FusedKind* find_kind(const std::string& name) {
-  for (const FusedKind* table :
-       {ICRL_DISPATCH(fused_layers), ICRL_DISPATCH(fused_memories), ICRL_DISPATCH(fused_mixers)})
+  for (const FusedKind* table : {ICRL_DISPATCH(fused_layers), ICRL_DISPATCH(fused_memories),
+                                 ICRL_DISPATCH(fused_mixers), ICRL_DISPATCH(fused_tokens)})
     for (const FusedKind* kind = table; kind->name; ++kind)
       if (name == kind->name) return kind;
   return nullptr;

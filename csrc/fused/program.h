@@ -69,7 +69,8 @@ struct FusedKind {
 #define ICRL_FUSED_ENTRIES           \
   const FusedKind* fused_layers();   \
   const FusedKind* fused_memories(); \
-  const FusedKind* fused_mixers();
+  const FusedKind* fused_mixers();   \
+  const FusedKind* fused_tokens();
 ICRL_IN_EACH_ISA(ICRL_FUSED_ENTRIES)
 #undef ICRL_FUSED_ENTRIES
 

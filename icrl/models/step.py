@@ -111,8 +111,8 @@ class TrunkStep:
 
     @property
     def stale(self) -> bool:
-        """Whether a weight has changed since it was copied."""
-        return self.step.stale
+        """Whether a weight has changed since it was copied, or is another."""
+        return self.step.stale or self.step.replaced
 
     def replace(self, state: TrunkState | None) -> None:
         """Go on from what `trunk` returned, which is copied, or from the beginning."""

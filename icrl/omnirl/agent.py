@@ -11,10 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from icrl.omnirl import sequence_step, value_iteration_step
 from icrl.omnirl.labels import name_others
+from icrl.omnirl.model import OmniRL
+from icrl.omnirl.sequence_step import SequenceStep
 from icrl.omnirl.tags import EXPLORER, START, TAGS, UNKNOWN
 from icrl.omnirl.tokens import Tokens
-from icrl.omnirl.value_iteration_step import ValueIterationStep, why_not
+from icrl.omnirl.value_iteration_step import ValueIterationStep
 from icrl_kernels import threads_here
 from icrl_kernels.arguments import dense, integer, number
 from icrl_kernels.fused import strange_outcome, watched
@@ -126,9 +129,10 @@ class Agent:
     on the CPU and are the same for every device.
 
     A step is the model's module, or one call of C++ over a copy of its weights (icrl_kernels.fused): the same actions within
-    rounding, some hundred times faster. That is taken where it serves: a ValueIterationNetwork of float32 weights on the CPU,
-    without hooks, which nothing replaces (`run`) or watches (autocast, a dispatch mode). Weights that change, and tensors of
-    the state that are put in others' places, are seen within 64 steps, and hooks within 1,024.
+    rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL of one token
+    a step and numbered observations, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
+    (autocast, a dispatch mode). Weights that change, and tensors of the state that are put in others' places, are seen within
+    64 steps, and hooks within 1,024.
 
     Args:
         model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
@@ -207,7 +211,7 @@ class Agent:
     @state.setter
     def state(self, state: Any) -> None:
         self._state: Any = state
-        self._fused: ValueIterationStep | None = None
+        self._fused: ValueIterationStep | SequenceStep | None = None
         self._look_at = self._renew_at = 0
 
     @property
@@ -222,7 +226,7 @@ class Agent:
             torch.full_like(last.action, outcome.tag),
         )
 
-    def serving(self) -> ValueIterationStep | None:
+    def serving(self) -> ValueIterationStep | SequenceStep | None:
         """The fused step, if it serves a call that is made now; None: the module does. ValueError where `fused` is True."""
         if self.step >= self._look_at:
             self._look()
@@ -245,13 +249,18 @@ class Agent:
     def _look(self) -> None:
         """Have a fused step of the weights as they are, where it serves the model; ValueError where it is to and does not."""
         self._look_at, self._renew_at = self.step + LOOK, self.step + AHEAD
-        why = "it is switched off" if self.fused is False else why_not(self.model)
+        kind = sequence_step if isinstance(self.model, OmniRL) else value_iteration_step
+        why = "it is switched off" if self.fused is False else kind.why_not(self.model)
         old = self._fused
         if why is None and (old is None or old.stale or old.step.replaced):
             own = self.num_actions
             own = torch.full_like(self._now.action, own) if isinstance(own, int) else own.long().contiguous()
             try:
-                self._fused = ValueIterationStep(self.model, self._state, self.prompt, own)  # type: ignore[arg-type]
+                model: Any = self.model
+                if kind is sequence_step:
+                    self._fused = SequenceStep(model, self._state, self.prompt, own, self.states)
+                else:
+                    self._fused = ValueIterationStep(model, self._state, self.prompt, own)
             except ValueError as error:
                 why = str(error)
         if why is None:
@@ -284,7 +293,9 @@ class Agent:
         self.step += 1
         return action
 
-    def _act_fused(self, fused: ValueIterationStep, observation: Tensor, action_mask: Tensor | None) -> Tensor:
+    def _act_fused(
+        self, fused: ValueIterationStep | SequenceStep, observation: Tensor, action_mask: Tensor | None
+    ) -> Tensor:
         if not self._plain(observation, torch.int64):
             self._check("observation", observation)
             observation = observation.to("cpu", torch.int64).contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from icrl.omnirl.agent import MOST_AHEAD, MOST_REWARD, Agent
+from icrl.omnirl.sequence_step import SequenceStep
 from icrl.omnirl.tags import UNKNOWN
 from icrl.omnirl.value_iteration_step import ValueIterationStep
 from icrl.worlds.tasks import TabularTasks
@@ -104,7 +105,7 @@ class ClosedLoop:
             to[:, t] = what
         out.reward[:, t], out.done[:, t] = reward, done
 
-    def _steps(self, fused: ValueIterationStep, out: Trajectory, t: int, steps: int) -> int:
+    def _steps(self, fused: ValueIterationStep | SequenceStep, out: Trajectory, t: int, steps: int) -> int:
         """At most `steps` steps from t on of this call, in C++: how many."""
         steps = self.agent.ahead(steps)
         agent, batch = self.agent, self.agent.batch

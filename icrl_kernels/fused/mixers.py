@@ -60,7 +60,7 @@ def add_mixer(
         v_first: for an RWKV7 with layer_idx > 0: the rows that the first one's `add_mixer` returned.
 
     Returns:
-        The values that later RWKV7 layers mix into theirs; None for other mixers.
+        The first RWKV7's values, which later ones mix into theirs; None for other mixers.
 
     Raises:
         ValueError: a module, option, dtype or device that has no fused step, by its name.
@@ -455,7 +455,7 @@ def _rwkv7(
         numbers=[m.g_norm.eps],
     )
     p.linear_into(destination, o, m.o_proj, add=add)
-    return v
+    return v if v_first is None else v_first
 
 
 BUILDERS: dict[type, Callable[..., Built]] = {
