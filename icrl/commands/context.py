@@ -78,7 +78,7 @@ def context(
         f"{b}-{b + tenth}": float(evaluate.normalized(run, reference, b, b + tenth))
         for b in range(0, steps - tenth + 1, tenth)
     }
-    state_bytes = sum(x.numel() * x.element_size() for f in agent.state for x in (f if isinstance(f, list) else [f]))
+    state_bytes = _bytes(agent.state)
     report = {
         "steps": steps,
         "num_states": num_states,
@@ -109,3 +109,10 @@ def context(
     )
     print("normalised reward by tenth: " + " ".join(f"{s:.2f}" for s in scores.values()))
     return report
+
+
+def _bytes(state: Any) -> int:
+    """Of all tensors in nested tuples and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(_bytes(x) for x in state)
