@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from benches.common import interleaved, write
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.iql import iql_losses
 from icrl.offline.method import Spaces
 from icrl.offline.methods.sicql import SICQL, SICQLConfig
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig
 
 STATE, ACTION, HORIZON, TASKS, EPISODES = 20, 6, 200, 8, 4
@@ -111,7 +111,7 @@ def public(folder: Path, batch: int) -> Callable[[], float]:
 
 def check() -> None:
     """Branches are full passes, on these sizes."""
-    from icrl.offline.trunk import Trunk
+    from icrl.models.trunk import Trunk
 
     torch.manual_seed(0)
     trunk = Trunk(TrunkConfig(), HORIZON)

@@ -8,7 +8,9 @@
 // clang-format off: a line each
 #define ICRL_CPU_SOURCES(f) \
   f(anymdp) \
+  f(closed_loop) \
   f(emission) \
+  f(fused_program) \
   f(gated_delta_rule) \
   f(gla) \
   f(gsa) \

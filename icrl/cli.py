@@ -21,7 +21,7 @@ from icrl.commands.sharing import share_the_machine
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
 SUITES = ("sicql",)
-DISTRIBUTED = ("train value-iteration-network",)  # the commands that torchrun may start
+DISTRIBUTED = ("train omnirl", "train value-iteration-network")  # the commands that torchrun may start
 Positional = tyro.conf.Positional
 
 
@@ -130,6 +130,53 @@ def context(
     _new_file("json", json)
     run(steps, num_states, seed, checkpoint, compile, device, json)
     _say(json)
+
+
+def train_omnirl(
+    out: Path = Path("runs/omnirl"),
+    preset: Literal["cpu", "published"] = "cpu",
+    config: Path | None = None,
+    seed: int | None = None,
+    updates: int | None = None,
+    threads: int | None = None,
+    compile: bool | None = None,
+    device: str | None = None,
+    autocast: bool | None = None,
+    init: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Meta-train OmniRL, the sequence model. Kill it whenever you like: the same command continues from its last checkpoint.
+
+    A run may go on to more updates (from there on its rates and stages are those of a run of the new total) and with another
+    number of processes. Several are started by `torchrun --nproc-per-node 2 -m icrl.cli train omnirl ...`; each makes batches
+    of the configured size.
+
+    Args:
+        out: the run's folder.
+        preset: what the configuration is over: the recipe for a CPU, or the paper's model, data and losses.
+        config: a JSON file {"training": {...}, "loop": {...}} over the preset; a run's own config.json is one.
+        seed: over the configuration.
+        updates: over the configuration.
+        threads: over the configuration.
+        compile: True or False, over the configuration.
+        device: over the configuration; auto is CUDA where there is one, else the CPU.
+        autocast: True or False, over the configuration; layers compute in bfloat16, weights and states stay float32.
+        init: a model's file to begin from, its weights alone, instead of from random weights.
+        json: write the last evaluation here.
+    """
+    from icrl.commands.train import train_omnirl as run
+    from icrl.omnirl.training import PRESETS, read_config
+
+    _new_file("json", json)
+    over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
+    over |= {"device": device, "autocast": autocast}
+    over = {name: value for name, value in over.items() if value is not None}
+    given = _given(config)
+    with _read_from(config):
+        read_config(given, PRESETS[preset]())
+    _new_folder("out", out)
+    if run(out, given, preset, over, init, json) is not None:
+        _say(json)
 
 
 def train_value_iteration_network(
@@ -670,6 +717,7 @@ def _apart(command: Callable[..., None]) -> Callable[..., None]:
 COMMANDS = {
     "demo": demo,
     "context": context,
+    "train omnirl": train_omnirl,
     "train value-iteration-network": train_value_iteration_network,
     "collect": collect,
     "train offline": train_offline,

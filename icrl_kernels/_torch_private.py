@@ -51,3 +51,15 @@ def tangent(x: Tensor) -> Tensor | None:
         return forward_ad.unpack_dual(x).tangent
     except RuntimeError:  # outside every level, which a torch without `_current_level` does not say before
         return None
+
+
+# Hooks of all modules, and the names of a module's own; where they cannot be asked for, there may be some.
+_hooks_of_all = _find("nn.modules.module._global_forward_hooks", lambda: True)
+_pre_hooks_of_all = _find("nn.modules.module._global_forward_pre_hooks", lambda: True)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether hooks, its own, its submodules' or those of all modules, want to see its forward pass."""
+    own = (getattr(m, name, True) for m in module.modules() for name in _HOOKS)
+    return any(map(bool, (_hooks_of_all, _pre_hooks_of_all, *own)))

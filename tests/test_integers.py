@@ -9,12 +9,12 @@ from torch.utils import _pytree as pytree
 
 import icrl_kernels as ik
 from icrl.data.shards import batch_rows
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.environments.darkroom import DarkRoom, DarkRoomData
 from icrl.offline.environments.point_robot import PointRobot, PointRobotData
 from icrl.offline.environments.stitching import StitchingData
 from icrl.offline.experiment import OfflineRun
 from icrl.offline.learner import METHODS
-from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModelConfig
 from icrl.omnirl import Agent, Temperature, ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.omnirl.distill import DPDConfig, DPDStream, draw_references, make_records, sample_tasks, simulate

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import icrl_kernels as ik
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.environments.point_robot import PointRobotData
 from icrl.offline.environments.stitching import StitchingData
 from icrl.offline.few_shot import few_shot
 from icrl.offline.learner import METHODS, load_method, make_method, save_method
 from icrl.offline.method import Spaces
-from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig
 from icrl.omnirl import Agent, ValueIterationNetwork, shipped
 from icrl.omnirl.distill import DPDConfig, draw_references, make_records, sample_tasks

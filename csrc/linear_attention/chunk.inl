@@ -306,21 +306,6 @@ ICRL_INLINE void write_state(float* to, int64_t ld, const float* from, int64_t l
     for (int64_t j = 0; j < columns; ++j) to[i * ld + j] = from[i * ld_row + j * ld_column];
 }
 
-// One token: f.columns<N>(state, ld, at) does N vectors of columns of the state from column `at` on, in place. The last
-// V % kWidth go through `tail`, [K][kWidth].
-template <class F>
-ICRL_INLINE void for_columns(float* state, int64_t K, int64_t V, float* tail, const F& f) {
-  int64_t j = 0;
-  for (; j + 4 * kWidth <= V; j += 4 * kWidth) f.template columns<4>(state + j, V, j);
-  for (; j + kWidth <= V; j += kWidth) f.template columns<1>(state + j, V, j);
-  if (j == V) return;
-  for (int64_t i = 0; i < K; ++i)
-    for (int64_t c = 0; c < kWidth; ++c) tail[i * kWidth + c] = j + c < V ? state[i * V + j + c] : 0.f;
-  f.template columns<1>(tail, kWidth, j);
-  for (int64_t i = 0; i < K; ++i)
-    for (int64_t c = 0; j + c < V; ++c) state[i * V + j + c] = tail[i * kWidth + c];
-}
-
 // Gradients of a chunk. States and their gradients are transposed, [V][K], so that dq and dk read rows of them.
 //
 // The gate's gradient is dg_t = sum over pairs (i >= t > j) of (i's and j's term), the pairs taken in four kinds: both

@@ -31,6 +31,7 @@
 #include "linear_attention/gate.h"
 #include "linear_attention/gated_delta_rule.h"
 #include "linear_attention/limits.h"
+#include "linear_attention/step.inl"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -43,19 +44,7 @@ int team_of(const DeltaShape& s, int64_t tokens, double nanoseconds) {
   return team_for(nanoseconds * static_cast<double>(tokens * s.heads * s.k * s.v), s.threads);
 }
 
-constexpr float kNormEpsilon = 1e-6f;  // as L2_EPSILON in gated_delta_rule.py
-constexpr int64_t kPanel = 64;         // columns of the state that stay in L1 for all of a chunk's products
-
-// n rows x[n][Kp] by their norms sqrt(sum x^2 + eps), whose reciprocals go to `by`
-ICRL_INLINE void normalize(float* x, float* by, int n, int64_t Kp) {
-  for (int i = 0; i < n; ++i) {
-    float* row = x + i * Kp;
-    Vec squares = Vec{};
-    for (int64_t c = 0; c < Kp; c += kWidth) squares += load(row + c) * load(row + c);
-    by[i] = 1.f / __builtin_sqrtf(sum(squares) + kNormEpsilon);
-    for (int64_t c = 0; c < Kp; c += kWidth) store(row + c, load(row + c) * splat(by[i]));
-  }
-}
+constexpr int64_t kPanel = 64;  // columns of the state that stay in L1 for all of a chunk's products
 
 // dx, in place of the gradient of the normalised x: (dx - x (x . dx)) / norm
 ICRL_INLINE void normalize_gradient(float* dx, const float* x, const float* by, int64_t Kp) {
@@ -279,38 +268,6 @@ bool backward(const DeltaShape& s, const DeltaBackward& x) {
   return !failed;
 }
 
-// S = diag(exp g) S, u = beta (v - S^T k), S += k u^T, o = S^T q. `kd` is exp(g) k.
-struct Step {
-  int64_t K;
-  const float *k, *kd, *e, *v, *q;
-  float beta;
-  float* out;
-
-  template <int N>
-  ICRL_INLINE void columns(float* state, int64_t ld, int64_t first) const {
-    Vec o[N], u[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) o[n] = Vec{}, u[n] = load(v + first + n * kWidth);
-    for (int64_t i = 0; i < K; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) u[n] -= load(state + i * ld + n * kWidth) * splat(kd[i]);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) u[n] *= splat(beta);
-    for (int64_t i = 0; i < K; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = state + i * ld + n * kWidth;
-        // the first pass over the next head's state, this one being in the nearest cache
-        if (n % (32 / kWidth) == 0) __builtin_prefetch(at + K * ld);
-        const Vec y = load(at) * splat(e[i]) + splat(k[i]) * u[n];
-        store(at, y);
-        o[n] += y * splat(q[i]);
-      }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(out + first + n * kWidth, o[n]);
-  }
-};
-
 }  // namespace
 
 bool delta_forward(const DeltaShape& s, const DeltaForward& p) { return ICRL_BY_GATE(forward); }
@@ -321,21 +278,16 @@ bool delta_step(const DeltaShape& s, const DeltaStep& p) {
   int refused = 0;
   parallel_for(pairs, team_of(s, s.sequences, kStep), [&](int64_t pair) {
     alignas(64) float q[kMostChannels], k[kMostChannels], kd[kMostChannels], e[kMostChannels];
-    alignas(64) float v[kMostValues], out[kMostValues], tail[kMostChannels * kWidth], norm;
+    alignas(64) float v[kMostValues], out[kMostValues], tail[kMostChannels * kWidth];
     const int64_t keys = pair / group * K, n = s.gate == Gate::channel ? K : s.gate == Gate::scalar ? 1 : 0;
     load_row(q, p.q, s.dtype, keys, K, Kp);
     load_row(k, p.k, s.dtype, keys, K, Kp);
-    if (s.normalize) normalize(q, &norm, 1, Kp), normalize(k, &norm, 1, Kp);
     load_row(v, p.v, s.dtype, pair * V, V, pad16(V));
     const float beta = p.beta ? load_one(p.beta, s.beta_dtype, pair) : 1.f;
     load_row(e, p.g, s.gate_dtype, pair * n, n, pad16(n));
     if (decays(e, n) > s.allowance) __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
     for (int64_t i = n; i < Kp; ++i) e[i] = n ? e[0] : 1.f;
-    for (int64_t i = 0; i < Kp; i += kWidth) {
-      store(kd + i, load(k + i) * load(e + i));
-      store(q + i, load(q + i) * splat(s.scale));
-    }
-    for_columns(p.state + pair * K * V, K, V, tail, Step{K, k, kd, e, v, q, beta, out});
+    delta_head(s.normalize, s.scale, beta, p.state + pair * K * V, K, V, q, k, e, v, kd, out, tail);
     store_row(p.o, out, s.dtype, pair * V, V);
   });
   return !refused;

@@ -24,6 +24,7 @@
 #include "linear_attention/gate.h"
 #include "linear_attention/gla.h"
 #include "linear_attention/limits.h"
+#include "linear_attention/step.inl"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -177,31 +178,6 @@ bool backward(const GlaShape& s, const GlaBackward& x) {
   return !failed;
 }
 
-// S = diag(exp g) S + k v^T if Update, then o = S^T q, the state touched once.
-template <bool Update>
-struct Step {
-  int64_t K;
-  const float *k, *e, *v, *q;
-  float* out;
-
-  template <int N>
-  ICRL_INLINE void columns(float* state, int64_t ld, int64_t first) const {
-    Vec o[N], x[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) o[n] = Vec{}, x[n] = load(v + first + n * kWidth);
-    for (int64_t i = 0; i < K; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = state + i * ld + n * kWidth;
-        Vec y = load(at);
-        if (Update) store(at, y = y * splat(e[i]) + splat(k[i]) * x[n]);
-        o[n] += y * splat(q[i]);
-      }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(out + first + n * kWidth, o[n]);
-  }
-};
-
 }  // namespace
 
 bool gla_forward(const GlaShape& s, const GlaForward& p) { return ICRL_BY_GATE(forward); }
@@ -221,12 +197,9 @@ bool gla_step(const GlaShape& s, const GlaStep& p) {
     for (int64_t i = n; i < K; ++i) e[i] = n ? e[0] : 1.f;
     for (int64_t r = 0; r < group; ++r) {
       load_row(q, p.q, s.dtype, (pair * group + r) * K, K, pad16(K));
-      for (int64_t i = 0; i < K; i += kWidth) store(q + i, load(q + i) * splat(s.scale));
+      scale_row(q, s.scale, pad16(K));
       float* state = p.state + pair * K * V;
-      if (r == 0)
-        for_columns(state, K, V, tail, Step<true>{K, k, e, v, q, out});
-      else
-        for_columns(state, K, V, tail, Step<false>{K, k, e, v, q, out});
+      gla_head(r == 0, state, K, V, q, k, e, v, out, tail);
       store_row(p.o, out, s.dtype, (pair * group + r) * V, V);
     }
   });

@@ -29,6 +29,7 @@
 #include "linear_attention/gate.h"
 #include "linear_attention/gsa.h"
 #include "linear_attention/limits.h"
+#include "linear_attention/step.inl"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -39,22 +40,6 @@ constexpr double kForward = 0.035, kBackward = 0.12, kStep = 0.06;
 // How many threads `tokens` tokens of all heads are worth.
 int team_of(const GsaShape& s, int64_t tokens, double nanoseconds) {
   return team_for(nanoseconds * static_cast<double>(tokens * s.kv_heads * s.slots * (s.k + s.v)), s.threads);
-}
-
-// to = softmax(l + w s) over the first M of Mp numbers, zeros after them
-ICRL_INLINE void softmax(float* to, const float* l, float w, const float* s, int64_t M, int64_t Mp) {
-  for (int64_t c = 0; c < Mp; c += kWidth) store(to + c, load(l + c) + splat(w) * load(s + c));
-  for (int64_t c = M; c < Mp; ++c) to[c] = -__builtin_inff();
-  Vec most = splat(-__builtin_inff()), total = Vec{};
-  for (int64_t c = 0; c < Mp; c += kWidth) most = vmax(load(to + c), most);
-  const Vec top = splat(max_lane(most));
-  for (int64_t c = 0; c < Mp; c += kWidth) {
-    const Vec x = vexp(load(to + c) - top);
-    store(to + c, x);
-    total += x;
-  }
-  const Vec inverse = splat(1.f / sum(total));
-  for (int64_t c = 0; c < Mp; c += kWidth) store(to + c, load(to + c) * inverse);
 }
 
 // Reads n tokens' s and gates from t on; returns the largest gate.
@@ -289,43 +274,6 @@ bool backward(const GsaShape& s, const GsaBackward& x) {
   return !failed;
 }
 
-// One pass of one token on a state in the user's layout: S = diag(e) S + k v^T, or S diag(e) + k v^T if Slots are
-// columns, if Update; then o = S^T q, the state touched once.
-template <bool Update, bool Slots>
-struct Step {
-  int64_t K;
-  const float *k, *e, *v, *q;
-  float* out;
-
-  template <int N>
-  ICRL_INLINE void columns(float* state, int64_t ld, int64_t first) const {
-    Vec o[N], x[N], w[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      o[n] = Vec{}, x[n] = load(v + first + n * kWidth);
-      if (Slots) w[n] = load(e + first + n * kWidth);
-    }
-    for (int64_t i = 0; i < K; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = state + i * ld + n * kWidth;
-        Vec y = load(at);
-        if (Update) store(at, y = y * (Slots ? w[n] : splat(e[i])) + splat(k[i]) * x[n]);
-        o[n] += y * splat(q[i]);
-      }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(out + first + n * kWidth, o[n]);
-  }
-};
-
-template <bool Update>
-void step_head(const GsaShape& s, const float* q, const float* k, const float* v, const float* w, const float* e,
-               float* keys, float* values, float* l, float* p, float* out, float* tail) {
-  for_columns(keys, s.k, s.slots, tail, Step<Update, true>{s.k, k, e, w, q, l});
-  softmax(p, l, 0.f, w, s.slots, pad16(s.slots));
-  for_columns(values, s.slots, s.v, tail, Step<Update, false>{s.slots, w, e, v, p, out});
-}
-
 }  // namespace
 
 #define ICRL_GATED(f) (s.gate == Gate::none ? f<Gate::none>(s, p) : f<Gate::channel>(s, p))
@@ -351,11 +299,8 @@ bool gsa_step(const GsaShape& s, const GsaStep& p) {
     float *keys = p.keys + pair * K * M, *values = p.values + pair * M * V;
     for (int64_t r = 0; r < group; ++r) {
       load_row(q, p.q, s.dtype, (pair * group + r) * K, K, pad16(K));
-      for (int64_t i = 0; i < K; i += kWidth) store(q + i, load(q + i) * splat(s.scale));
-      if (r == 0)
-        step_head<true>(s, q, k, v, w, e, keys, values, l, weights, out, tail);
-      else
-        step_head<false>(s, q, k, v, w, e, keys, values, l, weights, out, tail);
+      scale_row(q, s.scale, pad16(K));
+      gsa_head(r == 0, keys, values, K, V, M, q, k, v, w, e, l, weights, out, tail);
       store_row(p.o, out, s.dtype, (pair * group + r) * V, V);
     }
   });

@@ -31,6 +31,7 @@
 #include "linear_attention/gate.h"
 #include "linear_attention/limits.h"
 #include "linear_attention/rwkv7.h"
+#include "linear_attention/step.inl"
 
 namespace icrl::ICRL_ISA {
 namespace {
@@ -386,35 +387,6 @@ bool backward(const RwkvShape& s, const RwkvBackward& x) {
   return !failed;
 }
 
-// u = S^T a, S = diag(exp w) S + k v^T + b u^T, o = S^T r
-struct Step {
-  int64_t K;
-  const float *r, *e, *k, *v, *a, *b;
-  float* out;
-
-  template <int N>
-  ICRL_INLINE void columns(float* state, int64_t ld, int64_t first) const {
-    Vec o[N], u[N], x[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) o[n] = Vec{}, u[n] = Vec{}, x[n] = load(v + first + n * kWidth);
-    for (int64_t i = 0; i < K; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) u[n] += load(state + i * ld + n * kWidth) * splat(a[i]);
-    for (int64_t i = 0; i < K; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = state + i * ld + n * kWidth;
-        // the first pass over the next head's state, this one being in the nearest cache
-        if (n % (32 / kWidth) == 0) __builtin_prefetch(at + K * ld);
-        const Vec y = load(at) * splat(e[i]) + splat(k[i]) * x[n] + splat(b[i]) * u[n];
-        store(at, y);
-        o[n] += y * splat(r[i]);
-      }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(out + first + n * kWidth, o[n]);
-  }
-};
-
 }  // namespace
 
 bool rwkv7_forward(const RwkvShape& s, const RwkvForward& p) { return forward(s, p); }
@@ -433,8 +405,8 @@ bool rwkv7_step(const RwkvShape& s, const RwkvStep& p) {
     load_row(a, p.a, s.dtype, pair * K, K, Kp);
     load_row(b, p.b, s.dtype, pair * K, K, Kp);
     if (decays(e, K) > s.allowance) __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
-    for (int64_t i = 0; i < Kp; i += kWidth) store(r + i, load(r + i) * splat(s.scale));
-    for_columns(p.state + pair * K * V, K, V, tail, Step{K, r, e, k, v, a, b, out});
+    scale_row(r, s.scale, Kp);
+    rwkv7_head(p.state + pair * K * V, K, V, r, e, k, v, a, b, out, tail);
     store_row(p.o, out, s.dtype, pair * V, V);
   });
   return !refused;

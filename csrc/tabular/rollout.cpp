@@ -16,11 +16,6 @@
 
 namespace icrl {
 
-namespace {
-
-constexpr double kStepNanoseconds = 50;  // about what a step takes one thread
-
-// Which argument is wrong, where, and what is wanted.
 std::string describe(const RolloutCall& c, const RolloutFault& f) {
   const RolloutTables& tb = c.tables;
   const auto text = [](int64_t x) { return std::to_string(x); };
@@ -77,6 +72,10 @@ std::string describe(const RolloutCall& c, const RolloutFault& f) {
   }
   return "no fault";
 }
+
+namespace {
+
+constexpr double kStepNanoseconds = 50;  // about what a step takes one thread
 
 [[noreturn]] void refuse(const RolloutCall& c, const RolloutFault& f) { throw std::invalid_argument(describe(c, f)); }
 

@@ -3,12 +3,16 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "tabular/rollout.h"
 
 namespace icrl {
+
+// Which argument is wrong, where, and what is wanted.
+std::string describe(const RolloutCall& c, const RolloutFault& f);
 
 using Pointers = std::vector<uintptr_t>;
 

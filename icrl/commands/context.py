@@ -17,10 +17,11 @@ from icrl.files import save_numbers
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.checkpoints import load, shipped
-from icrl.omnirl.evaluate import Context
+from icrl.omnirl.closed_loop import ClosedLoop, Context
 from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
-from icrl_kernels import rollout_start, rollout_step
+
+BLOCK = 100  # steps that are timed together
 
 
 def context(
@@ -40,13 +41,13 @@ def context(
         raise ValueError(f"steps: wanted at least 100, got {steps}")
     model = load(checkpoint or shipped(), resolve(device))
     task = sample_anymdp(1, num_states, seed=UNSEEN + seed)
-    tables = task.tables()
     reference = evaluate.references(task)
-    simulator = rollout_start(tables, seed=seed)
     agent = Agent(model, 1, num_states, temperature=TEMPERATURE, seed=seed)
     if compile:
         agent.run = torch.compile(model.decide, dynamic=False)
         print("compiling the model's step takes half a minute ...")
+    loop = ClosedLoop(agent, task, seed)
+    block = min(BLOCK, steps // 100)
     reward = torch.zeros(1, steps, dtype=torch.float32, device="cpu")
     done = torch.zeros(1, steps, dtype=torch.uint8, device="cpu")
     seconds = torch.zeros(steps, dtype=torch.float64, device="cpu")
@@ -55,19 +56,15 @@ def context(
     began = time.perf_counter()
     bar = tqdm(total=steps, unit="step", unit_scale=True, desc=f"context, {num_states} states", mininterval=0.5)
     try:
-        for t in range(steps):
-            start = time.perf_counter()
-            observation = task.state_mapping[0, simulator.state]
-            action = agent.act(observation).cpu()
-            r, d, _ = rollout_step(tables, simulator, action)
-            agent.observe(r, d)
-            reward[0, t], done[0, t] = r[0], d[0]
-            seconds[t] = time.perf_counter() - start
-            if t % 1000 == 0:
+        for t in range(0, steps, block):
+            start, size = time.perf_counter(), min(block, steps - t)
+            went = loop.run(size)
+            reward[0, t : t + size], done[0, t : t + size] = went.reward[0], went.done[0]
+            seconds[t : t + size] = (time.perf_counter() - start) / size
+            if t // 1000 != (t - block) // 1000:
                 memory.append(process.memory_info().rss)
-                bar.update(t - bar.n)
                 bar.set_postfix_str(f"{memory[-1] / 2**20:.0f} MB")
-        bar.update(steps - bar.n)
+            bar.update(size)
     finally:
         bar.close()
     memory.append(process.memory_info().rss)
@@ -81,7 +78,7 @@ def context(
         f"{b}-{b + tenth}": float(evaluate.normalized(run, reference, b, b + tenth))
         for b in range(0, steps - tenth + 1, tenth)
     }
-    state_bytes = sum(x.numel() * x.element_size() for f in agent.state for x in (f if isinstance(f, list) else [f]))
+    state_bytes = _bytes(agent.state)
     report = {
         "steps": steps,
         "num_states": num_states,
@@ -112,3 +109,10 @@ def context(
     )
     print("normalised reward by tenth: " + " ".join(f"{s:.2f}" for s in scores.values()))
     return report
+
+
+def _bytes(state: Any) -> int:
+    """Of all tensors in nested tuples and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(_bytes(x) for x in state)

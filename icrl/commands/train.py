@@ -1,20 +1,36 @@
-"""`icrl train value-iteration-network`: meta-training, in one process or in those that torchrun starts."""
+"""`icrl train omnirl` and `icrl train value-iteration-network`: meta-training, in one process or in those that torchrun starts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from icrl.extras import versions
 from icrl.files import save_numbers, write_figure
-from icrl.omnirl.value_iteration_training import ValueIterationLearner, read_config
+from icrl.omnirl import training as sequence
+from icrl.omnirl import value_iteration_training as memory
+from icrl.omnirl.learner import DistillationLearner
 from icrl.plots import training_picture
 from icrl.reading import read_rows
-from icrl.training.config import init_of
+from icrl.training.config import LoopConfig, init_of
 from icrl.training.loop import train
 from icrl.training.process import finish, flushed_denormals, machine, prepare, rank
 from icrl.training.run import has_checkpoint
+
+
+def train_omnirl(
+    out: Path,
+    given: dict[str, Any],
+    preset: str,
+    over: dict[str, Any],
+    init: Path | None,
+    json: Path | None,
+) -> dict[str, Any] | None:
+    """As `train_value_iteration_network`; `preset`: a name of sequence.PRESETS, the configuration's base."""
+    training, loop = sequence.read_config(given, sequence.PRESETS[preset]())
+    return _train(sequence.OmniRLLearner, training, replace(loop, **over), out, init_of(init, given), json)
 
 
 def train_value_iteration_network(
@@ -29,12 +45,22 @@ def train_value_iteration_network(
     Returns:
         the evaluation, versions and machine, where this process is the first one and there was an evaluation.
     """
-    training, loop = read_config(given)
+    training, loop = memory.read_config(given)
     if records is not None:
         training = replace(training, records=str(records))
-    loop = replace(loop, **over)
+    return _train(memory.ValueIterationLearner, training, replace(loop, **over), out, init_of(init, given), json)
+
+
+def _train(
+    kind: Callable[..., DistillationLearner],
+    training: Any,
+    loop: LoopConfig,
+    out: Path,
+    init: Path | None,
+    json: Path | None,
+) -> dict[str, Any] | None:
     prepare(loop)
-    learner = ValueIterationLearner(training, loop, init_of(init, given), fresh=not has_checkpoint(out))
+    learner = kind(training, loop, init, fresh=not has_checkpoint(out))
     with flushed_denormals():
         path = train(learner, loop, out)
     numbers = None

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from icrl.models.step import TrunkStep, trunk_step
+from icrl.models.trunk import Trunk, TrunkState
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import Trunk, TrunkState
 from icrl_kernels.arguments import integer_fields
 
 
@@ -54,6 +55,8 @@ class HistoryTrunk(nn.Module):
 
 
 class HistoryMethod(Method):
+    decides_by_memory = False
+    """Whether `decide` looks at the memory, and not at the features of the current step alone."""
     config: HistoryConfig
     trunk: HistoryTrunk
     pi: nn.Module
@@ -96,8 +99,8 @@ class HistoryMethod(Method):
         """[B,T,D] of a whole history."""
         return self.trunk(self.normal(h.state), self.previous(h.action, h.reward))[0]
 
-    def decide(self, features: Tensor, memory: TrunkState, state: Tensor) -> Tensor:
-        """The action, from the features of the current step."""
+    def decide(self, features: Tensor, memory: TrunkState | None, state: Tensor) -> Tensor:
+        """The action, from the features of the current step; the memory is given where `decides_by_memory` says so."""
         return self.choose(self.pi(features))
 
     def agent(self, batch: int) -> HistoryAgent:
@@ -105,13 +108,17 @@ class HistoryMethod(Method):
 
 
 class HistoryAgent:
-    """Acts at the end of its own history; when a context is full, it goes on with its newest episodes but one."""
+    """Acts at the end of its own history; when a context is full, it goes on with its newest episodes but one.
+
+    The trunk's step is one call of C++ where that serves (icrl.models.step), and else the module's.
+    """
 
     def __init__(self, method: HistoryMethod, batch: int) -> None:
         self.method, self.episode = method, Episode(batch, method.spaces, begun=False)
         self.batch = self.episode.batch
         self.past: list[tuple[Tensor, ...]] = []
         self.memory: TrunkState | None = None
+        self.step: TrunkStep | None = None
         self.last = method.nothing(batch)
 
     @torch.no_grad()
@@ -125,15 +132,26 @@ class HistoryAgent:
             if self.past:
                 s, a, r, _ = (torch.cat(x, 1) for x in zip(*self.past, strict=True))
                 _, self.memory = m.trunk(m.normal(s), m.previous(a, r))
+            if self.step is not None:
+                self.step.replace(self.memory)
+        if (self.step is None or self.step.stale) and not m.decides_by_memory:
+            t = m.trunk
+            memory = self.memory if self.step is None else self.step.state
+            self.step = trunk_step(t.trunk, self.batch, [t.embed_state, t.embed_previous])
+            if self.step is None:
+                self.memory = memory
+            else:
+                self.step.replace(memory)
         self.episode, self.last = Episode(self.batch, self.method.spaces), m.nothing(self.batch)
 
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
         self.episode.see(state)
-        features, memory = m.trunk(m.normal(state)[:, None], self.last[:, None], self.memory)
-        self.memory = memory
-        return m.decide(features[:, 0], memory, state)
+        if self.step is not None:
+            return m.decide(self.step(m.normal(state), self.last), None, state)
+        features, self.memory = m.trunk(m.normal(state)[:, None], self.last[:, None], self.memory)
+        return m.decide(features[:, 0], self.memory, state)
 
     def observe(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
         self.episode.add(state, action, reward, next_state)

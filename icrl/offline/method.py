@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import TrunkConfig
 from icrl_kernels import layers
 from icrl_kernels.arguments import dense, integer, integer_fields
 

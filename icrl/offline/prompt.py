@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from icrl.models.step import TrunkStep, trunk_step
+from icrl.models.trunk import Trunk
 from icrl.offline.method import Episode, Method, MethodConfig, Spaces
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import Trunk
 from icrl_kernels.arguments import integer_fields
 
 
@@ -131,12 +132,16 @@ class PromptMethod(Method):
 
 
 class PromptAgent:
-    """Acts with the episode before as its prompt; in the first one, with none."""
+    """Acts with the episode before as its prompt; in the first one, with none.
+
+    In the layout "branch" a query's features are one call of C++ where that serves (icrl.models.step), and else the module's.
+    """
 
     def __init__(self, method: PromptMethod, batch: int) -> None:
         self.method, self.episode = method, Episode(batch, method.spaces, begun=False)
         self.batch = self.episode.batch
         self.memory: Any = None
+        self.step: TrunkStep | None = None
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -145,15 +150,28 @@ class PromptAgent:
             prompt = m.prompt_of(*self.episode.stacked())
         else:
             prompt = torch.zeros(self.batch, 0, m.trunk.embed_prompt.in_features, device=m.device, dtype=torch.float32)
-        self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
+        self.step = self._made_step()
+        if self.step is None:
+            self.memory = m.trunk.remember(prompt, [prompt.shape[1]])
+        else:
+            x = m.trunk.embed_prompt(prompt)
+            self.step.replace(m.trunk.trunk(x)[1] if x.shape[1] else None)
         self.episode = Episode(self.batch, self.method.spaces)
 
     @torch.no_grad()
     def act(self, state: Tensor) -> Tensor:
         m = self.method
         self.episode.see(state)
+        if self.step is not None:
+            return m.choose(m.policy(self.step(m.normal(state))))
         features = m.trunk.read(m.trunk.embed_state(m.normal(state))[:, None, None], self.memory)
         return m.choose(m.policy(features[:, 0, 0]))
+
+    def _made_step(self) -> TrunkStep | None:
+        t = self.method.trunk
+        if t.config.layout != "branch" or (self.step is not None and not self.step.stale):
+            return self.step
+        return trunk_step(t.trunk, self.batch, [t.embed_state], stays=True)
 
     def observe(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor) -> None:
         self.episode.add(state, action, reward, next_state)

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.models.mixers import MIXERS, make_mixer
 from icrl.offline.method import Metrics, numbers
 from icrl.offline.provenance import goes_on
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import MIXERS, TrunkConfig, make_mixer
 from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig, configured
@@ -38,7 +38,7 @@ class WorldModelConfig:
     """Of z, and of what a state, an action and a reward are each embedded in."""
     hidden: int = 128
     encoder: str = "gru"
-    """"gru", or a token mixer: see icrl.offline.trunk.MIXERS."""
+    """"gru", or a token mixer: see icrl.models.mixers.MIXERS."""
     others: int = 0
     """Transitions of the same task that each z must predict beside the one after its window; none as published."""
 
@@ -95,7 +95,7 @@ class WorldModel(nn.Module):
             self.gru = nn.GRU(3 * c.size, c.hidden, batch_first=True)
         else:
             self.widen = nn.Linear(3 * c.size, c.hidden)
-            self.mixer = make_mixer(TrunkConfig(c.hidden, 1, 1, c.encoder))
+            self.mixer = make_mixer(c.encoder, c.hidden, 1)
         self.to_z = nn.Linear(c.hidden, c.size)
         self.decode_state, self.decode_action = nn.Linear(state_size, c.size), nn.Linear(action_size, c.size)
         self.reward_decoder = mlp(4 * c.size, c.hidden, 1)

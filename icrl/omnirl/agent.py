@@ -5,22 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from icrl.omnirl import sequence_step, value_iteration_step
 from icrl.omnirl.labels import name_others
+from icrl.omnirl.model import OmniRL
+from icrl.omnirl.sequence_step import SequenceStep
 from icrl.omnirl.tags import EXPLORER, START, TAGS, UNKNOWN
 from icrl.omnirl.tokens import Tokens
+from icrl.omnirl.value_iteration_step import ValueIterationStep
 from icrl_kernels import threads_here
 from icrl_kernels.arguments import dense, integer, number
+from icrl_kernels.fused import strange_outcome, watched
 
 # Up to so many contexts a step's operators are too short for a second thread: it brings nothing on a quiet machine, and
 # beside busy processes each of them waits for it (benches/NOTES.md, "Threads").
 ONE_THREAD = 64
 MOST_REWARD = 1e15  # the model sums squares of rewards in float32
+AHEAD = 64  # the fused step draws the noise of so many steps at once, and looks so often whether weights have changed
+MOST_AHEAD = 1 << 16  # numbers that are drawn at once, at most
+LOOK = 1024  # and it looks so often whether the model is still one that it serves
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,49 @@ class Model(Protocol):
     def decide(self, tokens: Tokens, prompt: int, state: Any) -> Tensor: ...
 
 
+class _Place:
+    """Where the agents were, and what they did there: `[B]` int64 each."""
+
+    def __init__(self, observation: Tensor, action: Tensor) -> None:
+        self.observation, self.action = observation, action
+        self.at = observation.data_ptr(), action.data_ptr()
+
+
+@dataclass
+class _Outcome:
+    """What that brought: float32 and uint8 (off the CPU int64), `[B]` each, and the tag of who acted."""
+
+    reward: Tensor
+    done: Tensor
+    tag: int
+    given: tuple[int, int, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = self.reward.data_ptr(), self.done.data_ptr(), float(self.tag)
+
+
+class _Noise:
+    """Gumbel noise of the next steps, drawn for some of them at once: the same numbers however many those are."""
+
+    def __init__(self, generator: torch.Generator, batch: int, actions: int) -> None:
+        self.generator, self.size, self.next, self.steps = generator, (batch, actions), 0, 0
+        self.bytes = 4 * batch * actions  # of a step
+
+    def need(self, steps: int) -> int:
+        """The number of the next step's noise in `values`; where there is none left, that of `steps` steps is drawn first."""
+        if self.next == self.steps:
+            uniform = torch.rand(steps, *self.size, generator=self.generator, device="cpu", dtype=torch.float32)
+            self.values = -torch.log(-torch.log(uniform.clamp_(1e-9, 1 - 1e-7)))
+            self.at, self.steps, self.next, self.actions = self.values.data_ptr(), steps, 0, ()
+        return self.next
+
+    def action(self, i: int) -> Tensor:
+        """A new tensor for the actions of the step whose noise is number i: made for all steps at once."""
+        if not self.actions:
+            self.actions = torch.empty(self.steps, self.size[0], dtype=torch.int64, device="cpu").unbind()
+        return self.actions[i]
+
+
 class Agent:
     """Acts in a batch of tasks with one context each, learning from nothing but that context.
 
@@ -77,15 +128,23 @@ class Agent:
     It lives on its model's device: actions come from there, and what it is given is brought there. A seed's draws are made
     on the CPU and are the same for every device.
 
+    A step is the model's module, or one call of C++ over a copy of its weights (icrl_kernels.fused): the same actions within
+    rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL of one token
+    a step and numbered observations, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
+    (autocast, a dispatch mode). Weights that change, and tensors of the state that are put in others' places, are seen within
+    64 steps, and hooks within 1,024.
+
     Args:
         model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
         prompt: which policy to imitate, by its tag: 0..3, the optimal one at `model.config.discounts[prompt]`; 4, the
             optimistic model-based learner, which explores.
         temperature: of sampling. seed: of sampling.
         num_actions: `[batch]` or int, where a task has fewer actions than the model; actions beyond wrap around.
+        fused: whether a step is one call of C++: None, where that serves; False, never; True, always.
     Raises:
-        ValueError: naming the argument that is of another type, shape or range. Values of what `act` and `observe` are given
-            are looked at on a CPU alone: on a GPU the host would have to wait.
+        ValueError: naming the argument that is of another type, shape or range; with fused=True also, here and by `act`, what
+            keeps the fused step from serving. Values of what `act` and `observe` are given are looked at on a CPU alone: on
+            a GPU the host would have to wait.
     """
 
     def __init__(
@@ -98,15 +157,20 @@ class Agent:
         temperature: Temperature | None = None,
         seed: int = 0,
         num_actions: Tensor | int | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.batch, self.states = integer("batch", batch, 1), integer("states", states, 1)
         if not model.labels_named:  # once for a model, however many agents it has
             name_others("the model", model.labels)
             model.labels_named = True
-        self.device = model.device
+        self.device, self.model = model.device, model
         self.run: Callable[[Tokens, int, Any], Tensor] = model.decide
-        """What runs the model: (tokens, prompt, state) -> logits; it changes the state in place. Replace it by
-        `torch.compile(model.decide)` for a faster one."""
+        """What runs the model's module: (tokens, prompt, state) -> logits; it changes the state in place. Replace it by
+        `torch.compile(model.decide)` for a faster one, where the fused step does not serve."""
+        self._decide = self.run
+        if fused is not None and not isinstance(fused, bool):
+            raise ValueError(f"fused: wanted None, True or False, got {fused!r}")
+        self.fused = fused
         self.prompt = integer("prompt", prompt, 0, model.prompts - 1)
         self.temperature = Temperature() if temperature is None else temperature
         if not isinstance(self.temperature, Temperature):
@@ -121,14 +185,89 @@ class Agent:
         if least < 1 or largest > model.actions:
             raise ValueError(f"num_actions: wanted 1 to {model.actions}, the model's, got {least} to {largest}")
         self.generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
-        self.state = model.initial_state(self.batch, self.states)
         self._alone = self.device.type == "cpu" and self.batch <= ONE_THREAD
-        zeros = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        self._shape, self._actions = torch.Size([self.batch]), model.actions
         self.step = 0
-        self._actions = model.actions
-        self._observation = zeros
-        self._action: Tensor | None = None
-        self._previous = (zeros, zeros + model.actions, zeros.float(), zeros + START, zeros + UNKNOWN)
+        # of the last step that has been observed, and of the one that was acted since
+        self._last, self._now = self._place(0, model.actions), self._place(0, 0)
+        self._acted = self._turned = False
+        reward = torch.zeros(self.batch, dtype=torch.float32, device=self.device)
+        self._outcome = _Outcome(reward, torch.full_like(reward, START, dtype=torch.uint8), UNKNOWN)
+        self._noise = _Noise(self.generator, self.batch, model.actions)
+        self.state = model.initial_state(self.batch, self.states)
+        if fused:
+            self._look()
+
+    def _place(self, observation: int, action: int) -> _Place:
+        size = (self.batch,)
+        filled = [torch.full(size, value, dtype=torch.int64, device=self.device) for value in (observation, action)]
+        return _Place(*filled)
+
+    @property
+    def state(self) -> Any:
+        """All that the model keeps of the contexts; `act` changes it in place. One that replaces it goes on from there."""
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state: Any = state
+        self._fused: ValueIterationStep | SequenceStep | None = None
+        self._look_at = self._renew_at = 0
+
+    @property
+    def _previous(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `Tokens` says of the last step."""
+        last, outcome = self._last, self._outcome
+        return (
+            last.observation,
+            last.action,
+            outcome.reward,
+            outcome.done.long(),
+            torch.full_like(last.action, outcome.tag),
+        )
+
+    def serving(self) -> ValueIterationStep | SequenceStep | None:
+        """The fused step, if it serves a call that is made now; None: the module does. ValueError where `fused` is True."""
+        if self.step >= self._look_at:
+            self._look()
+        fused = self._fused
+        if fused is None:
+            return None
+        if self.step >= self._renew_at:
+            self._renew_at = self.step + AHEAD
+            if fused.stale:
+                self._look()
+                fused = self._fused
+        if self.run is self._decide and not watched():
+            return fused
+        if self.fused:
+            raise ValueError(
+                "fused: wanted a call that the fused step serves: `run` is replaced, or autocast or a mode is on"
+            )
+        return None
+
+    def _look(self) -> None:
+        """Have a fused step of the weights as they are, where it serves the model; ValueError where it is to and does not."""
+        self._look_at, self._renew_at = self.step + LOOK, self.step + AHEAD
+        kind = sequence_step if isinstance(self.model, OmniRL) else value_iteration_step
+        why = "it is switched off" if self.fused is False else kind.why_not(self.model)
+        old = self._fused
+        if why is None and (old is None or old.stale or old.step.replaced):
+            own = self.num_actions
+            own = torch.full_like(self._now.action, own) if isinstance(own, int) else own.long().contiguous()
+            try:
+                model: Any = self.model
+                if kind is sequence_step:
+                    self._fused = SequenceStep(model, self._state, self.prompt, own, self.states)
+                else:
+                    self._fused = ValueIterationStep(model, self._state, self.prompt, own)
+            except ValueError as error:
+                why = str(error)
+        if why is None:
+            return
+        self._fused = None
+        if self.fused:
+            raise ValueError(f"fused: wanted a model that the fused step serves, but {why}")
 
     def _check(self, name: str, tensor: Tensor, of_integers: bool = True) -> None:
         dense(name, tensor)
@@ -138,13 +277,76 @@ class Agent:
         if wrong or tensor.is_complex():
             raise ValueError(f"{name}: wanted {'integers' if of_integers else 'real numbers'}, got {tensor.dtype}")
 
-    @torch.no_grad()
     def act(self, observation: Tensor, action_mask: Tensor | None = None) -> Tensor:
         """Observations `[batch]` of integers, on any device -> actions of the tasks `[batch]` int64, on the model's.
 
         With an `action_mask` `[batch, A]` bool, A at most the model's number of actions, they are among those that it marks:
         one at least for each task, and of the task's own.
         """
+        fused = self.serving()
+        if fused is None:
+            action = self._act_by_module(observation, action_mask)
+        else:
+            action = self._act_fused(fused, observation, action_mask)
+        self._acted, self._turned = True, False
+        self._noise.next += 1
+        self.step += 1
+        return action
+
+    def _act_fused(
+        self, fused: ValueIterationStep | SequenceStep, observation: Tensor, action_mask: Tensor | None
+    ) -> Tensor:
+        if not self._plain(observation, torch.int64):
+            self._check("observation", observation)
+            observation = observation.to("cpu", torch.int64).contiguous()
+        own = None if action_mask is None else self._own(action_mask)
+        noise = self._noise
+        i = noise.need(max(1, min(AHEAD, MOST_AHEAD // (self.batch * self._actions))))
+        action = noise.action(i)
+        fused.run(
+            1 if self._alone else torch.get_num_threads(),
+            observation.data_ptr(),
+            *self._outcome.given,
+            noise.at + i * noise.bytes,
+            self.temperature.at(self.step),
+            0 if own is None else own.data_ptr(),
+            action.data_ptr(),
+            0,
+            *self._last.at,
+            *self._now.at,
+        )
+        return action
+
+    # --- for a closed loop, which runs the fused step itself
+
+    def ahead(self, steps: int) -> int:
+        """How many of the next `steps` steps have their noise, which is drawn where none has."""
+        i = self._noise.need(steps)
+        return min(steps, self._noise.steps - i)
+
+    def outcome(self) -> tuple[int, Tensor, Tensor]:
+        """The tag and copies of the reward and the end that the next step reads."""
+        return self._outcome.tag, self._outcome.reward.clone(), self._outcome.done.clone()
+
+    def noise(self, steps: int) -> Tensor:
+        """The noise `[steps,B,A]` of the next steps, which must be there."""
+        return self._noise.values[self._noise.next : self._noise.next + steps]
+
+    def places(self) -> tuple[int, int, int, int]:
+        """Addresses of the last observation and action, and of those of the next step."""
+        return *self._last.at, *self._now.at
+
+    def went(self, steps: int, reward: Tensor, done: Tensor) -> None:
+        """So many steps were made, the last of which brought this."""
+        self._outcome = _Outcome(reward, done, UNKNOWN)
+        if steps % 2:
+            self._last, self._now = self._now, self._last
+        self._acted = self._turned = True
+        self._noise.next += steps
+        self.step += steps
+
+    @torch.no_grad()
+    def _act_by_module(self, observation: Tensor, action_mask: Tensor | None) -> Tensor:
         self._check("observation", observation)
         if observation.device.type == "cpu":
             low, high = (int(x) for x in observation.aminmax())
@@ -157,13 +359,13 @@ class Agent:
             logits = self.run(tokens, self.prompt, self.state)
             if own is not None:
                 logits = logits.masked_fill(~own, -torch.inf)
-            uniform = torch.rand(logits.shape, generator=self.generator, device="cpu", dtype=torch.float32)
-            noise = -torch.log(-torch.log(uniform.clamp_(1e-9, 1 - 1e-7))).to(self.device)
-            self._observation = observation
+            i = self._noise.need(1)
+            noise = self._noise.values[i].to(self.device)
             # times the temperature, not logits by it: at 0 and next to it the best action is taken
-            self._action = (logits + self.temperature.at(self.step) * noise).argmax(-1)
-        self.step += 1
-        return self._action % self.num_actions
+            action = (logits + self.temperature.at(self.step) * noise).argmax(-1)
+        self._now.observation.copy_(observation)
+        self._now.action.copy_(action)
+        return action % self.num_actions
 
     def _own(self, action_mask: Tensor) -> Tensor:
         """The mask over all of the model's actions."""
@@ -187,8 +389,30 @@ class Agent:
 
         Raises RuntimeError before the first action.
         """
-        if self._action is None:
+        if not self._acted:
             raise RuntimeError("observe: there is no action yet that brought this, call act first")
+        plain = self._plain(reward, torch.float32) and self._plain(done, torch.uint8)
+        if not plain or strange_outcome(reward, done, MOST_REWARD):
+            reward, done = self._judged(reward, done)
+        self._outcome = _Outcome(reward, done, integer("tag", tag, 0, TAGS - 1))
+        if not self._turned:
+            self._last, self._now, self._turned = self._now, self._last, True
+
+    def _plain(self, tensor: Tensor, dtype: torch.dtype) -> bool:
+        """Whether its memory, on the CPU as the model, holds one number a task of this type."""
+        return (
+            type(tensor) is Tensor
+            and tensor.dtype is dtype
+            and tensor.layout is torch.strided
+            and tensor.shape == self._shape
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and self.device.type == "cpu"
+        )
+
+    def _judged(self, reward: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+        """Any real rewards and ends, as an outcome keeps them; ValueError for those that no step brings."""
         self._check("reward", reward, of_integers=False)
         self._check("done", done, of_integers=False)
         reward = reward.to(torch.float32)
@@ -198,10 +422,5 @@ class Agent:
             )
         if done.device.type == "cpu" and not bool(((done == 0) | (done == 1) | (done == 2)).all()):
             raise ValueError(f"done: wanted 0, 1 or 2, got {done.tolist()!s:.80}")
-        self._previous = (
-            self._observation,
-            self._action,
-            reward.to(self.device),
-            done.to(self.device, torch.int64),
-            torch.full_like(self._action, integer("tag", tag, 0, TAGS - 1)),
-        )
+        kept = torch.uint8 if self.device.type == "cpu" else torch.int64
+        return reward.to(self.device).contiguous(), done.to(self.device, kept).contiguous()

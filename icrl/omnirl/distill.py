@@ -10,7 +10,7 @@ Tags name policies: 0..3 greedy at the discounts, 4 model-based learner, 5 Q-lea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -244,12 +244,11 @@ def make_records(config: DPDConfig, tasks: TabularTasks, *, seed: int) -> Record
     )
 
 
-def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The policy to imitate at each step: (prompt, the reference's tag, and label, its greedy action), both [B,T] int64."""
-    R, T = records.action.shape
-    generator = torch.Generator().manual_seed(hash_seed(seed, 2))
-    weights = torch.tensor(config.references, dtype=torch.float32, device="cpu")
-    drawn = torch.multinomial(weights, R * T, replacement=True, generator=generator).view(R, T)
+def draw_policies(config: DPDConfig, weights: tuple[float, ...], records: int, generator: torch.Generator) -> Tensor:
+    """`[records, steps]` int64 on the CPU: policies to imitate, by these weights, drawn anew as references are."""
+    R, T = records, config.steps
+    of = torch.tensor(weights, dtype=torch.float32, device="cpu")
+    drawn = torch.multinomial(of, R * T, replacement=True, generator=generator).view(R, T)
     resamples = (
         torch.rand(R, 1, generator=generator, device="cpu", dtype=torch.float32) < config.reference_resample_records
     )
@@ -257,7 +256,14 @@ def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[
         torch.rand(R, T, generator=generator, device="cpu", dtype=torch.float32) < config.reference_resample
     )
     since = torch.where(changes, torch.arange(T, device="cpu"), 0).cummax(1).values
-    prompt = drawn.gather(1, since).to(records.q.device)
+    return drawn.gather(1, since)
+
+
+def draw_references(config: DPDConfig, records: Records, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The policy to imitate at each step: (prompt, the reference's tag, and label, its greedy action), both [B,T] int64."""
+    R, T = records.action.shape
+    generator = torch.Generator().manual_seed(hash_seed(seed, 2))
+    prompt = draw_policies(replace(config, steps=T), config.references, R, generator).to(records.q.device)
     return prompt, records.q.argmax(3).gather(2, prompt[..., None])[..., 0]
 
 

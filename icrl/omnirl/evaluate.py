@@ -16,7 +16,6 @@ Two measures, both (x - random)/(oracle - random) per task:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,15 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icrl.omnirl.agent import Agent, Model, Temperature
+from icrl.omnirl.closed_loop import ClosedLoop, Context, Trajectory
 from icrl.omnirl.tags import EXPLORER
 from icrl.worlds.tasks import TabularTasks
-from icrl_kernels import (
-    RolloutTables,
-    constant_behaviours,
-    rollout,
-    rollout_start,
-    rollout_step,
-)
+from icrl_kernels import RolloutTables, constant_behaviours, rollout
 from icrl_kernels.arguments import integer
 from icrl_kernels.tabular.packed import dense_blocks
 
@@ -53,14 +47,6 @@ def greedy(q: Tensor, num_actions: Tensor) -> Tensor:
     own = torch.arange(q.shape[-1], device=q.device) < num_actions.view(-1, *[1] * (q.dim() - 1))
     best = q.masked_fill(~own, -math.inf).argmax(-1)
     return torch.nn.functional.one_hot(best, q.shape[-1]).float()
-
-
-@dataclass
-class Context:
-    """What happened in `[N,T]` steps of one context a task, where the tasks are."""
-
-    reward: Tensor  # float32
-    done: Tensor  # 0 no, 1 terminated, 2 truncated
 
 
 @dataclass
@@ -201,24 +187,17 @@ def run_agent(
     temperature: Temperature | None = None,
     seed: int = 0,
     progress: str | None = None,
-    record: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None,
-) -> Context:
+    fused: bool | None = None,
+) -> Trajectory:
     """The model in every task, one context each, from nothing.
 
-    The model acts on its device, and the tasks run where they are: observations and actions go there and back.
+    The model acts on its device, and the tasks run where they are: observations and actions go there and back. Where both are
+    on the CPU, this may be one call of C++ for many steps: see ClosedLoop.
 
-    Args:
-        record: is given (state, observation, action, reward, done) a step, `[N]` each, where the tasks are.
     Returns:
-        rewards and ends `[N,steps]`, where the tasks are.
+        what happened `[N,steps]`, where the tasks are.
     """
-    if tasks.multi_token:
-        raise ValueError(
-            f"tasks: the model reads one token and takes one action a step, got {tasks.observation_tokens} and "
-            f"{tasks.action_tokens}"
-        )
     steps = integer("steps", steps, 0)
-    tables = tasks.tables()
     agent = Agent(
         model,
         len(tasks),
@@ -227,20 +206,8 @@ def run_agent(
         temperature=temperature,
         seed=seed,
         num_actions=tasks.num_actions,
+        fused=fused,
     )
-    simulator = rollout_start(tables, seed=seed)
-    shape, device = (len(tasks), steps), tasks.device
-    has = None if tasks.action_mask is None else tasks.available_actions()
-    each = torch.arange(len(tasks), dtype=torch.int64, device=device)
-    rewards = torch.zeros(shape, dtype=torch.float32, device=device)
-    dones = torch.zeros(shape, dtype=torch.uint8, device=device)
-    for t in tqdm(range(steps), desc=progress, unit="step", disable=progress is None):
-        state = simulator.state.clone()
-        observation = tasks.emit(state, seed=seed, step=t)[:, 0]
-        action = agent.act(observation, None if has is None else has[each, state]).to(device)
-        reward, done, _ = rollout_step(tables, simulator, action)
-        agent.observe(reward, done)
-        rewards[:, t], dones[:, t] = reward, done
-        if record is not None:
-            record(state, observation, action, reward, done)
-    return Context(rewards, dones)
+    loop = ClosedLoop(agent, tasks, seed)
+    with tqdm(total=steps, desc=progress, unit="step", disable=progress is None) as bar:
+        return loop.run(steps, bar.update)

@@ -433,7 +433,8 @@ class ValueIterationNetwork(nn.Module):
         cls, path: Path | str, tensors: dict[str, Tensor], facts: dict[str, Any], device: torch.device | str
     ) -> ValueIterationNetwork:
         if facts.get("model") not in KINDS:
-            raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted {KIND!r}")
+            other = "; load it by OmniRL.load" if facts.get("model") == "omnirl_sequence" else ""
+            raise ValueError(f"checkpoint: {path} holds a {shown(facts.get('model'))}, wanted {KIND!r}{other}")
         try:
             config = configured(ValueIterationNetworkConfig, whole(facts["config"]), "config")
             with torch.device("cpu"):

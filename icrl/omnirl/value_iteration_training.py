@@ -10,25 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icrl.data.prefetch import Stream
 from icrl.data.seeds import hash_seed
-from icrl.omnirl.agent import Temperature
-from icrl.omnirl.distill import ANYMDP_LEAST, DPDConfig, DPDStream, Records, sample_tasks
-from icrl.omnirl.evaluate import mean_ci, normalized, references, run_agent
-from icrl.omnirl.labels import name_others, refuse_others, version_of
-from icrl.omnirl.record_shards import RecordStream
-from icrl.omnirl.tags import EXPERTS, EXPLORER, START, UNKNOWN
+from icrl.omnirl.distill import DPDConfig
+from icrl.omnirl.learner import DistillationLearner, check_distillation
+from icrl.omnirl.targets import Targets, targets_of, tokens_of
 from icrl.omnirl.tokens import Tokens
 from icrl.omnirl.value_iteration_network import Output, ValueIterationNetwork, ValueIterationNetworkConfig, whole
-from icrl.training.config import LoopConfig, changes, configured
-from icrl.training.process import autocast, parallel, rank, resolve, world_size
-from icrl_kernels import model_based_q
+from icrl.training.config import LoopConfig, configured
+from icrl.training.process import autocast
 from icrl_kernels.arguments import integer, integer_fields
 
 
@@ -88,93 +83,12 @@ class ValueIterationTraining:
             integer("depths", depth, 1)
         if self.depths and not self.model.tied:
             raise ValueError(f"depths: wanted none for layers that have weights of their own, got {self.depths}")
-        if self.model.discounts != self.data.discounts:
-            raise ValueError(f"discounts: the model has {self.model.discounts}, the data {self.data.discounts}")
-        if self.model.actions != self.data.actions:
-            raise ValueError(f"actions: the model has {self.model.actions}, the data {self.data.actions}")
-        if not 0 <= self.dagger < 1:
-            raise ValueError(f"dagger: wanted a share in [0, 1), got {self.dagger}")
-        if self.evaluation_steps < 2:
-            raise ValueError(f"evaluation_steps: wanted at least 2, as halves are scored, got {self.evaluation_steps}")
-        if self.data.actions < 2:
-            raise ValueError(f"actions: wanted at least 2 to choose from, got {self.data.actions}")
-        if self.own_records > self.dagger_records:
-            raise ValueError(
-                f"dagger_records: wanted at least {self.own_records}, the share of a batch of {self.data.batch} in which "
-                f"the model acts, got {self.dagger_records}"
-            )
+        check_distillation(self)
 
     @property
     def own_records(self) -> int:
         """Records of a batch in which the model itself acted."""
         return int(self.dagger * self.data.batch)
-
-
-def tokens_of(records: Records) -> Tokens:
-    """The model's tokens of whole records `[B,T]`: each step beside the transition that led to it."""
-
-    def shift(x: Tensor, first: float) -> Tensor:
-        return torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], 1)
-
-    return Tokens(
-        records.observation,
-        shift(records.observation, 0),
-        shift(records.action, 0),
-        shift(records.reward, 0.0),
-        shift(records.done, START),
-        shift(records.tag, UNKNOWN),
-    )
-
-
-class Targets(NamedTuple):
-    """What a loss asks for, `[B,T,A,G]`: policies, and values (1-discount)·Q in raw reward units."""
-
-    policy: Tensor
-    value: Tensor
-
-
-def targets_of(records: Records, config: ValueIterationTraining) -> Targets:
-    """The references' labels: optimal at each discount, and the model-based learner that watched the same history.
-
-    They lie where the records do; the model-based learner runs on the CPU.
-    """
-    c = config.model
-    explorer = model_based_q(
-        records.observation.cpu(),
-        records.action.cpu(),
-        records.reward.cpu(),
-        records.done.cpu(),
-        config.data.states,
-        c.actions,
-        bonus=config.explorer_bonus,
-        discount=c.explorer_discount,
-        action_mask=_action_mask(records, config.data.states),
-    ).to(records.q.device)
-    q = torch.cat([records.q, explorer[:, :, None]], 2).transpose(-1, -2)
-    best = q.amax(2, keepdim=True)
-    ties = (q >= best - 1e-6 * (1 + best.abs())).float()
-    known = _expert_seen(records, config.data.states)[..., None]
-    ties[..., EXPLORER] = torch.where(known, ties[..., EXPERTS[-1]], ties[..., EXPLORER])
-    discounts = torch.tensor(c.policy_discounts, dtype=torch.float32, device=q.device)
-    return Targets(ties / ties.sum(2, keepdim=True), q * (1 - discounts))
-
-
-def _expert_seen(records: Records, states: int) -> Tensor:
-    """[B,T] bool: whether an expert was seen to act earlier where the agent is: then the explorer does what is optimal."""
-    expert = torch.isin(records.tag, torch.tensor(EXPERTS, dtype=torch.int64, device=records.tag.device))
-    here = F.one_hot(records.observation, states).bool()
-    seen = (here & expert[..., None]).cumsum(1, dtype=torch.int32) > 0
-    before = F.pad(seen[:, :-1], (0, 0, 1, 0))
-    return (before & here).any(-1)
-
-
-def _action_mask(records: Records, states: int) -> Tensor | None:
-    """[B,states,A] bool on the CPU: what was seen lacks the actions whose value is −inf; None where nothing is lacking."""
-    lacks = records.q[:, :, 0].isneginf().cpu()
-    if not lacks.any():
-        return None
-    mask = torch.ones(len(lacks), states, lacks.shape[2], dtype=torch.bool, device="cpu")
-    return mask.scatter_(1, records.observation.cpu()[..., None].expand_as(lacks), ~lacks)
 
 
 def loss_of(output: Output, targets: Targets, config: ValueIterationTraining) -> tuple[Tensor, dict[str, Tensor]]:
@@ -229,53 +143,26 @@ def read_config(given: dict[str, Any]) -> tuple[ValueIterationTraining, LoopConf
     )
 
 
-def _stream(config: ValueIterationTraining, seed: int) -> Stream[Records]:
-    """This process's batches, from disk or made on the fly."""
-    if not config.records:
-        return DPDStream(config.data, seed=seed * world_size() + rank())
-    stream = RecordStream(config.records, config.data.batch, seed, rank=rank(), world=world_size())
-    stream.check(config.data)
-    return stream
+class ValueIterationLearner(DistillationLearner):
+    """What `icrl.training.loop.train` drives: see DistillationLearner for arguments and what is raised."""
 
-
-class ValueIterationLearner:
-    """What `icrl.training.loop.train` drives.
-
-    Records are made and labelled on the CPU; the model, its tokens and its targets live on the loop's device.
-
-    Args:
-        init: a model's file to begin from, instead of from random weights; its configuration must be `config.model`.
-        fresh: whether the run begins; one that goes on from a checkpoint does not read `init` again.
-    Raises:
-        ValueError: the device is not to be had, `init` is no such file, or the records are not what the model takes.
-    """
+    model: ValueIterationNetwork
 
     def __init__(
         self, config: ValueIterationTraining, loop: LoopConfig, init: Path | None = None, *, fresh: bool = True
     ) -> None:
         torch.manual_seed(loop.seed)
-        self.training, self.loop, self.init = config, loop, init
-        self.device = resolve(loop.device)
+        self.training = config
         with torch.device("cpu"):
-            self.model: ValueIterationNetwork = ValueIterationNetwork(config.model)
-        if init is not None and fresh:
-            self._begin_from(init)
-        self.model.to(self.device)
-        if loop.compile:
-            self.model.compile(dynamic=False)
-        self.forward = parallel(self.model)
-        self.stream = _stream(config, loop.seed)
-        self.own: Records | None = None
-        self.collections = 0
-        self._judge: Any = None
+            model = ValueIterationNetwork(config.model)
+        super().__init__(model, config, loop, init, fresh)
 
-    def _begin_from(self, init: Path) -> None:
-        given = ValueIterationNetwork.load(init)
-        refuse_others(f"init: {init}", given.labels)
-        if found := changes(asdict(given.config), asdict(self.training.model), "training.model"):
-            what = ", ".join(f"{name}: {there!r} in {init}, {here!r} given" for name, there, here in found)
-            raise ValueError(f"init: {what}")
-        self.model.load_state_dict(given.state_dict())
+    def at(self, update: int) -> ValueIterationTraining:
+        return self.training
+
+    @property
+    def dagger_from(self) -> int:
+        return self.training.dagger_from
 
     def config(self) -> dict[str, Any]:
         return {"training": asdict(self.training), **({"init": str(self.init)} if self.init else {})}
@@ -291,21 +178,10 @@ class ValueIterationLearner:
         ]
 
     def losses(self, update: int) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-        return self.segments(*self._batch(update), self.depth(update))
-
-    def _batch(self, update: int) -> tuple[Tokens, Targets]:
-        """The tokens and targets of an update, on the model's device."""
-        c = self.training
-        records = next(self.stream)
-        if c.dagger and update >= c.dagger_from:
-            if self.own is None or (update - c.dagger_from) % c.dagger_every == 0:
-                self._collect()
-            assert self.own is not None
-            n = c.own_records
-            chosen = torch.randperm(len(self.own.observation), device="cpu")[:n]
-            records = Records(*(torch.cat([a[n:], b[chosen]]) for a, b in zip(records, self.own, strict=True)))
+        records = self.records(update)
         tokens = Tokens(*(x.to(self.device) for x in tokens_of(records)))
-        return tokens, Targets(*(x.to(self.device) for x in targets_of(records, c)))
+        targets = Targets(*(x.to(self.device) for x in targets_of(records, self.training)))
+        return self.segments(tokens, targets, self.depth(update))
 
     def depth(self, update: int) -> int:
         """Through how many layers an update's batch runs, in every process the same."""
@@ -325,92 +201,5 @@ class ValueIterationLearner:
                 output, state = self.forward(part, state.detach())
             yield loss_of(output, Targets(*(x[:, begin : begin + c.segment] for x in targets)), c)
 
-    def _collect(self) -> None:
-        """Let the model act in fresh tasks, and label where it went."""
-        c = self.training
-        seed = (
-            (1 + self.collections * world_size() + rank()) * 1_000_003 + self.loop.seed + 2**40
-        )  # apart from the stream's
-        tasks = sample_tasks(c.data, c.dagger_records, seed)
-        q = tasks.solve(torch.tensor(c.model.discounts, dtype=torch.float32, device=tasks.device)).q.float()
-        end = (1.0, 0.5, 0.2)[self.collections % 3]  # of the temperature: from exploring to exploiting
-        rows: list[tuple[Tensor, ...]] = []
-        everyone = torch.arange(len(tasks), device=q.device)
-
-        def record(state: Tensor, observation: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> None:
-            rows.append((observation, action, reward, done.long(), q[everyone, :, state]))
-
-        prompt = (EXPLORER, 2, EXPLORER, 3)[self.collections % 4]
-        run_agent(
-            self.model,
-            tasks,
-            c.data.steps,
-            prompt=prompt,
-            temperature=Temperature(1.0, end, c.data.steps // 2),
-            seed=seed,
-            record=record,
-        )
-        observation, action, reward, done, values = (torch.stack(x, 1) for x in zip(*rows, strict=True))
-        new = Records(observation, action, reward, done, torch.full_like(action, UNKNOWN), values)
-        keep = 7 * c.dagger_records
-        self.own = (
-            new
-            if self.own is None
-            else Records(*(torch.cat([a[-keep:], b]) for a, b in zip(self.own, new, strict=True)))
-        )
-        self.collections += 1
-
     def evaluate(self) -> dict[str, float]:
-        c = self.training
-        if self._judge is None:
-            large = c.data.states >= ANYMDP_LEAST
-            chosen: dict[str, Any] = {"kind": "anymdp", "num_states": min(16, c.data.states)} if large else {}
-            tasks = sample_tasks(c.data, c.evaluation_tasks, 2**41 + 17, **chosen)
-            self._judge = tasks, references(tasks)
-        tasks, reference = self._judge
-        context = run_agent(self.model, tasks, c.evaluation_steps, seed=7)
-        half = c.evaluation_steps // 2
-        spans = {"score_first_half": (0, half), "score": (half, c.evaluation_steps)}
-        return {name: mean_ci(normalized(context, reference, *span))[0] for name, span in spans.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        own = None if self.own is None else self.own._asdict()
-        return {
-            "stream": self.stream.state_dict(),
-            "own": own,
-            "collections": self.collections,
-            "labels": self.model.labels,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._go_on_with_labels(version_of(state))
-        self.stream.load_state_dict(state["stream"])
-        self.own = None if state["own"] is None else Records(**state["own"])
-        self.collections = state["collections"]
-
-    def _go_on_with_labels(self, version: int) -> None:
-        """A run of another version is refused; one from before there were versions goes on, and its weights stay of none."""
-        if version:
-            refuse_others("out: the run", version)
-        if not self.model.labels_named:
-            name_others("the run", version)
-        self.model.labels, self.model.labels_named = version, True
-
-    def redistribute(self, state: dict[str, Any], processes: int, own: bool) -> None:
-        """Go on from a state of a run of another number of processes.
-
-        No batch comes twice: streams made on the fly keep the position of the next batch, under the seeds of the new
-        processes; records on disk go on where all processes together had come to in the epoch. A process whose state is
-        not its own (`own`) lets the model act anew for records of its own.
-        """
-        self._go_on_with_labels(version_of(state))
-        before, here = state["stream"], self.stream
-        position = before["next_batch"]
-        if isinstance(here, RecordStream):
-            position = here.position_after(position, processes)
-        here.load_state_dict({"seed": here.seed, "next_batch": position})
-        self.own = None if state["own"] is None or not own else Records(**state["own"])
-        self.collections = -(-state["collections"] * processes // world_size())  # numbers that no process has used
-
-    def save_model(self, path: Path, **facts: Any) -> None:
-        self.model.save(path, training=asdict(self.training), seed=self.loop.seed, **facts)
+        return self._score(self.training, min(16, self.training.data.states))

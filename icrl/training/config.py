@@ -108,6 +108,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     of, inner = get_origin(kind) or kind, get_args(kind)
     if of is Any:
         return value
+    if is_dataclass(kind):
+        return configured(kind, value, name)
     if of is dict and type(value) is dict:
         return {_typed(key, str, name): _typed(item, inner[1], f"{name}.{named(key)}") for key, item in value.items()}
     if of is tuple and type(value) in (list, tuple):

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from icrl.training import checkpoint
 from icrl.training.config import LoopConfig
+from icrl.training.muon import Muon
 from icrl.training.process import rank, world_size
 from icrl.training.run import Run
 
@@ -78,7 +79,7 @@ def optimizers(learner: Learner, config: LoopConfig) -> list[torch.optim.Optimiz
         torch.optim.AdamW(rest, config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     ]
     if hidden:
-        made.append(torch.optim.Muon(hidden, config.muon_learning_rate, weight_decay=config.weight_decay))
+        made.append(Muon(hidden, config.muon_learning_rate, weight_decay=config.weight_decay))
     for optimizer in made:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -393,6 +393,9 @@ class ConvolvedMixer(TokenMixer):
 
     use_short_conv: bool
     conv_size: int
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
     def _make_qkv(self, q: int, k: int, v: int, use_short_conv: bool, conv_size: int, conv_bias: bool) -> None:
         """Make the projections to q, k and v channels, and their convolutions."""

@@ -289,11 +289,11 @@ def _plain(everything: tuple[Tensor, ...]) -> bool:
         and action.dtype == torch.int64
         and action.is_contiguous()
         and action.shape == everything[11].shape
-        and _fit(everything[:25])
+        and fits(everything[:25])
     )
 
 
-def _fit(everything: tuple[Tensor, ...]) -> bool:
+def fits(everything: tuple[Tensor, ...]) -> bool:
     """Whether tables and a state have the shapes, dtypes and layouts that belong together."""
     shapes = [t.shape for t in everything[:18]]
     own = shapes[11]
@@ -381,7 +381,7 @@ def _check(*args: Any) -> Sizes:
     tables, (policies, references, behaviours, actions, state, steps) = RolloutTables(*args[:11]), args[11:]
     if len(state) != len(RolloutState._fields):
         raise ValueError(f"state: wanted the {len(RolloutState._fields)} tensors of a RolloutState, got {len(state)}")
-    if not _fit((*tables, *state)):
+    if not fits((*tables, *state)):
         refuse(tables)
         _refuse_state(RolloutState(*state), *tables.offset.shape[1:])
     (N, S, A), R, M = tables.offset.shape, state[0].shape[0], tables.cumulative.shape[0] - READ_PAST

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icrl.models.trunk import TrunkState
 from icrl.offline.history import History, HistoryAgent, HistoryConfig, HistoryMethod, HistoryTrunk
 from icrl.offline.method import Metrics, Spaces, deviation, head
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import TrunkState
 from icrl_kernels.arguments import integer_fields
 
 
@@ -39,6 +39,7 @@ class DICPConfig(HistoryConfig):
 
 class DICP(HistoryMethod):
     name, title, config_class = "dicp", "DICP", DICPConfig
+    decides_by_memory = True
     config: DICPConfig
 
     def __init__(self, config: DICPConfig, spaces: Spaces) -> None:
@@ -79,7 +80,8 @@ class DICP(HistoryMethod):
         loss = torch.stack(list(parts.values())).sum()
         return loss, {k: v.detach() for k, v in {"loss": loss, **parts}.items()}
 
-    def decide(self, features: Tensor, memory: TrunkState, state: Tensor) -> Tensor:
+    def decide(self, features: Tensor, memory: TrunkState | None, state: Tensor) -> Tensor:
+        assert memory is not None
         c, B = self.config, len(features)
         output = self.pi(features)
         if self.spaces.num_actions:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from icrl.models.trunk import Trunk, TrunkState
 from icrl.offline.history import History, HistoryConfig, HistoryMethod
 from icrl.offline.method import Episode, Metrics, Spaces, head
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import Trunk, TrunkState
 
 
 @dataclass(frozen=True)

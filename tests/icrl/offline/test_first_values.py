@@ -3,16 +3,18 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from first_weights import emptied, reset_each, tensors
 from torch.utils import _pytree as pytree
 
+from icrl.models.trunk import MIXERS, Trunk, TrunkConfig
 from icrl.offline.method import Spaces
 from icrl.offline.methods import METHODS, method_class
-from icrl.offline.trunk import MIXERS, Trunk, TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig
+from icrl.omnirl.model import OmniRL, OmniRLConfig
 from icrl.omnirl.value_iteration_network import ValueIterationNetwork, ValueIterationNetworkConfig
 from icrl.worlds import sample_anymdp
 from icrl_kernels import rollout_start
@@ -27,7 +29,17 @@ def make_method(name):
     return kind.make(config, SPACES, world_model)
 
 
+SEQUENCE = OmniRLConfig(states=10, width=64, layers=2, heads=6, head_dim=16, hidden=24, code=16, window=8)
+
 MODULES = {
+    "omnirl, addressed": lambda: OmniRL(SEQUENCE),
+    "omnirl, vectors": lambda: OmniRL(replace(SEQUENCE, channels=6, addressed=False)),
+    **{
+        f"omnirl, {mixer}": lambda mixer=mixer: OmniRL(
+            replace(SEQUENCE, mixer=mixer, addressed=False, layout="interleaved", policy="prompted", heads=4)
+        )
+        for mixer in MIXERS
+    },
     "omnirl": lambda: ValueIterationNetwork(ValueIterationNetworkConfig(layers=2)),
     **{f"trunk {mixer}": lambda mixer=mixer: Trunk(TrunkConfig(32, 2, 2, mixer), 12) for mixer in MIXERS},
     "world model": lambda: WorldModel(WorldModelConfig(), "x", 3, 4),
@@ -78,6 +90,8 @@ def test_omnirl_has_the_bits_of_building():
 
 
 def some_states():
+    for case in ("omnirl, addressed", "omnirl, softmax", "omnirl, rwkv7"):
+        yield MODULES[case]().initial_state(2, 4)
     yield ValueIterationNetwork(ValueIterationNetworkConfig(layers=2)).initial_state(2, 4)
     for mixer in ("softmax", "gla", "rwkv7"):
         yield Trunk(TrunkConfig(32, 2, 2, mixer), 12)(torch.randn(2, 3, 32))[1]

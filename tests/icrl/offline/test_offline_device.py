@@ -8,6 +8,7 @@ from devices import ExplicitDevices, faked
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.environments.point_robot import PointRobotData
 from icrl.offline.few_shot import few_shot
@@ -15,7 +16,6 @@ from icrl.offline.learner import METHODS, OfflineLearner, make_method
 from icrl.offline.method import Spaces
 from icrl.offline.methods.sicql import SICQL
 from icrl.offline.trajectories import STEPS
-from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig, WorldModelLearner
 from icrl.training.config import LoopConfig
 from icrl_kernels.layers import TokenMixer

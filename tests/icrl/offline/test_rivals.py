@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from icrl.cli import main
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.few_shot import few_shot
 from icrl.offline.history import History, HistoryConfig
@@ -23,7 +24,6 @@ from icrl.offline.method import MethodConfig, Spaces, deviation
 from icrl.offline.methods.dicp import DICP, DICPConfig
 from icrl.offline.methods.ic_iql import ICIQL
 from icrl.offline.methods.idt import IDTConfig, sort_episodes
-from icrl.offline.trunk import TrunkConfig
 
 ROOM = DarkRoomData(size=4, horizon=12, train_goals=12, episodes=6, history=6)
 RIVALS = [name for name in METHODS if name != "sicql"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_trajectories import small
 
+from icrl.models.trunk import TrunkConfig
 from icrl.offline.environments.darkroom import DarkRoomData
 from icrl.offline.few_shot import few_shot
 from icrl.offline.iql import IQL, iql_losses
@@ -14,7 +15,6 @@ from icrl.offline.learner import OfflineLearner, load_method, save_method
 from icrl.offline.method import Spaces
 from icrl.offline.methods.sicql import SICQL, SICQLConfig
 from icrl.offline.trajectories import Trajectories
-from icrl.offline.trunk import TrunkConfig
 from icrl.offline.world_model import WorldModel, WorldModelConfig, WorldModelLearner
 from icrl.training.config import LoopConfig
 from icrl.training.loop import train

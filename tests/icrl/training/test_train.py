@@ -504,3 +504,33 @@ def test_the_weights_to_begin_from_are_read_once(tmp_path):
     assert train(ValueIterationLearner(TINY, longer, first, fresh=False), longer, tmp_path / "second").exists()
     with pytest.raises(ValueError, match="init: wanted a path, got 5"):
         init_of(None, {"init": 5})
+
+
+def test_two_processes_train_the_sequence_model(tmp_path):
+    small = {"actions": 5, "states": 8, "width": 64, "layers": 1, "heads": 5, "head_dim": 12, "hidden": 16, "code": 12}
+    config = {
+        "training": {
+            "model": small,
+            "stages": [{"share": 1.0, "states": 8, "records": 4, "steps": 12, "segment": 6}],
+            "dagger_records": 4,
+            "dagger_every": 2,
+            "evaluation_tasks": 2,
+            "evaluation_states": 8,
+            "evaluation_steps": 10,
+            "bandit_steps": 0,
+        },
+        "loop": {"updates": 4, "warmup": 1, "device": "cpu", "checkpoint_every": 2, "log_every": 1},
+    }
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    command = ["train", "omnirl", "--config", tmp_path / "c.json", "--out", tmp_path / "run"]
+    codes, said = torchrun(*command)
+    assert codes == [0, 0], said
+    states = [
+        checkpoint.load(tmp_path / "run" / "checkpoints" / "00000004" / f"rank{i}.safetensors")[0] for i in range(2)
+    ]
+    own = [{k: v for k, v in s.items() if k.startswith("run.model.")} for s in states]
+    assert own[0]
+    assert all(torch.equal(own[0][k], own[1][k]) for k in own[0])  # one model
+    assert not torch.equal(*(s["run.learner.own.action"] for s in states))  # of records of their own
+    assert main([str(a) for a in [*command, "--updates", "6"]]) == 0
+    assert logged(tmp_path / "run")[-1]["update"] == 6

@@ -222,10 +222,10 @@ def small_model():
 
 
 def test_agent(tasks):
-    model, seen = small_model(), []
-    evaluate.run_agent(model, tasks, 60, seed=1, record=lambda s, o, a, r, d: seen.append((s, a)))
-    for state, action in seen:
-        assert tasks.action_mask[torch.arange(N), state, action].all()
+    model = small_model()
+    for fused in (True, False):
+        went = evaluate.run_agent(model, tasks, 60, seed=1, fused=fused)
+        assert tasks.action_mask[torch.arange(N)[:, None], went.state, went.action].all()
     agent = Agent(model, 2, S, num_actions=torch.tensor([A, 2]))
     there = torch.zeros(2, A, dtype=torch.bool)
     there[0, 3] = there[1, 1] = True

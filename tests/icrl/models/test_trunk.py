@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from icrl.offline.trunk import MIXERS, Trunk, TrunkConfig
+from icrl.models.trunk import MIXERS, Trunk, TrunkConfig
 
 
 def make(mixer, seed=0):

@@ -1,0 +1,2 @@
+// Compiled once for each instruction set (setup.py), in whose namespace ICRL_ISA its code is.
+#include "fused/memories.inl"

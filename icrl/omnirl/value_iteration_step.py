@@ -1,0 +1,148 @@
+"""The value-iteration network's step as one call: its weights packed into a program of fused ops (icrl_kernels.fused).
+
+What is computed is what `ValueIterationNetwork.decide` and the choice of an action compute, one token for every context, over
+the same state. Only what acting reads is: the logits of one policy in the last readout, and the values that memories store.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from icrl.omnirl.tags import TAGS
+from icrl.omnirl.value_iteration_network import Block, State, ValueIterationNetwork
+from icrl_kernels import layers
+from icrl_kernels.fused import Program, Rows, Step, hooked
+
+EPS = 1e-5  # of the norms
+
+
+def why_not(model: object) -> str | None:
+    """Why the program would not compute what this model does; None where it does."""
+    if type(model) is not ValueIterationNetwork:
+        return f"the model is a {type(model).__name__}, not a ValueIterationNetwork"
+    kinds = (ValueIterationNetwork, Block, layers.Linear, nn.ModuleList)
+    for name, module in model.named_modules():
+        if type(module) not in kinds or vars(module).keys() & {"forward", "decide", "step"}:
+            return f"its module {name!r} is not the network's own"
+    if hooked(model):
+        return "it has hooks"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or type(tensor) not in (Tensor, nn.Parameter):
+            return f"its {name} is not a float32 tensor on the CPU"
+    return None
+
+
+def program(model: ValueIterationNetwork, states: int, memories: int, prompt: int) -> Program:
+    """The step of contexts with up to `states` observations and so many value memories, acting by the prompt's policy.
+
+    What is given with each call: what `Tokens` says, noise, temperature, mask, where to write the tasks' actions and, or 0,
+    the logits; then where the agents were and what they did there, as the step before wrote it, and where to write that of
+    this step.
+    """
+    c, p = model.config, Program()
+    A, G, D, S = c.actions, c.policies, c.value_width, states
+    width, seen_width = 1 + D + G, 3 + TAGS + S
+    numbers = {name: p.tensor(name) for name in ("sum", "deviation", "square", "largest", "count")}
+    memory = p.tensor("transition", A, S, seen_width)
+    stored = [p.tensor(f"values{i}", S, width) for i in range(memories)]
+    own = p.tensor("num_actions", dtype=torch.int64)
+    given = partial(p.tensor, each_call=True)
+    observation = given("observation", dtype=torch.int64, below=S)
+    reward, done, tag = given("reward"), given("done", dtype=torch.uint8), given("tag", shared=True)
+    noise, temperature = given("noise", A), given("temperature", shared=True)
+    mask = given("mask", A, dtype=torch.bool, optional=True)
+    task_action, logits = given("task_action", dtype=torch.int64), given("logits", A, optional=True)
+    previous = given("previous", dtype=torch.int64, below=S)
+    action = given("action", dtype=torch.int64, below=A + 1)
+    kept, chosen = given("kept", dtype=torch.int64), given("chosen", dtype=torch.int64)
+
+    rewards, seen = p.rows(5), p.rows(seen_width, A)
+    p.op("reward_statistics", out=rewards, tensors=[reward, *numbers.values()])
+    tokens = [memory, observation, previous, action, reward, done, tag]
+    p.op("transition_memory", out=seen, tensors=tokens, sizes=[TAGS])
+    described, context, found = p.rows(12 + TAGS + 3, A), p.rows(7), p.rows(1 + S * (1 + A))
+    features, facts = described.part(0, 12 + TAGS), described.part(12 + TAGS, 3)
+    p.op("action_features", input=seen, side=rewards, out=described, tensors=[observation], sizes=[TAGS])
+    p.op("context_features", input=rewards, out=context, tensors=[done])
+    p.op("successors", input=seen, out=found, sizes=[TAGS])
+    z, x = p.rows(c.action_width, A), p.rows(c.state_width)
+    p.linear_into(z, features, model.action_features)
+    p.linear_into(x, context, model.state_features)
+    discounts, bonus = p.weights(model.discounts, (model, "discounts")), p.weights(model.bonus, (model, "bonus"))
+    decays = [_rate(model, i) for i in range(c.own_layers)]
+    p.sources.append((model, "write_rate"))
+    backup = None
+    for i in range(memories + 1):
+        layer = 0 if c.tied else i  # whose memory is next
+        at = min(i, 1) if c.tied else i  # of this block
+        heads = [] if i == memories else [model.write[layer], model.q_state_heads[at]]
+        more = _block(p, model.blocks[at], z, x, heads)  # type: ignore[arg-type]
+        zn = p.rms_norm(z, EPS)
+        if i == memories:
+            (out,) = p.linear(zn, [model.policy_heads[at]])  # type: ignore[list-item]
+            choice = [noise, temperature, mask, own, observation, chosen, task_action, kept, logits]
+            p.op("choose_action", input=out.part(prompt, 1), tensors=choice)
+            return p
+        written, q_state = more
+        value, read = p.rows(width), p.rows(width, A)
+        if i == 0:
+            p.op("state_value", out=value, side=written, more=[rewards])
+        else:
+            (q,) = p.linear(zn, [model.q_heads[at]])  # type: ignore[list-item]
+            assert backup is not None
+            p.op("state_value", input=q, out=value, side=written, more=[rewards, backup, q_state])
+        p.op("value_memory", input=value, side=found, out=read, tensors=[stored[i], observation], numbers=decays[layer])
+        known = p.rows(D + 4 * G + 1, A)
+        p.op("bellman_backup", input=read, side=rewards, out=known, more=[facts], weights=[discounts, bonus])
+        backup = known.part(D, G)
+        p.linear_into(z, known, model.read[layer], add=True)  # type: ignore[arg-type]
+    raise AssertionError("the last block returns")
+
+
+def _rate(model: ValueIterationNetwork, layer: int) -> tuple[float, float]:
+    """How much of a new value a memory takes, and of the old one it keeps."""
+    rate = torch.sigmoid(model.write_rate[layer].detach()).clamp(max=0.8)
+    return float(rate), float(torch.log1p(-rate).exp())
+
+
+def _block(p: Program, block: Block, z: Rows, x: Rows, heads: list[nn.Module]) -> list[Rows]:
+    """A block's changes of the streams, and outputs of layers that read the state's stream after it."""
+    score, y, hidden = p.linear(p.rms_norm(z, EPS), [block.score, block.value, block.action_in])
+    pooled = p.rows(y.width)
+    p.op("pool", input=y, out=pooled, more=[score], numbers=[2.0])
+    p.linear_into(x, pooled, block.pool_out, add=True)
+    (h,) = p.linear(p.rms_norm(x, EPS), [block.state_in])
+    p.linear_into(x, p.gated(h), block.state_out, add=True)
+    side, *more = p.linear(p.rms_norm(x, EPS), [block.action_state_in, *heads])  # type: ignore[list-item]
+    p.linear_into(z, p.gated(hidden, side), block.action_out, add=True)
+    return more
+
+
+class ValueIterationStep:
+    """The step of a batch of contexts, bound to their state, which every call changes in place.
+
+    Weights are copies: see `stale`. Raises ValueError where the state is not what the network's `initial_state` gives, or where
+    the program cannot be made.
+    """
+
+    def __init__(self, model: ValueIterationNetwork, state: State, prompt: int, num_actions: Tensor) -> None:
+        batch, _, states, _ = state.transition.shape
+        self.state = state
+        self._layout = self._addresses()
+        self.step: Step = program(model, states, len(state.values), prompt).step(batch)
+        names = ("sum", "deviation", "square", "largest", "count")
+        self.step.bind(transition=state.transition, num_actions=num_actions)
+        self.step.bind(**dict(zip(names, state[2:], strict=True)))
+        self.step.bind(**{f"values{i}": memory[:, 0] for i, memory in enumerate(state.values)})
+        self.run = self.step.program.run
+
+    def _addresses(self) -> list[int]:
+        return [t.data_ptr() for t in (self.state.transition, *self.state.values)]
+
+    @property
+    def stale(self) -> bool:
+        """Whether a weight has changed since it was copied, or a tensor of the state is another."""
+        return self.step.stale or self._addresses() != self._layout

@@ -1,0 +1,159 @@
+"""The sequence model's fused step does what its module does: the same actions, logits and states within rounding."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from icrl.models.mixers import MIXERS
+from icrl.omnirl import Agent, OmniRL, OmniRLConfig, Temperature
+from icrl.omnirl.evaluate import run_agent
+from icrl.worlds import sample_anymdp
+from icrl_kernels import _C
+
+ISAS = ["generic", "avx2", "avx512"]
+
+
+def random_model(seed=0, **config):
+    torch.manual_seed(seed)
+    config = {"states": 12, "width": 64, "layers": 2, "heads": 4, "head_dim": 16, "hidden": 40, "code": 16} | config
+    config = {"addressed": config.get("mixer", "gated_delta_net") == "gated_delta_net"} | config
+    model = OmniRL(OmniRLConfig(**{"window": 20, "actions": 4} | config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tensors(state):
+    layers = [
+        t for layer in state.layers for part in layer for t in ((part,) if isinstance(part, torch.Tensor) else part)
+    ]
+    return [state.reward_square, state.count, *layers]
+
+
+@torch.no_grad()
+def compare(model, batch, steps, *, prompt=4, num_actions=None, masks=False):
+    """A fused agent and a module's in the same world: how far apart their logits are, relative to the largest."""
+    options = {"prompt": prompt, "num_actions": num_actions, "temperature": Temperature(1.0, 0.2, 100), "seed": 5}
+    fused, plain = (Agent(model, batch, 12, fused=on, **options) for on in (True, False))
+    inner, seen, worst = plain.run, [], 0.0
+
+    def run(*arguments):
+        seen.append(inner(*arguments))
+        return seen[-1]
+
+    plain.run = run
+    g = torch.Generator().manual_seed(7)
+    logits, at = torch.zeros(batch, model.actions), torch.randint(12, (batch,), generator=g)
+    for t in range(steps):
+        mask = None
+        if masks:
+            mask = torch.rand(batch, model.actions, generator=g) < 0.5
+            mask[:, 0] = True
+        step = fused.serving()
+        call = step.step.program.run
+        step.run = lambda *given, call=call: call(*given[:9], logits.data_ptr(), *given[10:])
+        a, b = fused.act(at, mask), plain.act(at, mask)
+        assert torch.equal(a, b), t
+        finite = logits.isfinite()
+        worst = max(worst, float((logits - seen[-1])[finite].abs().max() / seen[-1].abs().max()))
+        reward = torch.randn(batch, generator=g) * (torch.rand(batch, generator=g) < 0.5)
+        done = torch.randint(3, (batch,), generator=g) * (torch.rand(batch, generator=g) < 0.1)
+        tag = int(torch.randint(8, (), generator=g))
+        fused.observe(reward, done, tag)
+        plain.observe(reward, done, tag)
+        at = torch.randint(12, (batch,), generator=g)
+    for x, y in zip(tensors(fused.state), tensors(plain.state), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+    return worst
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_mixers(mixer, batch):
+    assert compare(random_model(mixer=mixer), batch, 250) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({}, {"batch": 64, "steps": 80}),
+        ({"actions": 9, "heads": 9, "width": 66}, {"batch": 2, "steps": 100, "masks": True, "prompt": 0}),
+        ({"actions": 1}, {"batch": 2, "steps": 60}),
+        ({"policy": "prompted", "gated": False}, {"batch": 3, "steps": 100, "prompt": 2}),
+        ({"addressed": False, "width": 40}, {"batch": 3, "steps": 100, "num_actions": torch.tensor([1, 4, 3])}),
+    ],
+)
+def test_configurations(config, options):
+    assert compare(random_model(**config), **options) < 1e-4
+
+
+def test_the_recipes_model_over_2000_steps():
+    torch.manual_seed(0)
+    assert compare(OmniRL(OmniRLConfig()).eval(), 1, 2000) < 1e-4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(isa):
+    if ISAS.index(isa) > ISAS.index(_C.isa()):
+        pytest.skip(f"this processor, or ICRL_ISA, has {_C.isa()} at most")
+    script = (
+        "from icrl_kernels import _C\nfrom test_fused_sequence import *\ntorch.set_num_threads(1)\n"
+        "for mixer in MIXERS:\n"
+        "    assert compare(random_model(mixer=mixer), 2, 60) < 1e-4\n"
+        "assert _C.isa() == '" + isa + "'\n"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
+    env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script], check=True, env=env)
+
+
+def test_closed_loop_is_the_loop_step_by_step():
+    tasks = sample_anymdp(5, 8, 4, seed=3)
+    model = random_model()
+    fused, plain = (run_agent(model, tasks, 120, seed=2, fused=on) for on in (True, False))
+    for name in ("state", "observation", "action", "reward", "done"):
+        assert torch.equal(getattr(fused, name), getattr(plain, name)), name
+
+
+@torch.no_grad()
+def test_changed_weights_and_states_are_seen():
+    model = random_model()
+    agents = [Agent(model, 2, 12, fused=on, seed=1) for on in (True, False)]
+    for turn in range(3):
+        for _ in range(70):
+            acted = [agent.act(torch.tensor([3, 5])) for agent in agents]
+            for agent in agents:
+                agent.observe(torch.ones(2), torch.zeros(2, dtype=torch.uint8))
+        assert torch.equal(*acted)
+        if turn == 0:
+            for p in model.parameters():
+                p.mul_(0.9)
+            for agent in agents:  # what is seen within 64 steps is not to be waited for here
+                agent.state = agent.state.clone()
+        else:
+            for agent in agents:
+                agent.state = model.initial_state(2, 12)
+    for x, y in zip(*(tensors(agent.state) for agent in agents), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: random_model(layout="interleaved", addressed=False, policy="prompted"), "its layout is 'interleaved', not 'fused'"),
+        (lambda: random_model().double(), "module: wanted float32 on the CPU"),
+    ],
+)
+def test_models_without_a_fused_step(model, said):
+    with pytest.raises(ValueError, match=f"^fused: wanted a model that the fused step serves, but {said}"):
+        Agent(model(), 2, 12, fused=True)
+
+
+def test_indices_are_judged():
+    agent = Agent(random_model(), 2, 12, fused=True)
+    with pytest.raises(ValueError, match=r"^observation: wanted 0 to 11, got 3 to 12"):
+        agent.act(torch.tensor([3, 12]))
