@@ -8,7 +8,8 @@
 //   rewards    a row of 5: mean, scale (mean absolute deviation), root mean square, largest, count, of rewards so far
 //   seen       [A] rows of 3 + T + S sums over what was seen of the action in this state: visits, rewards, ends, tags,
 //              next states
-//   facts      [A] rows of 3: mean reward, 1/sqrt(visits) (0 where untried), share of outcomes that went on
+//   facts      [A] rows of 4: mean reward, 1/sqrt(visits) (0 where untried), share of outcomes that went on, and
+//              1/(1 + visits²)
 //   successors a row of 1 + S (1 + A): how many next states were seen, then of each its number and its frequency after
 //              each action
 //   value      a row of 1 + D + G: 1, what is written of the state, values of the policies
@@ -20,7 +21,7 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
-constexpr int64_t kMostActions = 256, kRewards = 5, kFacts = 3, kActionFeatures = 12, kStateFeatures = 7;
+constexpr int64_t kMostActions = 256, kRewards = 5, kFacts = 4, kActionFeatures = 12, kStateFeatures = 7;
 enum Reward { kMean, kScale, kRms, kMost, kCount };
 
 ICRL_INLINE float clamp(float x, float most) { return x < -most ? -most : x > most ? most : x; }
@@ -137,6 +138,7 @@ void action_features(const FusedGroup& g, const FusedOp& o) {
       feature[9] = end, feature[10] = row[3 + T + state] * inverse, feature[11] = sum(squares);
       for (int64_t t = 0; t < T; ++t) tags[t] = row[3 + t] * inverse;
       facts[0] = reward, facts[1] = share / std::sqrt(n + 1e-2f), facts[2] = share * (1 - end);
+      facts[3] = 1.f / (1.f + n * n);
     }
     const int64_t whole = (A + kWidth - 1) / kWidth * kWidth;
     for (int64_t a = A; a < whole; ++a) known.at[a] = gain.at[a] = 0;
@@ -212,7 +214,8 @@ void successors(const FusedGroup& g, const FusedOp& o) {
 
 // ---- what a value memory stores. out: value; side: what is written of the state, a row of D; more: rewards; and, for
 // the policies' best values in raw rewards, in: q [A] rows of G, more: backup [A] rows of G (none: zeros), a row of G
-// that is added to all. Without q the mean reward is stored for all policies.
+// that is added to all, facts (none: nothing fades): q and that row count in so far as the action is unknown, by the
+// last fact. Without q the mean reward is stored for all policies.
 
 const char* check_state_value(const FusedPlan& p, const FusedOp& o) {
   if (!given(o.out) || !given(o.side)) return "wants an output and what is written of the state";
@@ -222,6 +225,8 @@ const char* check_state_value(const FusedPlan& p, const FusedOp& o) {
   if (!given(o.in)) return nullptr;
   if (o.in.width != G || !one_row(p, o.more[2], G)) return "wants q of each policy and a row for all actions";
   if (given(o.more[1]) && !rows_like(p, o.more[1], rows_of(p, o.in), G)) return "wants a backup of each q";
+  if (given(o.more[3]) && !(given(o.more[1]) && rows_like(p, o.more[3], rows_of(p, o.in), kFacts)))
+    return "wants rows of 4 facts of the actions, beside backups";
   return nullptr;
 }
 void state_value(const FusedGroup& g, const FusedOp& o) {
@@ -240,14 +245,18 @@ void state_value(const FusedGroup& g, const FusedOp& o) {
     const float *q = context_rows(g, o.in, c), *all = context_rows(g, o.more[2], c);
     const float* backup = given(o.more[1]) ? context_rows(g, o.more[1], c) : nullptr;
     const int64_t ldb = backup ? stride(g, o.more[1]) : 0;
+    const float* facts = given(o.more[3]) ? context_rows(g, o.more[3], c) : nullptr;
+    const int64_t ldf = facts ? stride(g, o.more[3]) : 0;
     for_vectors(G, [&](int64_t j, auto part) {
+      const Vec added = part.load(all + j);
       const auto of = [&](int64_t a) {
         const Vec x = part.load(q + a * ldq + j);
+        if (facts) return part.load(backup + a * ldb + j) + (x + added) * facts[a * ldf + kFacts - 1];
         return backup ? part.load(backup + a * ldb + j) + x : x;
       };
       Vec most = of(0);
       for (int64_t a = 1; a < A; ++a) most = vmax(most, of(a));
-      part.store(best + j, (most + part.load(all + j)) * scale + mean);
+      part.store(best + j, (facts ? most : most + added) * scale + mean);
     });
   }
 }
@@ -318,7 +327,7 @@ const char* check_bellman_backup(const FusedPlan& p, const FusedOp& o) {
   const int64_t A = rows_of(p, o.in), G = (o.out.width - o.in.width) / 3, D = o.in.width - 1 - G;
   if (G < 1 || D < 0 || !rows_like(p, o.out, A, D + 4 * G + 1)) return "wants rows of 1 + D + G and of D + 4 G + 1";
   if (A > kMostActions || A * G > kMostPairs) return "wants at most 256 actions, and 4096 of actions times policies";
-  if (!rows_like(p, o.more[0], A, kFacts)) return "wants rows of 3 facts of the actions";
+  if (!rows_like(p, o.more[0], A, kFacts)) return "wants rows of 4 facts of the actions";
   if (!apart(o.in, o.out)) return "wants an output apart from its input";
   return has_weights(p, o, 0, padded(G)) && has_weights(p, o, 1, padded(G)) ? nullptr : "wants discounts and bonuses";
 }

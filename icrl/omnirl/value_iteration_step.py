@@ -63,8 +63,8 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
     p.op("reward_statistics", out=rewards, tensors=[reward, *numbers.values()])
     tokens = [memory, observation, previous, action, reward, done, tag]
     p.op("transition_memory", out=seen, tensors=tokens, sizes=[TAGS])
-    described, context, found = p.rows(12 + TAGS + 3, A), p.rows(7), p.rows(1 + S * (1 + A))
-    features, facts = described.part(0, 12 + TAGS), described.part(12 + TAGS, 3)
+    described, context, found = p.rows(12 + TAGS + 4, A), p.rows(7), p.rows(1 + S * (1 + A))
+    features, facts = described.part(0, 12 + TAGS), described.part(12 + TAGS, 4)
     p.op("action_features", input=seen, side=rewards, out=described, tensors=[observation], sizes=[TAGS])
     p.op("context_features", input=rewards, out=context, tensors=[done])
     p.op("successors", input=seen, out=found, sizes=[TAGS])
@@ -93,7 +93,8 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
         else:
             (q,) = p.linear(zn, [model.q_heads[at]])  # type: ignore[list-item]
             assert backup is not None
-            p.op("state_value", input=q, out=value, side=written, more=[rewards, backup, q_state])
+            fading = [facts] if c.fading else []
+            p.op("state_value", input=q, out=value, side=written, more=[rewards, backup, q_state, *fading])
         p.op("value_memory", input=value, side=found, out=read, tensors=[stored[i], observation], numbers=decays[layer])
         known = p.rows(D + 4 * G + 1, A)
         p.op("bellman_backup", input=read, side=rewards, out=known, more=[facts], weights=[discounts, bonus])
