@@ -1,4 +1,4 @@
-"""Switch2 as an environment of PettingZoo's parallel API. It needs the extra "multiagent"."""
+"""Switch2 as an environment of PettingZoo's parallel API. It needs the extra "multiagent", which is imported where one is made."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from icrl.extras import require
 from icrl.worlds.switch2 import OBSERVATIONS, Switch2
 from icrl_kernels.arguments import integer
 
-ParallelEnv: Any = require("pettingzoo", "Switch2 behind PettingZoo's parallel API", "multiagent").ParallelEnv
+
+def parallel_switch2() -> Any:
+    """A pettingzoo.ParallelEnv of one team. ValueError where PettingZoo is not installed."""
+    base = require("pettingzoo", "Switch2 behind PettingZoo's parallel API", "multiagent").ParallelEnv
+    return type("ParallelSwitch2", (ParallelSwitch2, base), {})()
 
 
-class ParallelSwitch2(ParallelEnv):
+class ParallelSwitch2:
     """One team of `icrl.worlds.switch2.Switch2`: the same rules, observations and rewards.
 
     An agent that is at its goal stays in `agents`, and its actions do nothing, until the episode ends for both.

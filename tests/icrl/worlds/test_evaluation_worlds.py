@@ -127,7 +127,7 @@ def test_the_pendulums_oracle_swings_up():
 @pytest.mark.parametrize("action", [torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.zeros(2), torch.zeros(3).long()])
 def test_actions_are_judged(action):
     for world in (DiscretePendulum(2, 1.0, seed=0), Switch2(1)):
-        with pytest.raises(ValueError, match="^action: wanted"):
+        with pytest.raises(ValueError, match=r"^action: wanted"):
             world.step(action)
 
 
@@ -181,7 +181,7 @@ def test_switch2_is_truncated_and_its_teams_are_apart():
 
 def test_the_plan_of_switch2_is_the_best():
     world, total = Switch2(1), torch.zeros(2)
-    for t in range(1, HORIZON):
+    for _ in range(1, HORIZON):
         step = world.step(world.oracle_action())
         total += step.reward
         if step.done.any():
@@ -199,10 +199,10 @@ def test_switch2_behind_pettingzoos_parallel_api():
     pytest.importorskip("pettingzoo")
     from pettingzoo.test import parallel_api_test
 
-    from icrl.worlds.switch2_parallel import ParallelSwitch2
+    from icrl.worlds.switch2_parallel import parallel_switch2
 
-    parallel_api_test(ParallelSwitch2(), num_cycles=120)
-    env, team, generator = ParallelSwitch2(), Switch2(1), torch.Generator().manual_seed(0)
+    parallel_api_test(parallel_switch2(), num_cycles=120)
+    env, team, generator = parallel_switch2(), Switch2(1), torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="call reset first"):
         env.step({"agent_0": 0, "agent_1": 0})
     seen, _ = env.reset(seed=3)
