@@ -31,8 +31,10 @@ class VectorWorld(Protocol):
     num_actions: int
     agents: int
 
-    observation: Tensor
-    """`[N]` int64: what is seen now."""
+    @property
+    def observation(self) -> Tensor:
+        """`[N]` int64: what is seen now."""
+        ...
 
     def step(self, action: Tensor) -> Step:
         """Actions `[N]` int64, each in [0, num_actions)."""
