@@ -36,14 +36,13 @@ def measured(tasks: TabularTasks, steps: int, same: bool = False) -> Measured:
     return _measured(runs["random"], runs["oracle"], runs["oracle, episode"], same)
 
 
-def measured_in_world(for_random: VectorWorld, for_oracle: VectorWorld, steps: int, contexts: int) -> Measured:
+def measured_in_world(for_random: VectorWorld, for_oracle: VectorWorld, steps: int, contexts: int) -> Reference:
     """References of an environment without a table, of which all contexts are one task: the means over those of two worlds, by
-    `steps` steps in each; `[contexts]`, all alike and all kept."""
+    `steps` steps in each; `[contexts]`, all alike."""
     random = run_world(for_random, uniform_actor(for_random.num_actions, SEED), steps)
     oracle = run_world(for_oracle, Fixed(lambda _: for_oracle.oracle_action()), steps)
-    found = _measured(random, oracle, oracle, True, for_random.agents)
-    reference = Reference(*(getattr(found.reference, f)[:1].expand(contexts) for f in vars(found.reference)))
-    return Measured(reference, found.kept[:1].expand(contexts))
+    found = _measured(random, oracle, oracle, True, for_random.agents).reference
+    return Reference(*(value[:1].expand(contexts) for value in vars(found).values()))
 
 
 def _measured(random: Context, best_reward: Context, best_episode: Context, same: bool, group: int = 1) -> Measured:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from icrl.extras import versions
 from icrl.files import locked, save_numbers, write_figure, write_json, write_text
 from icrl.omnirl.evaluate import UNSEEN, Reference
-from icrl.omnirl.measures import Windows, summary, unlearning
-from icrl.omnirl.references import Measured, measured, measured_in_world
+from icrl.omnirl.measures import summary, unlearning
+from icrl.omnirl.references import measured, measured_in_world
 from icrl.omnirl.suite_columns import Column, Limits, baseline_columns, model_column, ppo_column
 from icrl.omnirl.suite_rows import PAPER, ROWS, Row
 from icrl.omnirl.suite_table import markdown
@@ -32,6 +32,8 @@ from icrl.worlds.vector_world import VectorWorld
 from icrl_kernels.arguments import integer
 
 REFERENCE_STEPS = 20_000
+DRAWN = 3
+"""How many tasks are looked at for each that is wanted: some are not kept."""
 COARSE = 500
 """Steps of the windows in which a fall is looked for, where a context is long enough."""
 
@@ -41,7 +43,7 @@ class SuiteConfig:
     """What the numbers of a suite's folder have in common. ValueError for a number that is out of range."""
 
     contexts: int = 64
-    """Tasks of a row, or contexts of its one task."""
+    """Tasks of a row that are kept, or contexts of its one task."""
     steps: int | None = None
     """Of each context, for the rows' own."""
     learner_steps: int | None = None
@@ -67,8 +69,7 @@ def run_suite(out: Path, config: SuiteConfig, rows: Sequence[str], columns: Sequ
             column.check(ROWS[name])
     with locked(out, wait=False):
         _check_settings(out, config)
-        todo = {name: [c for c in columns if _cell(out, name, c) is None] for name in rows}
-        todo = {name: [c for c in some if c.name != "ppo" or ROWS[name].ppo_steps] for name, some in todo.items()}
+        todo = {name: [c for c in columns if c.serves(ROWS[name]) and _cell(out, name, c) is None] for name in rows}
         with tqdm(total=sum(map(len, todo.values())), desc="suite", unit="cell", disable=not progress) as bar:
             for name, some in todo.items():
                 if some:
@@ -78,59 +79,46 @@ def run_suite(out: Path, config: SuiteConfig, rows: Sequence[str], columns: Sequ
 
 def _run_row(out: Path, config: SuiteConfig, name: str, columns: list[Column], bar: Any) -> None:
     row, limits = ROWS[name], Limits(config.steps, config.learner_steps, config.seed)
-    world = row.make(config.contexts, UNSEEN + config.seed)
-    found = _references(row, world, config)
+    world, found, drawn = _world(row, config)
     for column in columns:
         bar.set_postfix_str(f"{row.title}, {column.title}")
-        begin, chosen = time.perf_counter(), slice(None)
-        if not isinstance(world, TabularTasks):
-            acted = row.make(config.contexts, UNSEEN + config.seed)  # each column begins where it begins
-        elif column.tasks is None:
-            acted = world
-        else:
-            chosen = found.kept.nonzero()[: column.tasks, 0]
-            acted = world[chosen]
-        done = column.run(row, acted, limits, f"{row.title}, {column.title}")
-        seconds = time.perf_counter() - begin
-        reference = Reference(*(getattr(found.reference, f)[chosen] for f in vars(found.reference)))
-        kept = found.kept[chosen]
-        if isinstance(world, TabularTasks) or column.tasks is None:
-            done, reference = _only(done, reference, kept)
-        else:  # the tasks of an environment without a table are alike
-            reference = Reference(*(getattr(reference, f)[: done.reward.shape[0]] for f in vars(reference)))
-        numbers: dict[str, Any] = {
-            "row": name,
-            "title": column.title,
-            "identity": column.identity,
-            "tasks": len(kept) if column.tasks is None else done.reward.shape[0],
-            "kept": done.reward.shape[0],
-            "seconds": round(seconds, 1),
-            **summary(done, reference, row.levels),
-        }
+        if isinstance(world, TabularTasks):
+            acted = world[: column.tasks]
+        else:  # each column begins where it begins
+            acted = row.make(column.tasks or config.contexts, UNSEEN + config.seed)
+        begin = time.perf_counter()
+        done = column.run(row, acted, limits, None if bar.disable else f"{row.title}, {column.title}")
+        seconds, count = time.perf_counter() - begin, len(done.reward)
+        reference = Reference(*(value[:count] for value in vars(found).values()))
+        numbers: dict[str, Any] = {"title": column.title, "identity": column.identity, "tasks": count, "drawn": drawn}
+        numbers |= {"seconds": round(seconds, 1), **summary(done, reference, row.levels)}
         times = max(1, min(COARSE // done.width, done.reward.shape[1] // 4))
         numbers["unlearning"] = unlearning(done.coarser(times), reference)
-        device = torch.device("cpu") if not isinstance(world, TabularTasks) else world.device
-        numbers |= {"versions": versions("gymnasium", "stable-baselines3"), **machine(device)}
+        numbers |= {"versions": versions("gymnasium", "stable-baselines3"), **machine(column.device)}
         save_numbers(_file(out, name, column), numbers)
         bar.update()
     collect(out)
 
 
-def _references(row: Row, world: TabularTasks | VectorWorld, config: SuiteConfig) -> Measured:
-    if isinstance(world, TabularTasks):
-        found = measured(world, REFERENCE_STEPS, row.same)
-    else:
-        worlds = [made for i in (1, 2) if not isinstance(made := row.make(64, UNSEEN - i), TabularTasks)]
-        found = measured_in_world(worlds[0], worlds[1], 2_000, config.contexts)
-    if (kept := int(found.kept.sum())) < 2:
-        raise ValueError(f"contexts: wanted more, of {config.contexts} tasks of {row.title} {kept} are kept")
-    return found
-
-
-def _only(found: Windows, reference: Reference, kept: torch.Tensor) -> tuple[Windows, Reference]:
-    """Those of the tasks that are kept."""
-    some = Windows(found.width, found.returns[kept], found.episodes[kept], found.reward[kept])
-    return some, Reference(*(getattr(reference, f)[kept] for f in vars(reference)))
+def _world(row: Row, config: SuiteConfig) -> tuple[TabularTasks | VectorWorld, Reference, int]:
+    """Where a row's columns act, its references, and how many tasks were drawn until there were as many that are kept."""
+    wanted, seed = config.contexts, UNSEEN + config.seed
+    if row.same:
+        world = row.make(wanted, seed)
+        if isinstance(world, TabularTasks):
+            return world, measured(world, REFERENCE_STEPS, same=True).reference, wanted
+        others = [made for i in (1, 2) if not isinstance(made := row.make(64, UNSEEN - i), TabularTasks)]
+        return world, measured_in_world(others[0], others[1], REFERENCE_STEPS // 10, wanted), wanted
+    tasks = row.make(DRAWN * wanted, seed)
+    assert isinstance(tasks, TabularTasks)
+    found = measured(tasks, REFERENCE_STEPS)
+    kept = found.kept.nonzero()[:wanted, 0]
+    if len(kept) < wanted:
+        raise ValueError(
+            f"contexts: {wanted} are wanted, and of {len(tasks)} tasks of {row.title} {len(kept)} are kept"
+        )
+    reference = Reference(*(value[kept] for value in vars(found.reference).values()))
+    return tasks[kept], reference, int(kept[-1]) + 1
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------
@@ -169,25 +157,28 @@ def _cell(out: Path, row: str, column: Column) -> dict[str, Any] | None:
 
 
 _NUMBER = (int, float, type(None))
-_FIELDS = {
-    "title": str,
-    "identity": dict,
-    "kept": int,
-    "tasks": int,
-    "steps_to": dict,
-    "unlearning": dict,
-    "reward": dict,
-    "mean": list,
-}
-_FIELDS |= {"ci95": list, "window": int} | dict.fromkeys(
-    ("performance", "performance_ci95", "steps", "episodes", "last", "last_ci95"), _NUMBER
-)
+_NUMBERS = ("performance", "performance_ci95", "steps", "episodes", "last", "last_ci95")
+_FIELDS: dict[str, Any] = {"title": str, "identity": dict, "tasks": int, "drawn": int, "window": int, "steps_to": dict}
+_FIELDS |= {"unlearning": dict, "reward": dict, "mean": list, "ci95": list, **dict.fromkeys(_NUMBERS, _NUMBER)}
+_FALL: dict[str, Any] = {"window": int, "fall": (int, float), "unlearned": bool}
+_FALLEN: dict[str, Any] = dict.fromkeys(("best", "mean", "low_ci95", "steps"), _NUMBER)
 
 
 def _check_cell(path: Path, found: dict[str, Any]) -> None:
-    for name, kinds in _FIELDS.items():
-        if name not in found or not isinstance(found[name], kinds):
-            raise ValueError(f"{path} is damaged ({name}: {shown(found.get(name))}); delete it to have it made again")
+    """ValueError unless a cell's file holds what its tables and picture are made of."""
+
+    def wrong(inside: dict[str, Any], kinds: dict[str, Any]) -> Any:
+        return next((name for name, kind in kinds.items() if not isinstance(inside.get(name, wrong), kind)), None)
+
+    name = wrong(found, _FIELDS)
+    if name is None:
+        fall = found["unlearning"]
+        name = wrong(fall, _FALL) or (wrong(fall, _FALLEN) if fall["fall"] else None)
+        numbers = [*found["mean"], *found["ci95"], *found["steps_to"].values()]
+        if len(found["mean"]) != len(found["ci95"]) or not all(isinstance(x, _NUMBER) for x in numbers):
+            name = "mean, ci95, steps_to"
+    if name is not None:
+        raise ValueError(f"{path} is damaged ({name}: not what was written); delete it to have it made again")
 
 
 def collect(out: Path) -> dict[str, Any]:

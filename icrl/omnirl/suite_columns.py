@@ -20,6 +20,7 @@ from icrl.omnirl.suite_rows import Row
 from icrl.worlds.tasks import TabularTasks
 from icrl.worlds.vector_world import Step, TabularWorld, VectorWorld
 
+CPU = torch.device("cpu")
 MOST_STEPS = 1 << 23  # of all contexts whose steps are held at once
 MOST_WINDOWS = 64  # of the curve of a learner with a budget of its own
 
@@ -39,12 +40,15 @@ class Column:
     title: str
     identity: dict[str, Any]
     """What its numbers depend on besides the suite's settings."""
-    run: Callable[[Row, TabularTasks | VectorWorld, Limits, str], Windows]
-    """(row, where it acts, limits, what a progress bar says) -> sums over windows."""
+    run: Callable[[Row, TabularTasks | VectorWorld, Limits, str | None], Windows]
+    """(row, where it acts, limits, what a progress bar says, None for no bar) -> sums over windows."""
     check: Callable[[Row], None] = lambda _: None
     """ValueError where it cannot act in a row."""
+    serves: Callable[[Row], bool] = lambda _: True
+    """Whether it has a place in a row."""
     tasks: int | None = None
-    """In how many of a row's tasks that are kept it is run; None: in all tasks."""
+    """In how many of a row's tasks it is run; None: in all of them."""
+    device: torch.device = CPU
 
 
 def budget(own: int, given: int | None, window: int, most: int | None = None) -> tuple[int, int]:
@@ -81,7 +85,7 @@ def model_column(path: Path, device: torch.device, prompt: int, only: bool) -> C
         options: dict[str, Any] = {"prompt": prompt, "temperature": TEMPERATURE, "seed": seed}
         return Agent(model, contexts, row.states, num_actions=row.actions, **options)
 
-    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str) -> Windows:
+    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str | None) -> Windows:
         steps, width = budget(row.steps, limits.steps, row.window)
         if isinstance(world, TabularTasks):
             options: dict[str, Any] = {"prompt": prompt, "temperature": TEMPERATURE, "seed": limits.seed}
@@ -100,7 +104,7 @@ def model_column(path: Path, device: torch.device, prompt: int, only: bool) -> C
         "prompt": prompt,
         "temperature": vars(TEMPERATURE),
     }
-    return Column(f"model-{path.stem}", title, identity, run, check)
+    return Column(f"model-{path.stem}", title, identity, run, check, device=device)
 
 
 # ---- tabular learners, random, oracle ------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def _tabular(name: str, learner: str, own: Callable[[Row], int], most: bool) -> 
     prefix = "q" if learner == "q" else "model"
     common = {k: v for k, v in SETTINGS.items() if k.startswith(f"{prefix}_")}
 
-    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str) -> Windows:
+    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str | None) -> Windows:
         given, cap = (None, limits.learner_steps) if most else (limits.steps, None)
         steps, width = budget(own(row), given, row.window, cap)
         constants = common | (row.q_constants if learner == "q" else {})
@@ -138,7 +142,7 @@ def _in_blocks(tasks: TabularTasks, name: str, steps: int, width: int, seed: int
 def _fixed(name: str) -> Column:
     """Random actions, or the oracle's."""
 
-    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str) -> Windows:
+    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str | None) -> Windows:
         steps, width = budget(row.steps, limits.steps, row.window)
         if isinstance(world, TabularTasks):
             baseline = "oracle, episode" if name == "oracle" else name
@@ -154,10 +158,10 @@ def _fixed(name: str) -> Column:
 
 
 def ppo_column(tasks: int) -> Column:
-    """PPO, trained in the first `tasks` tasks of each row that are kept."""
+    """PPO, trained in the first `tasks` tasks of each row, one policy a task."""
     ppo.needed()
 
-    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str) -> Windows:
+    def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str | None) -> Windows:
         steps, width = budget(row.ppo_steps, None, row.window * ppo.ENVIRONMENTS, limits.learner_steps)
         envs = ppo.ENVIRONMENTS
 
@@ -168,11 +172,11 @@ def ppo_column(tasks: int) -> Column:
             assert not isinstance(made, TabularTasks)
             return made
 
-        count = len(world) if isinstance(world, TabularTasks) else tasks
+        count = len(world) if isinstance(world, TabularTasks) else world.num_contexts
         return windows(ppo.train_ppo(make, count, steps, limits.seed, said), width, envs, envs)
 
     identity = {"tasks": tasks, "environments": ppo.ENVIRONMENTS, "settings": ppo.SETTINGS}
-    return Column("ppo", "PPO", identity, run, tasks=tasks)
+    return Column("ppo", "PPO", identity, run, serves=lambda row: row.ppo_steps > 0, tasks=tasks)
 
 
 def baseline_columns() -> Sequence[Column]:

@@ -15,18 +15,19 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["# OmniRL's table", ""]
     lines += [
         f"{settings['contexts']} tasks or contexts a row, seed {settings['seed']}. Return per episode, 0 random, 1 oracle, the"
-        " mean over kept tasks ± half a 95 % interval / steps / episodes. Performance is the best mean of three windows in a"
+        " mean over tasks ± half a 95 % interval / steps / episodes. Tasks are those that are kept: the oracle beats random, and"
+        " its normalised returns have a variance under .3. Performance is the best mean of three windows in a"
         " row; steps and episodes are those until the curve first is, for three windows, within .02 of it. The paper's figures"
         " are its authors', on their tasks.",
         "",
     ]
     paper = list(dict.fromkeys(title for row in rows.values() for title in row["paper"]))
     lines += _table(
-        ["", "kept", *(columns[c] for c in columns if c not in ("random", "oracle")), *(f"paper: {t}" for t in paper)],
+        ["", "tasks", *(columns[c] for c in columns if c not in ("random", "oracle")), *(f"paper: {t}" for t in paper)],
         [
             [
                 row["title"],
-                _kept(row),
+                _tasks(row),
                 *(_figure(row["cells"].get(c)) for c in columns if c not in ("random", "oracle")),
                 *(_figure(row["paper"].get(t)) for t in paper),
             ]
@@ -73,9 +74,9 @@ def _table(head: list[str], body: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
 
 
-def _kept(row: dict[str, Any]) -> str:
-    counts = [(c["kept"], c["tasks"]) for name, c in row["cells"].items() if name != "ppo"]
-    return f"{counts[0][0]} of {counts[0][1]}" if counts else ""
+def _tasks(row: dict[str, Any]) -> str:
+    cell = max(row["cells"].values(), key=lambda c: c["tasks"])
+    return f"{cell['tasks']}" + (f" of {cell['drawn']}" if cell["drawn"] > cell["tasks"] else "")
 
 
 def _share(value: float | None) -> str:
