@@ -4,70 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
-ORDER = ("oracle", "model-based", "q-ucb", "ppo", "random")
-"""Of the columns that are no models, which come first."""
+BASELINES = ("model-based", "q-ucb", "ppo")
+"""Columns that learn and are no models, which come first."""
+REFERENCES = ("random", "oracle")
 
 
 def markdown(results: dict[str, Any]) -> str:
     """Three tables of `results.json`'s numbers: performance beside the paper's, sample efficiency, what was unlearned."""
     rows, settings = results["rows"], results["settings"]
-    columns = _columns(rows)
-    lines = ["# OmniRL's table", ""]
-    lines += [
-        f"{settings['contexts']} tasks or contexts a row, seed {settings['seed']}. Return per episode, 0 random, 1 oracle, the"
-        " mean over tasks ± half a 95 % interval / steps / episodes. Tasks are those that are kept: the oracle beats random, and"
-        " its normalised returns have a variance under .3. Performance is the best mean of three windows in a"
-        " row; steps and episodes are those until the curve first is, for three windows, within .02 of it. The paper's figures"
-        " are its authors', on their tasks.",
-        "",
-    ]
+    titles = _learners(rows)
     paper = list(dict.fromkeys(title for row in rows.values() for title in row["paper"]))
-    lines += _table(
-        ["", "tasks", *(columns[c] for c in columns if c not in ("random", "oracle")), *(f"paper: {t}" for t in paper)],
-        [
-            [
-                row["title"],
-                _tasks(row),
-                *(_figure(row["cells"].get(c)) for c in columns if c not in ("random", "oracle")),
-                *(_figure(row["paper"].get(t)) for t in paper),
-            ]
-            for row in rows.values()
-        ],
-    )
-    lines += ["", "## Steps to a level", ""]
-    body = []
+    performance, levels, falls = [], [], []
     for row in rows.values():
-        levels = dict.fromkeys(x for cell in row["cells"].values() for x in cell["steps_to"])
-        for level in levels:
-            cells = (row["cells"].get(c) for c in columns if c not in ("random", "oracle"))
-            body.append(
-                [f"{row['title']}, {level}", *(_count(None if c is None else c["steps_to"].get(level)) for c in cells)]
-            )
-    lines += _table(["", *(columns[c] for c in columns if c not in ("random", "oracle"))], body)
-    lines += ["", "## The largest fall of a window's mean under the best earlier window's", ""]
-    lines += [
-        "In bold where some window's 95 % interval lies wholly more than .03 under that mean: the best mean → the fallen one"
-        " at its last step.",
+        cells = [row["cells"].get(c) for c in titles]
+        figures = [*cells, *(row["paper"].get(t) for t in paper)]
+        performance.append([row["title"], _tasks(row), *map(_figure, figures)])
+        for level in dict.fromkeys(x for cell in row["cells"].values() for x in cell["steps_to"]):
+            steps = (_count(None if c is None else c["steps_to"].get(level)) for c in cells)
+            levels.append([f"{row['title']}, {level}", *steps])
+        falls.append([row["title"], *map(_fall, cells)])
+    lines = [
+        "# OmniRL's table",
         "",
+        f"{settings['contexts']} tasks or contexts a row, seed {settings['seed']}. Return per episode, 0 random, 1 oracle: the mean"
+        " over tasks ± half a 95 % interval / steps / episodes. Tasks are those that are kept: the oracle beats random, and its"
+        " normalised returns have a variance under .3. Performance is the best mean of three windows in a row; steps and episodes"
+        " are those until the curve first is, for three windows, within .02 of it. The paper's figures are its authors', on their"
+        " tasks.",
+        "",
+        *_table(["", "tasks", *titles.values(), *(f"paper: {t}" for t in paper)], performance),
+        "",
+        "## Steps to a level",
+        "",
+        *_table(["", *titles.values()], levels),
+        "",
+        "## The largest fall of a window's mean under the best earlier window's",
+        "",
+        "Windows of 500 steps, or of the curve where those are longer or the context is short: the best mean → the fallen one at"
+        " its last step. In bold where some window's 95 % interval lies wholly more than .03 under the best earlier mean.",
+        "",
+        *_table(["", *titles.values()], falls),
     ]
-    lines += _table(
-        ["", "windows of", *(columns[c] for c in columns if c not in ("random", "oracle"))],
-        [
-            [
-                row["title"],
-                _count(max(c["unlearning"]["window"] for c in row["cells"].values())),
-                *(_fall(row["cells"].get(c)) for c in columns if c not in ("random", "oracle")),
-            ]
-            for row in rows.values()
-        ],
-    )
     return "\n".join(lines) + "\n"
 
 
-def _columns(rows: dict[str, Any]) -> dict[str, str]:
-    """Titles by column, models first."""
-    found = {c: cell["title"] for row in rows.values() for c, cell in row["cells"].items()}
-    return {c: found[c] for c in sorted(found, key=lambda c: (ORDER.index(c) if c in ORDER else -1, c))}
+def _learners(rows: dict[str, Any]) -> dict[str, str]:
+    """Titles of the columns that learn, models first."""
+    found = {c: cell["title"] for row in rows.values() for c, cell in row["cells"].items() if c not in REFERENCES}
+    return {c: found[c] for c in sorted(found, key=lambda c: (BASELINES.index(c) if c in BASELINES else -1, c))}
 
 
 def _table(head: list[str], body: list[list[str]]) -> list[str]:
