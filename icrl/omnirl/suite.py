@@ -90,7 +90,12 @@ def _run_row(out: Path, config: SuiteConfig, name: str, columns: list[Column], b
         done = column.run(row, acted, limits, None if bar.disable else f"{row.title}, {column.title}")
         seconds, count = time.perf_counter() - begin, len(done.reward)
         reference = Reference(*(value[:count] for value in vars(found).values()))
-        numbers: dict[str, Any] = {"title": column.title, "identity": column.identity, "tasks": count, "drawn": drawn}
+        numbers: dict[str, Any] = {
+            "title": column.title,
+            "identity": _identity(row, column),
+            "tasks": count,
+            "drawn": drawn,
+        }
         numbers |= {"seconds": round(seconds, 1), **summary(done, reference, row.levels)}
         times = max(1, min(COARSE // done.width, done.reward.shape[1] // 4))
         numbers["unlearning"] = unlearning(done.coarser(times), reference)
@@ -142,15 +147,21 @@ def _check_settings(out: Path, config: SuiteConfig) -> None:
         raise ValueError(f"out: {out} holds a suite of other settings ({said}); choose another")
 
 
+def _identity(row: Row, column: Column) -> dict[str, Any]:
+    """What a cell's numbers depend on besides the suite's settings."""
+    names = ("steps", "window", "q_steps", "ppo_steps", "q_constants", "levels")
+    return {**column.identity, "row": {name: getattr(row, name) for name in names} | {"levels": list(row.levels)}}
+
+
 def _cell(out: Path, row: str, column: Column) -> dict[str, Any] | None:
-    """What the folder holds of a row and column; ValueError where it is of another model or other constants."""
+    """What the folder holds of a row and column; ValueError where it is of another model, other constants or another row."""
     path = out / row / f"{column.name}.json"
     try:
         found = read_json(path, dict, "{path} is damaged ({why}); delete it to have it made again")
     except FileNotFoundError:
         return None
     _check_cell(path, found)
-    if other := changes(found["identity"], column.identity):
+    if other := changes(found["identity"], _identity(ROWS[row], column)):
         said = ", ".join(f"{name}: {shown(old)}, wanted {shown(new)}" for name, old, new in other)
         raise ValueError(f"out: {path} is of other settings ({said}); delete it, or choose another folder")
     return found

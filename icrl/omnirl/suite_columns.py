@@ -39,7 +39,7 @@ class Column:
     name: str  # of its files
     title: str
     identity: dict[str, Any]
-    """What its numbers depend on besides the suite's settings."""
+    """What its numbers depend on besides the suite's settings and the row."""
     run: Callable[[Row, TabularTasks | VectorWorld, Limits, str | None], Windows]
     """(row, where it acts, limits, what a progress bar says, None for no bar) -> sums over windows."""
     check: Callable[[Row], None] = lambda _: None

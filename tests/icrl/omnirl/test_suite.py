@@ -109,6 +109,14 @@ def test_a_killed_suite_goes_on(small, tmp_path, monkeypatch):
         assert one | {"seconds": 0} == two | {"seconds": 0}
 
 
+def test_a_row_that_has_changed_is_not_gone_on_with(small, tmp_path, monkeypatch):
+    columns = baseline_columns()[2:]
+    run_suite(tmp_path, CONFIG, ["bandit"], columns, False)
+    monkeypatch.setitem(module.ROWS, "bandit", replace(ROWS["bandit"], window=20))
+    with pytest.raises(ValueError, match=r"random\.json is of other settings \(row\.window: 10, wanted 20\)"):
+        run_suite(tmp_path, CONFIG, ["bandit"], columns, False)
+
+
 def test_damaged_files_are_named(small, tmp_path, capsys):
     args = ["--checkpoint", small, "--contexts", 4, "--steps", 100, "--learner-steps", 100, "--out", tmp_path]
     assert call(*args, "--rows", "bandit") == 0
