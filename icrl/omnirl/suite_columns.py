@@ -13,7 +13,7 @@ import torch
 from icrl.omnirl import ppo
 from icrl.omnirl.agent import Agent, Model
 from icrl.omnirl.checkpoints import load
-from icrl.omnirl.evaluate import SETTINGS, TEMPERATURE, run_agent, run_baseline
+from icrl.omnirl.evaluate import LONG, LONG_SETTINGS, SETTINGS, TEMPERATURE, run_agent, run_baseline
 from icrl.omnirl.learners import Fixed, ModelBasedLearner, UCBQLearner, run_world, uniform_actor
 from icrl.omnirl.measures import Windows, windows
 from icrl.omnirl.suite_rows import Row
@@ -118,7 +118,9 @@ def _tabular(name: str, learner: str, own: Callable[[Row], int], most: bool) -> 
     def run(row: Row, world: TabularTasks | VectorWorld, limits: Limits, said: str | None) -> Windows:
         given, cap = (None, limits.learner_steps) if most else (limits.steps, None)
         steps, width = budget(own(row), given, row.window, cap)
-        constants = common | (row.q_constants if learner == "q" else {})
+        constants = dict(common)
+        if learner == "q":
+            constants |= (LONG_SETTINGS if steps > LONG else {}) | row.q_constants
         if isinstance(world, TabularTasks):
             return _in_blocks(world, name, steps, width, limits.seed, **constants)
         bonus, discount = (constants[f"{prefix}_{what}"] for what in ("bonus", "discount"))
@@ -128,7 +130,8 @@ def _tabular(name: str, learner: str, own: Callable[[Row], int], most: bool) -> 
         actor = kind(*sizes, bonus=bonus, discount=discount, seed=limits.seed, device=device)
         return windows(run_world(world, actor, steps, said), width, world.agents)
 
-    return Column("q-ucb" if learner == "q" else "model-based", name, common, run)
+    identity = common | ({"long": LONG_SETTINGS} if learner == "q" else {})
+    return Column("q-ucb" if learner == "q" else "model-based", name, identity, run)
 
 
 def _in_blocks(tasks: TabularTasks, name: str, steps: int, width: int, seed: int, **constants: float) -> Windows:
