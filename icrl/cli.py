@@ -20,7 +20,7 @@ from icrl.commands.sharing import share_the_machine
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 GROUPS = ("train", "eval", "worlds")
-SUITES = ("sicql",)
+SUITES = ("sicql", "omnirl")
 DISTRIBUTED = ("train omnirl", "train value-iteration-network")  # the commands that torchrun may start
 Positional = tyro.conf.Positional
 
@@ -485,6 +485,58 @@ def evaluate_sicql(
     _say(json)
 
 
+def evaluate_omnirl(
+    out: Path = Path("runs/omnirl-suite"),
+    checkpoint: tuple[Path, ...] = (),
+    rows: tuple[str, ...] = (),
+    contexts: int = 64,
+    steps: int | None = None,
+    learner_steps: int | None = None,
+    ppo: bool = False,
+    ppo_tasks: int = 8,
+    seed: int = 1,
+    prompt: int = 4,
+    threads: int | None = None,
+    device: str = "auto",
+    json: Path | None = None,
+) -> None:
+    """OmniRL's table: models and baselines in each of its environments, beside the paper's figures; tables and a picture. Also
+    `icrl eval --suite omnirl`. Kill it whenever you like: what `out` holds already is not made again, and more rows, models and
+    PPO may be added to it.
+
+    Args:
+        out: the suite's folder.
+        checkpoint: one model or several, a column each, instead of the shipped one.
+        rows: some of the table's rows, as anymdp-16 or cliff; all unless given.
+        contexts: tasks of a row, or contexts of its one task.
+        steps: of each context, instead of each row's own.
+        learner_steps: the most that Q-learning and PPO are given in a row; each row's own unless given.
+        ppo: train PPO too, in `ppo-tasks` tasks a row: hours.
+        ppo_tasks: of a row.
+        seed: of tasks and actions.
+        prompt: the tag of the policy to imitate: 0-3, optimal at discount 0, .5, .93, .994; 4, the explorer.
+        threads: of torch; torch's choice unless given.
+        device: of the models, as torch names it; auto is CUDA where there is one, else the CPU.
+        json: also write the numbers here.
+    """
+    import torch
+
+    from icrl.files import save_numbers
+    from icrl.omnirl.checkpoints import shipped
+    from icrl.omnirl.suite import SuiteConfig, suite
+    from icrl.training.process import resolve
+    from icrl_kernels.arguments import integer
+
+    _new_file("json", json)
+    config = SuiteConfig(contexts, steps, learner_steps, seed)
+    if threads is not None:
+        torch.set_num_threads(integer("threads", threads, 1))
+    _new_folder("out", out)
+    numbers = suite(out, checkpoint or (shipped(),), rows, config, prompt, ppo_tasks if ppo else 0, resolve(device))
+    save_numbers(json, numbers)
+    _say(json)
+
+
 def evaluate(
     tasks: Path | None = None,
     checkpoint: Path | None = None,
@@ -497,7 +549,8 @@ def evaluate(
     device: str = "auto",
     json: Path | None = None,
 ) -> None:
-    """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones; `eval --suite sicql` is another.
+    """Normalised scores of a model and the baselines on a file of tasks, or on fresh ones; `eval --suite sicql`
+    and `eval --suite omnirl` are others.
 
     Args:
         tasks: written by `icrl worlds sample` or `shards`; fresh tasks otherwise.
@@ -724,6 +777,7 @@ COMMANDS = {
     "train world-model": train_world_model,
     "eval": evaluate,
     "eval sicql": evaluate_sicql,
+    "eval omnirl": evaluate_omnirl,
     "distill": distill,
     "dataset": dataset,
     "worlds sample": worlds_sample,

@@ -12,6 +12,7 @@ from icrl.figures import Figure
 
 # isort: split
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 
 class Curve(Protocol):
@@ -114,4 +115,64 @@ def few_shot_picture(methods: dict[str, dict[str, Any]], title: str) -> Figure:
     ax.grid(alpha=0.2)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.tight_layout()
+    return fig
+
+
+SUITE_COLOURS = {
+    "q-ucb": "#edae49",
+    "model-based": "#30638e",
+    "ppo": "#7b5ea7",
+    "random": "#9a9a9a",
+    "oracle": "#3a7d44",
+}
+MODEL_COLOURS = ("#d1495b", "#e58606", "#00798c", "#8f2d56")
+
+
+def suite_picture(rows: Mapping[str, Any], across: int = 4) -> Figure:
+    """Curves of all rows of OmniRL's suite, over steps on a logarithmic axis, and the paper's figures as points."""
+    down = -(-len(rows) // across)
+    fig = Figure(figsize=(3.6 * min(across, len(rows)), 2.7 * down + 0.6))
+    axes = fig.subplots(down, min(across, len(rows)), squeeze=False).flatten()
+    models = sorted({name for row in rows.values() for name in row["cells"] if name not in SUITE_COLOURS})
+    colours = {**SUITE_COLOURS, **{m: MODEL_COLOURS[i % len(MODEL_COLOURS)] for i, m in enumerate(models)}}
+    shown = {}
+    for ax, row in zip(axes, rows.values(), strict=False):
+        for name in (*SUITE_COLOURS, *models):
+            if name not in row["cells"]:
+                continue
+            cell, colour = row["cells"][name], colours[name]
+            found = [
+                ((i + 1) * cell["window"], m, 0.0 if c is None else c)
+                for i, (m, c) in enumerate(zip(cell["mean"], cell["ci95"], strict=True))
+                if m is not None
+            ]
+            dashed = name in ("random", "oracle")
+            x, y = [f[0] for f in found], [f[1] for f in found]
+            (line,) = ax.plot(x, y, color=colour, lw=1 if dashed else 1.7, ls="--" if dashed else "-")
+            if not dashed:
+                low, high = [m - c for _, m, c in found], [m + c for _, m, c in found]
+                ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            shown[cell["title"]] = line
+        for title, marker in (("OmniRL (AnyMDP)", "*"), ("TQL-UCB", "o"), ("PPO", "s")):
+            figure = row["paper"].get(title)
+            if figure is not None and figure["steps"] is not None:
+                point = ax.scatter(
+                    figure["steps"], figure["performance"], marker=marker, s=45, zorder=4, fc="none", ec="k"
+                )
+                shown[f"paper: {title}"] = point
+        ax.set_title(row["title"], fontsize=9)
+        ax.set(xscale="log", ylim=(-0.35, 1.12))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.2)
+    for ax in axes[len(rows) :]:
+        ax.set_axis_off()
+    for i, ax in enumerate(axes[: len(rows)]):
+        if i % across == 0:
+            ax.set_ylabel("return per episode", fontsize=8)
+        if i + across >= len(rows):
+            ax.set_xlabel("steps", fontsize=8)
+    fig.tight_layout(rect=(0, 0.45 / fig.get_size_inches()[1], 1, 1))
+    fig.legend(shown.values(), shown.keys(), loc="lower center", ncols=min(5, len(shown)), frameon=False, fontsize=8)
     return fig

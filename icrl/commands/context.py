@@ -11,13 +11,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from icrl.commands.demo import TEMPERATURE, UNSEEN
 from icrl.extras import versions
 from icrl.files import save_numbers
 from icrl.omnirl import evaluate
 from icrl.omnirl.agent import Agent
 from icrl.omnirl.checkpoints import load, shipped
 from icrl.omnirl.closed_loop import ClosedLoop, Context
+from icrl.omnirl.evaluate import TEMPERATURE, UNSEEN
 from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
 

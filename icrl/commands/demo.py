@@ -14,15 +14,12 @@ from icrl import plots
 from icrl.extras import versions
 from icrl.files import save_numbers, write_figure
 from icrl.omnirl import evaluate
-from icrl.omnirl.agent import Agent, Model, Temperature
+from icrl.omnirl.agent import Agent, Model
 from icrl.omnirl.checkpoints import load, shipped
-from icrl.omnirl.evaluate import Context, Curve
+from icrl.omnirl.evaluate import TEMPERATURE, UNSEEN, Context, Curve
 from icrl.training.process import machine, resolve
 from icrl.worlds import sample_anymdp
 from icrl.worlds.gymnasium_tables import CLASSIC, ClassicTask
-
-UNSEEN = 2**42  # training hashes its seeds to 63 bits: that one of these came up there has a chance of about 1e-13
-TEMPERATURE = Temperature(0.5, 0.1, 300)
 
 
 def anymdp(model: Model, tasks: int, num_states: int, steps: int, seed: int) -> tuple[dict[str, Curve], dict[str, Any]]:

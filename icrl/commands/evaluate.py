@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from icrl.commands.demo import TEMPERATURE, UNSEEN
 from icrl.extras import versions
 from icrl.files import save_numbers
 from icrl.omnirl import evaluate
 from icrl.omnirl.checkpoints import load, shipped
+from icrl.omnirl.evaluate import TEMPERATURE, UNSEEN
 from icrl.training.process import machine, resolve
 from icrl.worlds.kinds import draw_tasks
 from icrl.worlds.task_shards import load_tasks

@@ -39,7 +39,15 @@ BASELINES: dict[str, dict[int | str, float]] = {
     "oracle": {0: 1.0},
     "oracle, episode": {0: 1.0},
 }
-SETTINGS = {"q_bonus": 0.2, "q_discount": 0.9, "model_bonus": 0.2, "model_discount": 0.9}
+TEMPERATURE = Temperature(0.5, 0.1, 300)
+UNSEEN = 2**42
+"""Seeds of tasks from here on are for evaluation. (Training hashes its seeds to 63 bits: that one of these came up there has a
+chance of about 1e-13.)"""
+SETTINGS = {"q_bonus": 2.0, "q_discount": 0.8, "model_bonus": 0.2, "model_discount": 0.97}
+"""The tabular learners' constants, by a search over other tasks (benches/tabular_constants.py)."""
+LONG = 100_000
+LONG_SETTINGS = {"q_bonus": 5.0, "q_discount": 0.9}
+"""Of Q-learning that is given more than LONG steps, by the same search."""
 
 
 def greedy(q: Tensor, num_actions: Tensor) -> Tensor:
@@ -68,14 +76,20 @@ class Curve:
     ci95: list[float]
 
 
-def run_baseline(tasks: TabularTasks, name: str, steps: int, seed: int, tables: RolloutTables | None = None) -> Context:
-    """One of `BASELINES` in every task, its learning (if any) starting from nothing; it runs where the tasks are."""
+def run_baseline(
+    tasks: TabularTasks, name: str, steps: int, seed: int, tables: RolloutTables | None = None, **settings: float
+) -> Context:
+    """One of `BASELINES` in every task, its learning (if any) starting from nothing; it runs where the tasks are.
+
+    `settings`: constants of the learners over `SETTINGS`."""
     tables = tables or tasks.tables()
     policies = None
     if name.startswith("oracle"):
         q = best_reward_q(tasks) if name == "oracle" else tasks.solve(EPISODE_DISCOUNT).q
         policies = greedy(q, tasks.num_actions)[:, None]
-    behaviours = constant_behaviours(len(tasks), 0 if policies is None else 1, BASELINES[name], **SETTINGS)
+    behaviours = constant_behaviours(
+        len(tasks), 0 if policies is None else 1, BASELINES[name], **{**SETTINGS, **settings}
+    )
     out = rollout(tables, steps=steps, seed=seed, policies=policies, behaviours=behaviours)
     return Context(out.reward, out.done)
 

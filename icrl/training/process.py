@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -140,6 +141,19 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """NumPy's and torch's global generators, which Stable-Baselines3 draws from, at a seed; as they were, afterwards."""
+    before = np.random.get_state()  # noqa: NPY002 (its global one)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -63,3 +63,25 @@ CLASSIC = {
     ),
     "CliffWalking": ClassicTask("CliffWalking-v1", _cliff_walking, 200),
 }
+
+
+CLIFF = 37
+"""A cell of the cliff: where a fall ends in `cliff_walking`."""
+
+
+def cliff_walking() -> TabularTasks:
+    """CliffWalking as one tabular task by OmniRL's rule (arXiv 2502.02869): the goal pays 1 and a fall costs 1, each ends the
+    episode, and any other step costs .03. Gymnasium's own leads back to the start after a fall."""
+    task = CLASSIC["CliffWalking"].table()
+    transition, reward = (table.clone() for table in task.dense_tables())
+    falls = (transition > 0) & (reward == -1)
+    fallen = (transition * falls).sum(-1)
+    transition = transition.masked_fill(falls, 0.0)
+    transition[..., CLIFF] += fallen
+    reward = reward.masked_fill(falls, 0.0)
+    reward[..., CLIFF] -= fallen
+    terminal = task.terminal.clone()
+    terminal[:, CLIFF] = True
+    for table in (transition, reward):
+        table[:, CLIFF] = 0
+    return replace(task, transition=transition, reward=reward, terminal=terminal)

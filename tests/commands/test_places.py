@@ -77,6 +77,7 @@ FOLDERS = [
     "distill",
     "worlds shards",
     "eval sicql",
+    "eval omnirl",
 ]
 
 

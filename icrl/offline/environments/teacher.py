@@ -10,8 +10,6 @@ optimiser and the moments before it: these are what a checkpoint is (no pickles)
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from icrl.extras import require, versions
 from icrl.offline.provenance import check_versions
 from icrl.offline.trajectories import Trajectories
 from icrl.training import checkpoint
+from icrl.training.process import seeded
 
 if TYPE_CHECKING:
     from icrl.offline.environments.mujoco import MujocoData, MujocoTask
@@ -265,16 +264,3 @@ def episodes(
                 bar.update(N)
     arrays = {"states": states, "actions": actions, "rewards": rewards, "next_states": following}
     return {name: torch.from_numpy(a) for name, a in arrays.items()}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """NumPy's and torch's global generators, which Stable-Baselines3 draws from, at a seed; as they were, afterwards."""
-    before = np.random.get_state()  # noqa: NPY002 (its global one)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            np.random.set_state(before)  # noqa: NPY002
