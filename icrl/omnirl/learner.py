@@ -49,7 +49,12 @@ class Distillation(Protocol):
 
     @property
     def dagger_records(self) -> int:
-        """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
+        """Records of one collection, no fewer than a batch's share."""
+        ...
+
+    @property
+    def dagger_kept(self) -> int:
+        """How many collections are kept, the newest."""
         ...
 
     @property
@@ -194,10 +199,10 @@ class DistillationLearner:
         )
         observation, action, reward, done, values = (torch.stack(x, 1) for x in zip(*rows, strict=True))
         new = Records(observation, action, reward, done, torch.full_like(action, UNKNOWN), values)
-        keep = 7 * c.dagger_records
-        self.own = (
-            new if kept is None else Records(*(torch.cat([a[-keep:], b]) for a, b in zip(kept, new, strict=True)))
-        )
+        if kept is not None:
+            most = c.dagger_kept * c.dagger_records
+            new = Records(*(torch.cat([a, b])[-most:] for a, b in zip(kept, new, strict=True)))
+        self.own = new
         self.collections += 1
 
     def _score(self, c: Distillation, states: int) -> dict[str, float]:

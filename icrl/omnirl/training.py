@@ -63,7 +63,7 @@ LOOP = LoopConfig(
     warmup=100,
     decay=0.3,
     checkpoint_every=100,
-    evaluate_every=250,
+    evaluate_every=500,
     autocast=True,
 )
 
@@ -117,10 +117,12 @@ class OmniRLTraining:
     """Share of the batch in which the model itself acted."""
     dagger_begin: float = 0.25
     """Share of the run's updates before that."""
-    dagger_every: int = 50
+    dagger_every: int = 30
     """Updates between two collections."""
-    dagger_records: int = 128
-    """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
+    dagger_records: int = 64
+    """Records of one collection, no fewer than a batch's share."""
+    dagger_kept: int = 3
+    """How many collections are kept, the newest: they are in every checkpoint."""
     evaluation_tasks: int = 64
     evaluation_states: int = 16
     """Of AnyMDP tasks to act in; with fewer than 8, tasks as the data's."""
@@ -131,7 +133,8 @@ class OmniRLTraining:
     """Folder of records (`icrl distill`) to train from, without stages; empty: made on the fly."""
 
     def __post_init__(self) -> None:
-        one = ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_states", "evaluation_steps")
+        one = ("segment", "dagger_every", "dagger_records", "dagger_kept")
+        one += ("evaluation_tasks", "evaluation_states", "evaluation_steps")
         integer_fields(self, position_steps=0, bandit_steps=0, **dict.fromkeys(one, 1))
         c = self.model
         if self.evaluation_states > c.states:
