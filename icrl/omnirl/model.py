@@ -49,7 +49,7 @@ HEADS = ("each", "prompted")
 
 @dataclass(frozen=True)
 class OmniRLConfig:
-    """The defaults are the recipe for a CPU: .83M parameters."""
+    """The defaults are the recipe for a CPU: .85M parameters."""
 
     actions: int = 5
     states: int = 128

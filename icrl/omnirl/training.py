@@ -201,7 +201,14 @@ class OmniRLTraining:
         )
 
 
-PRESETS: dict[str, Callable[[], OmniRLTraining]] = {"cpu": OmniRLTraining, "published": OmniRLTraining.published}
+PUBLISHED_LOOP = LoopConfig(updates=25_600, learning_rate=2e-4, muon_learning_rate=0.0, warmup=500, autocast=True)
+"""AdamW at the paper's rate: 128,000 sequences, 5 at a time. (The paper makes an optimiser step a sequence; this loop, a
+segment.)"""
+
+PRESETS: dict[str, tuple[Callable[[], OmniRLTraining], LoopConfig]] = {
+    "cpu": (OmniRLTraining, LOOP),
+    "published": (OmniRLTraining.published, PUBLISHED_LOOP),
+}
 
 
 class Asked(NamedTuple):
@@ -272,16 +279,18 @@ def renumbered(records: Records, states: int, ids: int) -> Records:
     return records._replace(observation=to.gather(1, records.observation))
 
 
-def read_config(given: dict[str, Any], base: OmniRLTraining | None = None) -> tuple[OmniRLTraining, LoopConfig]:
-    """The configuration in a JSON object {"training": {...}, "loop": {...}} over a base's; a run's record is one.
+def read_config(given: dict[str, Any], preset: str = "cpu") -> tuple[OmniRLTraining, LoopConfig]:
+    """The configuration in a JSON object {"training": {...}, "loop": {...}} over a preset's; a run's record is one.
 
     Raises:
         ValueError: naming a key or value that is not one.
     """
     if unknown := set(given) - {"training", "loop", "world_size", "init"}:
         raise ValueError(f"config: there is no {', '.join(sorted(unknown))}; wanted training, loop")
-    training = configured(OmniRLTraining() if base is None else base, given.get("training", {}), "training")
-    return training, configured(LOOP, given.get("loop", {}), "loop")
+    training, loop = PRESETS[preset]
+    return configured(training(), given.get("training", {}), "training"), configured(
+        loop, given.get("loop", {}), "loop"
+    )
 
 
 class OmniRLLearner(DistillationLearner):
