@@ -129,8 +129,8 @@ class Agent:
     on the CPU and are the same for every device.
 
     A step is the model's module, or one call of C++ over a copy of its weights (icrl_kernels.fused): the same actions within
-    rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL of one token
-    a step and numbered observations, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
+    rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL whose
+    observations are numbers, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
     (autocast, a dispatch mode). Weights that change, and tensors of the state that are put in others' places, are seen within
     64 steps, and hooks within 1,024.
 

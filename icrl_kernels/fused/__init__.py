@@ -2,12 +2,13 @@
 
 from icrl_kernels.fused.acting import closed_loop, hooked, strange_outcome, watched
 from icrl_kernels.fused.mixers import add_affine, add_mixer, add_window_attention, bind_state, require_plain
-from icrl_kernels.fused.program import Matrix, Program, Rows, Step
+from icrl_kernels.fused.program import Matrix, Program, Rows, Slot, Step
 
 __all__ = [
     "Matrix",
     "Program",
     "Rows",
+    "Slot",
     "Step",
     "add_affine",
     "add_mixer",

@@ -16,7 +16,9 @@ nothing is judged again when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,13 +93,31 @@ class Program:
     def __post_init__(self) -> None:
         self._packed_of: dict[tuple, tuple[int, int]] = {}
         self._kept: list[object] = []  # what the keys above name by identity
+        self._offsets: dict[bytes, int] = {}  # of weights, by what they are
+        self._free: list[int] = []  # buffers
+        self._made: list[int] = []  # since `passing`
 
     # --- what ops work on
 
     def rows(self, width: int, count: int = 1) -> Rows:
-        """A new buffer of `count` rows a context."""
-        self.buffers.append((_checks.integer("count", count, 1), _checks.integer("width", width, 1)))
-        return Rows(len(self.buffers) - 1, 0, width)
+        """A buffer of `count` rows a context: a new one, or a free one of that shape."""
+        shape = (_checks.integer("count", count, 1), _checks.integer("width", width, 1))
+        number = next((i for i in self._free if self.buffers[i] == shape), len(self.buffers))
+        if number < len(self.buffers):
+            self._free.remove(number)
+        else:
+            self.buffers.append(shape)
+        self._made.append(number)
+        return Rows(number, 0, width)
+
+    @contextmanager
+    def passing(self) -> Iterator[list[Rows]]:
+        """Buffers made inside are free for others afterwards, but those of the rows that the list is given."""
+        outer, self._made, kept = self._made, [], []
+        yield kept
+        lasting = {rows.buffer for rows in kept}
+        self._free += [number for number in self._made if number not in lasting]
+        self._made = outer + [number for number in self._made if number in lasting]
 
     def count(self, rows: Rows) -> int:
         """Rows a context of a buffer."""
@@ -126,13 +146,17 @@ class Program:
         return slot
 
     def weights(self, values: Tensor, *sources: tuple[nn.Module, str]) -> int:
-        """Keep numbers among the packed weights: their offset. sources: the modules and names of what they were made of."""
+        """Keep numbers among the packed weights, once however often they come: their offset. sources: the modules and names of
+        what they were made of."""
         flat = values.detach().to(torch.float32).flatten()
-        offset = self.floats
-        self.packed.append(torch.nn.functional.pad(flat, (0, -flat.numel() % SIXTEEN)))
-        self.floats += self.packed[-1].numel()
-        self.sources.extend(sources)
-        return offset
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % SIXTEEN))
+        key = hashlib.blake2b(flat.numpy().tobytes()).digest()
+        if key not in self._offsets:
+            self._offsets[key] = self.floats
+            self.packed.append(flat)
+            self.floats += flat.numel()
+        self.sources.extend(source for source in sources if source not in self.sources)
+        return self._offsets[key]
 
     # --- ops
 
