@@ -128,7 +128,8 @@ class Agent:
     A step is the model's module, or one call of C++ over a copy of its weights (icrl_kernels.fused): the same actions within
     rounding, some hundred times faster. That is taken where it serves: a ValueIterationNetwork of float32 weights on the CPU,
     without hooks, which nothing replaces (`run`) or watches (autocast, a dispatch mode). Weights that change, and tensors of
-    the state that are put in others' places, are seen within 64 steps, and hooks within 1,024.
+    the state that are put in others' places, are seen within 64 steps, and hooks within 1,024; noise is drawn for 64 steps
+    at once.
 
     Args:
         model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
@@ -229,9 +230,10 @@ class Agent:
         fused = self._fused
         if fused is None:
             return None
-        if self.step >= self._renew_at:
+        if self.step >= self._renew_at or self.prompt != fused.prompt or self.num_actions is not fused.own:
             self._renew_at = self.step + AHEAD
-            if fused.stale:
+            if fused.stale or self.prompt != fused.prompt or self.num_actions is not fused.own:
+                self._fused = None
                 self._look()
                 fused = self._fused
         if self.run is self._decide and not watched():
@@ -248,10 +250,15 @@ class Agent:
         why = "it is switched off" if self.fused is False else why_not(self.model)
         old = self._fused
         if why is None and (old is None or old.stale or old.step.replaced):
-            own = self.num_actions
-            own = torch.full_like(self._now.action, own) if isinstance(own, int) else own.long().contiguous()
             try:
-                self._fused = ValueIterationStep(self.model, self._state, self.prompt, own)  # type: ignore[arg-type]
+                self._fused = ValueIterationStep(
+                    self.model,  # type: ignore[arg-type]
+                    self._state,
+                    self.batch,
+                    self.states,
+                    self.prompt,
+                    self.num_actions,
+                )
             except ValueError as error:
                 why = str(error)
         if why is None:
@@ -288,7 +295,7 @@ class Agent:
         if not self._plain(observation, torch.int64):
             self._check("observation", observation)
             observation = observation.to("cpu", torch.int64).contiguous()
-        own = None if action_mask is None else self._own(action_mask)
+        own = None if action_mask is None else self._own(action_mask).contiguous()
         noise = self._noise
         i = noise.need(max(1, min(AHEAD, MOST_AHEAD // (self.batch * self._actions))))
         action = noise.action(i)
@@ -412,4 +419,4 @@ class Agent:
         if done.device.type == "cpu" and not bool(((done == 0) | (done == 1) | (done == 2)).all()):
             raise ValueError(f"done: wanted 0, 1 or 2, got {done.tolist()!s:.80}")
         kept = torch.uint8 if self.device.type == "cpu" else torch.int64
-        return reward.to(self.device).contiguous(), done.to(self.device, kept).contiguous()
+        return reward.to(self.device).resolve_neg().contiguous(), done.to(self.device, kept).contiguous()
