@@ -19,8 +19,8 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kMost =
-    int64_t{1} << 40;  // of any size, so that none of their products overflows what is kept of them
+// Of any size, so that none of their products overflows what is kept of them.
+constexpr int64_t kMost = int64_t{1} << 40;
 constexpr double kWeightNanoseconds = 0.03;  // about what a weight takes for a context
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
@@ -77,6 +77,7 @@ FusedProgram::FusedProgram(const std::vector<BufferGiven>& buffers, const std::v
     if (bytes < 0 || bytes > kMost) refuse(name + ": wanted a size, got " + std::to_string(bytes));
     if (below < 0 || (below && (bytes != 8 || optional))) refuse(name + ": wanted indices of int64, one a context");
     const auto at = static_cast<int64_t>(tensors_.size());
+    if (of_a_call && !bytes && optional) refuse(name + ": wanted a number, which is not optional");
     if (of_a_call) of_a_call_.push_back(at);
     if (below) indices_.push_back(at);
     tensors_.push_back({bytes, optional, below}), names_.push_back(name);
@@ -129,15 +130,12 @@ void FusedProgram::add(const OpGiven& given) {
 
 void FusedProgram::bind(int64_t tensor, uintptr_t address) {
   if (tensor < 0 || tensor >= static_cast<int64_t>(tensors_.size()))
-
     refuse("there is no tensor " + std::to_string(tensor));
   addresses_[static_cast<size_t>(tensor)] = reinterpret_cast<void*>(address);
 }
 
 void FusedProgram::set(int64_t tensor, float value) {
-  bind(tensor, 0);
   const auto at = static_cast<size_t>(tensor);
-  if (tensors_[at].bytes) refuse(names_[at] + ": wanted an address, as it is no number that all share");
   numbers_[at] = value, addresses_[at] = &numbers_[at];
 }
 
@@ -187,16 +185,15 @@ void FusedProgram::run(int threads) const {
 
 namespace {
 
-// values: an address or, of a number, a float for each tensor that is given with each call, in their order
+// values: an address, or the number that it is, for each tensor that is given with each call, in their order
 void run(FusedProgram& program, int threads, const py::args& values) {
   const auto& tensors = program.of_a_call();
   if (values.size() != tensors.size()) refuse("wanted " + std::to_string(tensors.size()) + " tensors with the call");
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const py::handle value = values[i];
-    if (PyFloat_CheckExact(value.ptr()))
-      program.set(tensors[i], static_cast<float>(PyFloat_AS_DOUBLE(value.ptr())));
+    if (program.is_number(tensors[i]))
+      program.set(tensors[i], values[i].cast<float>());
     else
-      program.bind(tensors[i], value.cast<uintptr_t>());
+      program.bind(tensors[i], values[i].cast<uintptr_t>());
   }
   if (program.long_run()) {
     const py::gil_scoped_release free_gil;

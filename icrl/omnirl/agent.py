@@ -132,7 +132,7 @@ class Agent:
     rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL whose
     observations are numbers, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
     (autocast, a dispatch mode). Weights that change, and tensors of the state that are put in others' places, are seen within
-    64 steps, and hooks within 1,024.
+    64 steps, and hooks within 1,024; noise is drawn for 64 steps at once.
 
     Args:
         model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
@@ -233,9 +233,10 @@ class Agent:
         fused = self._fused
         if fused is None:
             return None
-        if self.step >= self._renew_at:
+        if self.step >= self._renew_at or self.prompt != fused.prompt or self.num_actions is not fused.own:
             self._renew_at = self.step + AHEAD
-            if fused.stale:
+            if fused.stale or self.prompt != fused.prompt or self.num_actions is not fused.own:
+                self._fused = None
                 self._look()
                 fused = self._fused
         if self.run is self._decide and not watched():
@@ -253,14 +254,10 @@ class Agent:
         why = "it is switched off" if self.fused is False else kind.why_not(self.model)
         old = self._fused
         if why is None and (old is None or old.stale or old.step.replaced):
-            own = self.num_actions
-            own = torch.full_like(self._now.action, own) if isinstance(own, int) else own.long().contiguous()
             try:
                 model: Any = self.model
-                if kind is sequence_step:
-                    self._fused = SequenceStep(model, self._state, self.prompt, own, self.states)
-                else:
-                    self._fused = ValueIterationStep(model, self._state, self.prompt, own)
+                step = SequenceStep if kind is sequence_step else ValueIterationStep
+                self._fused = step(model, self._state, self.batch, self.states, self.prompt, self.num_actions)
             except ValueError as error:
                 why = str(error)
         if why is None:
@@ -299,7 +296,7 @@ class Agent:
         if not self._plain(observation, torch.int64):
             self._check("observation", observation)
             observation = observation.to("cpu", torch.int64).contiguous()
-        own = None if action_mask is None else self._own(action_mask)
+        own = None if action_mask is None else self._own(action_mask).contiguous()
         noise = self._noise
         i = noise.need(max(1, min(AHEAD, MOST_AHEAD // (self.batch * self._actions))))
         action = noise.action(i)
@@ -423,4 +420,4 @@ class Agent:
         if done.device.type == "cpu" and not bool(((done == 0) | (done == 1) | (done == 2)).all()):
             raise ValueError(f"done: wanted 0, 1 or 2, got {done.tolist()!s:.80}")
         kept = torch.uint8 if self.device.type == "cpu" else torch.int64
-        return reward.to(self.device).contiguous(), done.to(self.device, kept).contiguous()
+        return reward.to(self.device).resolve_neg().contiguous(), done.to(self.device, kept).contiguous()

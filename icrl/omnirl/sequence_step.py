@@ -72,7 +72,7 @@ class _Tables:
 
 
 def program(model: OmniRL, states: int, prompt: int) -> Program:
-    """The step of contexts with up to `states` observations, acting by the prompt's policy; what is given with each call is
+    """The step of contexts with `states` observations at most, acting by the prompt's policy; what is given with each call is
     what the value-iteration network's program is given."""
     c, p, t = model.config, Program(), model.layout
     A, D, S = c.actions, c.width, c.states
@@ -135,15 +135,21 @@ def _own(module: nn.Module) -> list[str]:
 class SequenceStep:
     """The step of a batch of contexts, bound to their state, which every call changes in place.
 
-    Weights are copies: see `stale`. Raises ValueError where the state is not what the model's `initial_state` gives, or where the
+    `run` is one step: see the value-iteration network's `program` for what it is given. Weights are copies: see `stale`. Raises ValueError where the state is not what the model's `initial_state` gives, or where the
     program cannot be made.
     """
 
-    def __init__(self, model: OmniRL, state: OmniRLState, prompt: int, num_actions: Tensor, states: int) -> None:
+    def __init__(
+        self, model: OmniRL, state: OmniRLState, batch: int, observed: int, prompt: int, num_actions: Tensor | int
+    ) -> None:
+        if not isinstance(state, OmniRLState) or len(state.layers) != len(model.stack.blocks):
+            raise ValueError(f"state: wanted an OmniRLState of {len(model.stack.blocks)} layers, got another")
+        self.prompt, self.own = prompt, num_actions
         self.state = state
         self._layout = self._addresses()
-        self.step: Step = program(model, states, prompt).step(len(state.count), group=32)
-        self.step.bind(num_actions=num_actions, reward_square=state.reward_square, count=state.count)
+        self.step: Step = program(model, observed, prompt).step(batch, group=32)
+        own = torch.as_tensor(num_actions, dtype=torch.int64, device="cpu").expand(batch).contiguous()
+        self.step.bind(num_actions=own, reward_square=state.reward_square, count=state.count)
         for i, (block, layer) in enumerate(zip(model.stack.blocks, state.layers, strict=True)):
             assert isinstance(block, Block)
             if isinstance(block.mixer, WindowedSoftmax):

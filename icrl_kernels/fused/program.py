@@ -135,10 +135,14 @@ class Program:
     ) -> Slot:
         """A tensor of the user's, `[batch, *shape]`, or `[*shape]` where all contexts share it.
 
-        optional: its address may be 0. each_call: its address is given to `run`; otherwise it is bound once. A shared one of
-        no shape is a number then. below: its numbers, int64 and one a context, are indices less than this, and every run
+        optional: its address may be 0. each_call: its address is given to `run`; otherwise it is bound once. A shared one is a
+        number then, and has no shape. below: its numbers, int64 and one a context, are indices less than this, and every run
         refuses others by its name before anything has changed.
         """
+        if shared and each_call and (shape or optional):
+            raise ValueError(
+                f"{name}: wanted no shape of what is shared and given with each call, a number, got {shape}"
+            )
         if name in self.slots:
             raise ValueError(f"name: wanted one that no tensor of the program has, got {name!r}")
         slot = Slot(name, len(self.slots), shape, dtype, shared, optional, each_call, below)
@@ -352,7 +356,7 @@ class Step:
             self._bound[name] = tensor
 
     def run(self, *given: int | float, threads: int = 1) -> None:
-        """One token. given: the address, or the number (a float), of each tensor that is given with each call, in their order.
+        """One token. given: the address, or the number, of each tensor that is given with each call, in their order.
 
         Raises:
             ValueError: an index is out of range; nothing has changed then.
