@@ -165,7 +165,7 @@ def train_omnirl(
         json: write the last evaluation here.
     """
     from icrl.commands.train import train_omnirl as run
-    from icrl.omnirl.training import PRESETS, read_config
+    from icrl.omnirl.training import read_config
 
     _new_file("json", json)
     over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
@@ -173,7 +173,7 @@ def train_omnirl(
     over = {name: value for name, value in over.items() if value is not None}
     given = _given(config)
     with _read_from(config):
-        read_config(given, PRESETS[preset]())
+        read_config(given, preset)
     _new_folder("out", out)
     if run(out, given, preset, over, init, json) is not None:
         _say(json)

@@ -70,14 +70,16 @@ def training_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     fig = Figure(figsize=(10, 3.6))
     left, right = fig.subplots(1, 2)
     for name in sorted({name for r in losses for name in r}):
-        if name == "explorer" or name.startswith("policy_"):
-            label = name if name == "explorer" else "optimal at discount " + name.removeprefix("policy_")
+        if name in ("explorer", "policy") or name.startswith("policy_"):
+            label = "optimal at discount " + name.removeprefix("policy_") if "_" in name else name
             left.plot(*_line(losses, name), label=label, lw=1)
-    left.set(title="cross-entropy of each policy (last block)", xlabel="updates", ylim=(0, None))
+    left.set(title="cross-entropy of each policy", xlabel="updates", ylim=(0, None))
     if losses:
         left.legend(frameon=False, fontsize=8)
-    for name, label in (("score", "second half of the context"), ("score_first_half", "first half")):
-        right.plot(*_line(scores, name), "o-", label=label)
+    spans = {"score": "second half of the context", "score_first_half": "first half", "score_bandits": "bandits"}
+    for name, label in spans.items():
+        if any(name in r for r in scores):
+            right.plot(*_line(scores, name), "o-", label=label)
     right.set(title="score in unseen tasks (0 random, 1 oracle)", xlabel="updates", ylim=(0, 1.1))
     right.legend(frameon=False, fontsize=8)
     for ax in (left, right):

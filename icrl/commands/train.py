@@ -29,7 +29,7 @@ def train_omnirl(
     json: Path | None,
 ) -> dict[str, Any] | None:
     """As `train_value_iteration_network`; `preset`: a name of sequence.PRESETS, the configuration's base."""
-    training, loop = sequence.read_config(given, sequence.PRESETS[preset]())
+    training, loop = sequence.read_config(given, preset)
     return _train(sequence.OmniRLLearner, training, replace(loop, **over), out, init_of(init, given), json)
 
 

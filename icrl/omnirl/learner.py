@@ -49,7 +49,12 @@ class Distillation(Protocol):
 
     @property
     def dagger_records(self) -> int:
-        """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
+        """Records of one collection, no fewer than a batch's share."""
+        ...
+
+    @property
+    def dagger_kept(self) -> int:
+        """How many collections are kept, the newest."""
         ...
 
     @property
@@ -188,10 +193,10 @@ class DistillationLearner:
         everyone = torch.arange(len(tasks), dtype=torch.int64, device=q.device)[:, None]
         unknown = torch.full_like(went.action, UNKNOWN)
         new = Records(went.observation, went.action, went.reward, went.done.long(), unknown, q[everyone, :, went.state])
-        keep = 7 * c.dagger_records
-        self.own = (
-            new if kept is None else Records(*(torch.cat([a[-keep:], b]) for a, b in zip(kept, new, strict=True)))
-        )
+        if kept is not None:
+            most = c.dagger_kept * c.dagger_records
+            new = Records(*(torch.cat([a, b])[-most:] for a, b in zip(kept, new, strict=True)))
+        self.own = new
         self.collections += 1
 
     def _score(self, c: Distillation, states: int) -> dict[str, float]:

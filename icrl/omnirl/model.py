@@ -49,7 +49,7 @@ HEADS = ("each", "prompted")
 
 @dataclass(frozen=True)
 class OmniRLConfig:
-    """The defaults are the recipe for a CPU: .83M parameters."""
+    """The defaults are the recipe for a CPU: .85M parameters."""
 
     actions: int = 5
     states: int = 128
@@ -201,8 +201,11 @@ class OmniRL(nn.Module):
                 (ContinuousObservations, c.channels) if c.channels else (DiscreteObservations, c.states)
             )
             tokenizer = kind(observations, c.code)
-        self.tokenizer = tokenizer
-        size = tokenizer.size
+        self.tokenizer, size = tokenizer, tokenizer.size
+        if c.addressed and size != c.code:
+            raise ValueError(
+                f"tokenizer: wanted codes of {c.code} channels, as heads are addressed by them, got {size}"
+            )
         if c.layout == "fused":
             self.layout = FusedTokens(c.width, size, c.actions, c.policy == "prompted", c.addressed)
             addresses = self.layout.addresses

@@ -63,7 +63,7 @@ LOOP = LoopConfig(
     warmup=100,
     decay=0.3,
     checkpoint_every=100,
-    evaluate_every=250,
+    evaluate_every=500,
     autocast=True,
 )
 
@@ -117,10 +117,12 @@ class OmniRLTraining:
     """Share of the batch in which the model itself acted."""
     dagger_begin: float = 0.25
     """Share of the run's updates before that."""
-    dagger_every: int = 50
+    dagger_every: int = 30
     """Updates between two collections."""
-    dagger_records: int = 128
-    """Records of one collection, no fewer than a batch's share; the newest eight collections are kept."""
+    dagger_records: int = 64
+    """Records of one collection, no fewer than a batch's share."""
+    dagger_kept: int = 3
+    """How many collections are kept, the newest: they are in every checkpoint."""
     evaluation_tasks: int = 64
     evaluation_states: int = 16
     """Of AnyMDP tasks to act in; with fewer than 8, tasks as the data's."""
@@ -131,7 +133,8 @@ class OmniRLTraining:
     """Folder of records (`icrl distill`) to train from, without stages; empty: made on the fly."""
 
     def __post_init__(self) -> None:
-        one = ("segment", "dagger_every", "dagger_records", "evaluation_tasks", "evaluation_states", "evaluation_steps")
+        one = ("segment", "dagger_every", "dagger_records", "dagger_kept")
+        one += ("evaluation_tasks", "evaluation_states", "evaluation_steps")
         integer_fields(self, position_steps=0, bandit_steps=0, **dict.fromkeys(one, 1))
         c = self.model
         if self.evaluation_states > c.states:
@@ -198,7 +201,14 @@ class OmniRLTraining:
         )
 
 
-PRESETS: dict[str, Callable[[], OmniRLTraining]] = {"cpu": OmniRLTraining, "published": OmniRLTraining.published}
+PUBLISHED_LOOP = LoopConfig(updates=25_600, learning_rate=2e-4, muon_learning_rate=0.0, warmup=500, autocast=True)
+"""AdamW at the paper's rate: 128,000 sequences, 5 at a time. (The paper makes an optimiser step a sequence; this loop, a
+segment.)"""
+
+PRESETS: dict[str, tuple[Callable[[], OmniRLTraining], LoopConfig]] = {
+    "cpu": (OmniRLTraining, LOOP),
+    "published": (OmniRLTraining.published, PUBLISHED_LOOP),
+}
 
 
 class Asked(NamedTuple):
@@ -269,16 +279,18 @@ def renumbered(records: Records, states: int, ids: int) -> Records:
     return records._replace(observation=to.gather(1, records.observation))
 
 
-def read_config(given: dict[str, Any], base: OmniRLTraining | None = None) -> tuple[OmniRLTraining, LoopConfig]:
-    """The configuration in a JSON object {"training": {...}, "loop": {...}} over a base's; a run's record is one.
+def read_config(given: dict[str, Any], preset: str = "cpu") -> tuple[OmniRLTraining, LoopConfig]:
+    """The configuration in a JSON object {"training": {...}, "loop": {...}} over a preset's; a run's record is one.
 
     Raises:
         ValueError: naming a key or value that is not one.
     """
     if unknown := set(given) - {"training", "loop", "world_size", "init"}:
         raise ValueError(f"config: there is no {', '.join(sorted(unknown))}; wanted training, loop")
-    training = configured(OmniRLTraining() if base is None else base, given.get("training", {}), "training")
-    return training, configured(LOOP, given.get("loop", {}), "loop")
+    training, loop = PRESETS[preset]
+    return configured(training(), given.get("training", {}), "training"), configured(
+        loop, given.get("loop", {}), "loop"
+    )
 
 
 class OmniRLLearner(DistillationLearner):

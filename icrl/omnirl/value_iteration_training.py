@@ -90,6 +90,10 @@ class ValueIterationTraining:
         """Records of a batch in which the model itself acted."""
         return int(self.dagger * self.data.batch)
 
+    @property
+    def dagger_kept(self) -> int:
+        return 8
+
 
 def loss_of(output: Output, targets: Targets, config: ValueIterationTraining) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a segment, a float32 scalar, and scalars to log; all on the output's device."""

@@ -143,6 +143,19 @@ def test_a_prompt_is_seen_by_its_own_step_on():
         assert not torch.equal(one[:, 12], two[:, 12])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_keeps_states_in_float32(case):
+    model, tokens = make(CASES[case]), some_tokens()
+    wanted = model(tokens, model.initial_state(3))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = model(tokens, model.initial_state(3))
+    assert {t.dtype for t in leaves(state)} <= {torch.float32, torch.int64}
+    apart = (output.logits.float() - wanted.logits).norm() / wanted.logits.norm()
+    assert apart < 0.1
+    output.logits.float().sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 @torch.no_grad()
 def test_what_is_missing_is_not_seen():
     for case in ("fused, addressed", "interleaved kda"):
@@ -272,6 +285,10 @@ def test_other_observations(tmp_path):
     model.save(tmp_path / "c.safetensors")
     assert isinstance(OmniRL.load(tmp_path / "c.safetensors").tokenizer, ContinuousObservations)
 
+    with pytest.raises(
+        ValueError, match="tokenizer: wanted codes of 10 channels, as heads are addressed by them, got 9"
+    ):
+        OmniRL(SMALL, Pixels(9))
     torch.manual_seed(0)
     own = OmniRL(replace(SMALL, channels=16), Pixels(10))
     images = [x.view(3, 23, 4, 4) for x in some_tokens(channels=16)[:2]]

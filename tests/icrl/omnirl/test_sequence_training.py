@@ -232,7 +232,8 @@ def test_read_config():
 
 
 def test_the_published_configuration():
-    c = OmniRLTraining.published()
+    c, loop = read_config({}, "published")
+    assert (loop.learning_rate, loop.muon_learning_rate) == (2e-4, 0.0)
     assert (c.observation_weight, c.reward_weight, c.prompted_weight) == (0.4, 0.4, 0.2)
     assert (c.data.steps, c.segment, c.position_steps, c.observation_dropout) == (12_000, 2048, 512, 0.15)
 
