@@ -12,6 +12,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/step_call.h"
 #include "fused/fused_program.h"
 
 namespace icrl {
@@ -203,19 +204,26 @@ void run(FusedProgram& program, int threads, const py::args& values) {
   }
 }
 
-// Whether a reward is not finite or beyond `most`, or an end none of 0, 1 and 2, among n outcomes.
-bool strange_outcome(uintptr_t reward, uintptr_t done, int64_t n, float most) {
-  const auto* r = reinterpret_cast<const float*>(reward);
-  const auto* d = reinterpret_cast<const uint8_t*>(done);
+// The address of n numbers of a plain tensor, 0 for another.
+uintptr_t plain_integers(const py::handle& tensor, int64_t n) {
+  return reinterpret_cast<uintptr_t>(plain_memory(tensor.ptr(), kPlainInt, n));
+}
+
+// The addresses of n plain rewards and ends; None where they are none, a reward is not finite or beyond `most` in size,
+// or an end none of 0, 1 and 2.
+py::object plain_outcome(const py::handle& reward, const py::handle& done, int64_t n, float most) {
+  const auto* r = static_cast<const float*>(plain_memory(reward.ptr(), kPlainFloat, n));
+  const auto* d = static_cast<const uint8_t*>(plain_memory(done.ptr(), kPlainByte, n));
+  if (!r || !d) return py::none();
   for (int64_t i = 0; i < n; ++i)
-    if (!(r[i] <= most && -r[i] <= most) || d[i] > 2) return true;
-  return false;
+    if (!(r[i] <= most && -r[i] <= most) || d[i] > 2) return py::none();
+  return py::make_tuple(reinterpret_cast<uintptr_t>(r), reinterpret_cast<uintptr_t>(d));
 }
 
 }  // namespace
 
 void bind_fused_program(py::module_& m) {
-  m.def("strange_outcome", &strange_outcome);
+  m.def("plain_integers", &plain_integers), m.def("plain_outcome", &plain_outcome);
   py::class_<FusedProgram>(m, "FusedProgram")
       .def(py::init<const std::vector<BufferGiven>&, const std::vector<TensorGiven>&, const std::vector<OpGiven>&,
                     uintptr_t, int64_t, int64_t, int64_t>())

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from icrl.models.mixers import Recurrent, WindowedSoftmax, WindowState
 from icrl.models.stack import Block
@@ -146,6 +147,7 @@ class SequenceStep:
             raise ValueError(f"state: wanted an OmniRLState of {len(model.stack.blocks)} layers, got another")
         self.prompt, self.own = prompt, num_actions
         self.state = state
+        self._changed = [t for t in self._tensors() if not t.is_inference()]
         self._layout = self._addresses()
         self.step: Step = program(model, observed, prompt).step(batch, group=32)
         own = torch.as_tensor(num_actions, dtype=torch.int64, device="cpu").expand(batch).contiguous()
@@ -163,12 +165,19 @@ class SequenceStep:
                 bind_state(self.step, f"layer{i}", layer)
         self.run = self.step.program.run
 
-    def _addresses(self) -> list[int]:
-        found: list[int] = []
+    def _tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
         for part in (self.state.reward_square, self.state.count, *self.state.layers):
             for tensor in (part,) if isinstance(part, Tensor) else part:
-                found += [t.data_ptr() for t in ((tensor,) if isinstance(tensor, Tensor) else tensor)]
+                found += (tensor,) if isinstance(tensor, Tensor) else tensor
         return found
+
+    def _addresses(self) -> list[int]:
+        return [t.data_ptr() for t in self._tensors()]
+
+    def told(self) -> None:
+        """Let autograd know that the state has changed, as an operator that changes it would."""
+        increment_version(self._changed)
 
     @property
     def stale(self) -> bool:

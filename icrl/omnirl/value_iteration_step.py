@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from icrl.omnirl.tags import TAGS
 from icrl.omnirl.value_iteration_network import Block, State, ValueIterationNetwork
@@ -32,6 +33,8 @@ def why_not(model: object) -> str | None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or type(tensor) not in (Tensor, nn.Parameter):
             return f"its {name} is not a float32 tensor on the CPU"
+        if tensor.is_inference():
+            return f"its {name} was made in inference mode, so that no change of it is seen"
     return None
 
 
@@ -143,6 +146,7 @@ class ValueIterationStep:
             raise ValueError(f"state: wanted a State with the value memories of {c.layers} layers, got another")
         self.prompt, self.own = prompt, num_actions
         self.state = state
+        self._changed = [t for t in (state.transition, *state.values, *state[2:]) if not t.is_inference()]
         self._layout = self._addresses()
         self.step: Step = program(model, state.transition.shape[2], len(state.values), prompt, observed).step(batch)
         names = ("sum", "deviation", "square", "largest", "count")
@@ -154,6 +158,10 @@ class ValueIterationStep:
 
     def _addresses(self) -> list[int]:
         return [t.data_ptr() for t in (self.state.transition, *self.state.values)]
+
+    def told(self) -> None:
+        """Let autograd know that the state has changed, as an operator that changes it would."""
+        increment_version(self._changed)
 
     @property
     def stale(self) -> bool:

@@ -86,12 +86,15 @@ def add_mixer(
 
 
 def require_plain(module: nn.Module) -> None:
-    """Raises ValueError unless a module's parameters are float32 on the CPU and it has no hooks, which no program would run."""
+    """Raises ValueError unless a module's parameters are float32 on the CPU, not made in inference mode, in which their changes
+    are not seen, and it has no hooks, which no program would run."""
     if _torch_private.hooked(module):
         raise ValueError("module: wanted one without hooks")
     for name, tensor in module.named_parameters():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"module: wanted float32 on the CPU, got {name} of {tensor.dtype} on {tensor.device}")
+        if tensor.is_inference():
+            raise ValueError(f"module: wanted parameters whose changes are seen, got {name}, made in inference mode")
 
 
 def bind_state(step: Step, name: str, state: layers.State) -> None:

@@ -293,8 +293,8 @@ class Program:
         slot = self.tensor(name, self.count(rows), rows.width, each_call=each_call)
         self.op("write", input=rows, tensors=[slot])
 
-    def step(self, batch: int, *, group: int = 8) -> Step:
-        """The program for `batch` contexts, which go through it in groups. Raises ValueError for what no op may do."""
+    def step(self, batch: int, *, group: int = 12) -> Step:
+        """The program for `batch` contexts, which go through it in groups of at most `group`. Raises ValueError for what no op may do."""
         return Step(self, _checks.integer("batch", batch, 1), _checks.integer("group", group, 1))
 
 

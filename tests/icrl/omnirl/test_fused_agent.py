@@ -302,6 +302,27 @@ def test_tensors_of_any_layout():
     assert torch.allclose(agent.state.transition, plain.state.transition)
 
 
+def test_inference_mode():
+    """Versions of its tensors are not kept: weights that were made in it are the module's, a state is not in the way."""
+    with torch.inference_mode():
+        model = random_model(layers=2)
+        assert Agent(model, 3, 8).serving() is None
+    model = random_model(layers=2)
+    with torch.inference_mode():
+        agents = [Agent(model, 3, 8, fused=fused) for fused in (True, False)]
+        assert torch.equal(*(lived(agent, AHEAD + 5) for agent in agents))
+
+
+def test_autograd_sees_that_the_state_changes():
+    model = random_model(layers=2)
+    for fused in (True, False):
+        agent = Agent(model, 3, 8, fused=fused)
+        loss = (agent.state.transition * torch.ones(1, requires_grad=True)).sum()
+        lived(agent, 1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_an_act_without_an_outcome_is_forgotten():
     model = random_model(layers=2)
     agents = [Agent(model, 3, 8, fused=fused) for fused in (True, False)]
