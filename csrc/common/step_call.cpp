@@ -23,7 +23,7 @@ struct DlExchange {
   int (*view)(void* object, DlTensor* out);  // borrows; may be null
   void* stream;
 };
-constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
+constexpr int kDlCpu = 1, kDlInt = 0, kDlUint = 1, kDlFloat = 2, kDlBfloat = 4;
 constexpr int kFloat = 0, kBfloat = 1, kHalf = 2;  // as in vec.h
 
 struct Torch {
@@ -105,6 +105,22 @@ bool read(PyObject* object, bool gradients, StepTensor& out, bool& contiguous) {
 }
 
 }  // namespace
+
+void* plain_memory(PyObject* object, Plain kind, int64_t n) {
+  const Torch& t = torch();
+  if (!t.type || Py_TYPE(object) != t.type) return nullptr;
+  DlTensor view;
+  if (t.view(object, &view)) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const int code[] = {kDlInt, kDlFloat, kDlUint}, bits[] = {64, 32, 8};
+  if (view.device_type != kDlCpu || view.lanes != 1 || view.code != code[kind] || view.bits != bits[kind])
+    return nullptr;
+  if (view.dims != 1 || view.shape[0] != n || (n != 1 && view.strides[0] != 1) || !view.data) return nullptr;
+  if (kind == kPlainFloat && truth(PyObject_CallMethodNoArgs(object, t.is_neg))) return nullptr;
+  return static_cast<char*>(view.data) + view.byte_offset;
+}
 
 StepCall::StepCall(PyObject* const* options, PyObject* object) {
   gradients = options[3] != Py_False;

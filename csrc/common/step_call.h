@@ -25,6 +25,11 @@ struct StepTensor {
   bool gate_of(const StepTensor& inputs) const { return dtype == 0 || dtype == inputs.dtype; }
 };
 
+// The memory of a plain tensor [n] of integers (kPlainInt), float32 (kPlainFloat) or bytes (kPlainByte); null for
+// anything else.
+enum Plain { kPlainInt, kPlainFloat, kPlainByte };
+void* plain_memory(PyObject* object, Plain kind, int64_t n);
+
 // One call: the tensors are read one by one, and `ok` is false from the first on that is not plain.
 struct StepCall {
   bool ok = true;

@@ -122,20 +122,23 @@ void closed_loop(FusedProgram& program, const std::vector<py::object>& given, co
                  const Pointers& state, int64_t N, int64_t S, int64_t A, int64_t entries, const Pointers& trajectory,
                  int64_t stride, uintptr_t next_state, uintptr_t ids, uintptr_t open, uintptr_t noise,
                  uintptr_t temperature, float most_reward, int64_t T, int64_t M, int threads) {
-  if (given.size() != kGiven || program.of_a_call().size() != kGiven || trajectory.size() != 5)
-    throw std::invalid_argument("program: wanted one that acts");
+  const int64_t bytes[kGiven] = {8, 4, 1, 0, 4 * M, 0, M, 8, 4 * M, 8, 8, 8, 8};
+  const auto& slots = program.of_a_call();
+  bool acts = given.size() == kGiven && slots.size() == kGiven && trajectory.size() == 5;
+  for (size_t i = 0; acts && i < kGiven; ++i) acts = program.bytes(slots[i]) == bytes[i];
+  if (!acts) throw std::invalid_argument("step: wanted one that acts, of " + std::to_string(M) + " actions");
   for (size_t i = 0; i < kGiven; ++i) {
-    const int64_t slot = program.of_a_call()[i];
-    if (PyFloat_CheckExact(given[i].ptr()))
-      program.set(slot, given[i].cast<float>());
-    else if (i != kNoise && i != kTemperature)
-      program.bind(slot, given[i].cast<uintptr_t>());
+    if (i == kNoise)
+      program.bind(slots[i], noise);
+    else if (program.is_number(slots[i]))
+      program.set(slots[i], given[i].cast<float>());
+    else
+      program.bind(slots[i], given[i].cast<uintptr_t>());
   }
   const py::gil_scoped_release free_gil;
-  program.bind(program.of_a_call()[kNoise], noise);
   program.require_bound();
   const auto address = [&](Given what) {
-    return reinterpret_cast<uintptr_t>(program.addresses()[static_cast<size_t>(program.of_a_call()[what])]);
+    return reinterpret_cast<uintptr_t>(program.addresses()[static_cast<size_t>(slots[what])]);
   };
   const Pointers outcome{0, 0, address(kReward), address(kDone), 0, next_state, 0};
   const RolloutCall simulator = rollout_call(tables, 0, 0, 0, {}, address(kTaskAction), state, outcome, N, S, A,

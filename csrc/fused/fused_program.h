@@ -26,7 +26,9 @@ class FusedProgram {
   FusedProgram& operator=(const FusedProgram&) = delete;
 
   void bind(int64_t tensor, uintptr_t address);
-  void set(int64_t tensor, float value);  // of a tensor of no bytes a context: a number that all share
+  void set(int64_t tensor, float value);  // of one that is_number
+  bool is_number(int64_t of_a_call) const { return !tensors_[static_cast<size_t>(of_a_call)].bytes; }
+  int64_t bytes(int64_t tensor) const { return tensors_[static_cast<size_t>(tensor)].bytes; }  // a context
   const std::vector<int64_t>& of_a_call() const { return of_a_call_; }  // tensors that are given with each call
   void run(int threads) const;  // by at most so many threads, where that is worth it
 

@@ -206,6 +206,63 @@ void gelu_tanh(const FusedGroup& g, const FusedOp& o) {
     });
 }
 
+// ---- maps
+
+void silu_map(const FusedGroup& g, const FusedOp& o) {
+  map(g, o, [](int64_t, auto, Vec x) { return silu(x); });
+}
+void relu_map(const FusedGroup& g, const FusedOp& o) {
+  map(g, o, [](int64_t, auto, Vec x) { return vmax(Vec{}, x); });
+}
+void tanh_map(const FusedGroup& g, const FusedOp& o) {
+  map(g, o, [](int64_t, auto, Vec x) { return vtanh(x); });
+}
+void elu_plus_one(const FusedGroup& g, const FusedOp& o) {
+  map(g, o, [](int64_t, auto, Vec x) { return x > 0.f ? x + 1.f : vexp(x); });
+}
+// y = numbers[0] sigmoid(x)
+void sigmoid_map(const FusedGroup& g, const FusedOp& o) {
+  map(g, o, [&](int64_t, auto, Vec x) { return o.numbers[0] * sigmoid(x); });
+}
+void multiply(const FusedGroup& g, const FusedOp& o) {
+  map2(g, o, [](int64_t, auto, Vec x, Vec z) { return x * z; });
+}
+
+// y = x w + b. weights: w, b or none
+const char* check_affine(const FusedPlan& p, const FusedOp& o) {
+  if (const char* wrong = check_map(p, o)) return wrong;
+  const int64_t n = o.in.width;
+  return has_weights(p, o, 0, n) && (o.weights[1] < 0 || has_weights(p, o, 1, n)) ? nullptr : "wants a weight a column";
+}
+void affine(const FusedGroup& g, const FusedOp& o) {
+  const float *w = weights(g, o, 0), *b = weights(g, o, 1);
+  map(g, o, [&](int64_t j, auto part, Vec x) {
+    const Vec y = x * part.load(w + j);
+    return b ? y + part.load(b + j) : y;
+  });
+}
+
+// y = x + (z - x) t. more: t
+const char* check_lerp(const FusedPlan& p, const FusedOp& o) {
+  if (const char* wrong = check_map2(p, o)) return wrong;
+  return as_wide(p, o.more[0], rows_of(p, o.in), o.in.width) && same_or_apart(o.more[0], o.out)
+             ? nullptr
+             : "wants rows of the input's shape";
+}
+void lerp(const FusedGroup& g, const FusedOp& o) {
+  const int64_t n = o.in.width, all = rows(g, o.in);
+  for (int64_t r = 0; r < all; ++r) {
+    const float* x = first_row(g, o.in) + r * stride(g, o.in);
+    const float* z = first_row(g, o.side) + r * stride(g, o.side);
+    const float* t = first_row(g, o.more[0]) + r * stride(g, o.more[0]);
+    float* y = first_row(g, o.out) + r * stride(g, o.out);
+    for_vectors(n, [&](int64_t j, auto part) {
+      const Vec a = part.load(x + j);
+      part.store(y + j, a + (part.load(z + j) - a) * part.load(t + j));
+    });
+  }
+}
+
 // ---- from and to the user's float32 tensors [batch, rows, width]
 
 const char* check_read(const FusedPlan& p, const FusedOp& o) {
@@ -239,9 +296,22 @@ void write(const FusedGroup& g, const FusedOp& o) {
 
 const FusedKind* fused_layers() {
   static constexpr FusedKind kinds[] = {
-      {"linear", check_linear, linear}, {"rms_norm", same_shape, rms_norm},   {"layer_norm", same_shape, layer_norm},
-      {"gated", check_gated, gated},    {"gelu_tanh", same_shape, gelu_tanh}, {"read", check_read, read},
-      {"write", check_write, write},    {nullptr, nullptr, nullptr},
+      {"linear", check_linear, linear},
+      {"rms_norm", same_shape, rms_norm},
+      {"layer_norm", same_shape, layer_norm},
+      {"gated", check_gated, gated},
+      {"gelu_tanh", same_shape, gelu_tanh},
+      {"silu", check_map, silu_map},
+      {"relu", check_map, relu_map},
+      {"tanh", check_map, tanh_map},
+      {"elu_plus_one", check_map, elu_plus_one},
+      {"sigmoid", check_map, sigmoid_map},
+      {"multiply", check_map2, multiply},
+      {"affine", check_affine, affine},
+      {"lerp", check_lerp, lerp},
+      {"read", check_read, read},
+      {"write", check_write, write},
+      {nullptr, nullptr, nullptr},
   };
   return kinds;
 }

@@ -264,15 +264,20 @@ void state_value(const FusedGroup& g, const FusedOp& o) {
 // ---- a value memory: the value is mixed into this state's row, and rows of the successors are read. in: value; side:
 // successors; out: [A] rows like the value's. tensors: memory [S,1+D+G], state; numbers: rate, 1 - rate
 
+// A number that an op has written as a float, where it is below `most`: of a row that no op has written, 0.
+ICRL_INLINE int64_t whole(float x, int64_t most) {
+  return x >= 0 && x < static_cast<float>(most) ? static_cast<int64_t>(x) : 0;
+}
+
 // y[a][j..] of NA actions from `first` on: sums of the memory's rows, in the order of the states
 template <int NA, class P>
-ICRL_INLINE void expect(const float* memory, int64_t width, const float* list, int64_t count, int64_t A, int64_t first,
-                        int64_t j, P part, float* y, int64_t ldy) {
+ICRL_INLINE void expect(const float* memory, int64_t S, int64_t width, const float* list, int64_t count, int64_t A,
+                        int64_t first, int64_t j, P part, float* y, int64_t ldy) {
   Vec t[NA];
 #pragma GCC unroll 8
   for (int a = 0; a < NA; ++a) t[a] = Vec{};
   for (int64_t i = 0; i < count; ++i, list += 1 + A) {
-    const Vec row = part.load(memory + static_cast<int64_t>(list[0]) * width + j);
+    const Vec row = part.load(memory + whole(list[0], S) * width + j);
 #pragma GCC unroll 8
     for (int a = 0; a < NA; ++a) t[a] += row * splat(list[1 + first + a]);
   }
@@ -292,23 +297,24 @@ const char* check_value_memory(const FusedPlan& p, const FusedOp& o) {
 }
 void value_memory(const FusedGroup& g, const FusedOp& o) {
   const int64_t A = buffer(g.plan, o.out).rows, width = o.in.width, ldy = stride(g, o.out);
+  const int64_t S = (o.side.width - 1) / (1 + A);
   const float rate = o.numbers[0], keep = o.numbers[1];
   for (int64_t c = 0; c < g.contexts; ++c) {
     const float *value = context_rows(g, o.in, c), *list = context_rows(g, o.side, c);
     float *memory = context_tensor<float>(g, o, 0, c), *y = context_rows(g, o.out, c);
     float* slot = memory + *context_tensor<const int64_t>(g, o, 1, c) * width;
-    const auto count = static_cast<int64_t>(list[0]);
+    const int64_t count = whole(list[0], S + 1);
     for_vectors(width, [&](int64_t j, auto part) {
       part.store(slot + j, part.load(slot + j) * keep + rate * part.load(value + j));
     });
     for_vectors(width, [&](int64_t j, auto part) {
       int64_t a = 0;
-      for (; a + 5 <= A; a += 5) expect<5>(memory, width, list + 1, count, A, a, j, part, y, ldy);
+      for (; a + 5 <= A; a += 5) expect<5>(memory, S, width, list + 1, count, A, a, j, part, y, ldy);
       switch (A - a) {
-        case 1: expect<1>(memory, width, list + 1, count, A, a, j, part, y, ldy); break;
-        case 2: expect<2>(memory, width, list + 1, count, A, a, j, part, y, ldy); break;
-        case 3: expect<3>(memory, width, list + 1, count, A, a, j, part, y, ldy); break;
-        case 4: expect<4>(memory, width, list + 1, count, A, a, j, part, y, ldy); break;
+        case 1: expect<1>(memory, S, width, list + 1, count, A, a, j, part, y, ldy); break;
+        case 2: expect<2>(memory, S, width, list + 1, count, A, a, j, part, y, ldy); break;
+        case 3: expect<3>(memory, S, width, list + 1, count, A, a, j, part, y, ldy); break;
+        case 4: expect<4>(memory, S, width, list + 1, count, A, a, j, part, y, ldy); break;
         default: break;
       }
     });

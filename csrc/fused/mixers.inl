@@ -18,43 +18,10 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
-// ---- checks and loops
+// ---- heads and gates
 
-ICRL_INLINE bool as_wide(const FusedPlan& p, const FusedView& v, int64_t rows, int64_t width) {
-  return given(v) && rows_of(p, v) == rows && v.width == width;
-}
-ICRL_INLINE bool same_or_apart(const FusedView& a, const FusedView& b) { return same(a, b) || apart(a, b); }
-
-const char* check_map(const FusedPlan& p, const FusedOp& o) {
-  if (!given(o.in) || !as_wide(p, o.out, rows_of(p, o.in), o.in.width)) return "wants an output of the input's shape";
-  return same_or_apart(o.in, o.out) ? nullptr : "wants an output apart from its input, or the input itself";
-}
-const char* check_map2(const FusedPlan& p, const FusedOp& o) {
-  if (const char* wrong = check_map(p, o)) return wrong;
-  if (!as_wide(p, o.side, rows_of(p, o.in), o.in.width)) return "wants rows of the input's shape at its side";
-  return same_or_apart(o.side, o.out) ? nullptr : "wants an output apart from what is at its side, or that itself";
-}
 // Whether the columns of a row are so many heads' of some channels each.
 ICRL_INLINE bool heads_of(const FusedView& v, int64_t heads) { return heads >= 1 && v.width % heads == 0; }
-
-// y = f(j, part, x) of every row, z of `side` beside it where there is one
-template <class F>
-ICRL_INLINE void map(const FusedGroup& g, const FusedOp& o, F&& f) {
-  const int64_t n = o.in.width, ldx = stride(g, o.in), ldy = stride(g, o.out), all = rows(g, o.in);
-  const float* x = first_row(g, o.in);
-  float* y = first_row(g, o.out);
-  for (int64_t r = 0; r < all; ++r, x += ldx, y += ldy)
-    for_vectors(n, [&](int64_t j, auto part) { part.store(y + j, f(j, part, part.load(x + j))); });
-}
-template <class F>
-ICRL_INLINE void map2(const FusedGroup& g, const FusedOp& o, F&& f) {
-  const int64_t n = o.in.width, ldx = stride(g, o.in), ldy = stride(g, o.out), ldz = stride(g, o.side);
-  const int64_t all = rows(g, o.in);
-  const float *x = first_row(g, o.in), *z = first_row(g, o.side);
-  float* y = first_row(g, o.out);
-  for (int64_t r = 0; r < all; ++r, x += ldx, y += ldy, z += ldz)
-    for_vectors(n, [&](int64_t j, auto part) { part.store(y + j, f(j, part, part.load(x + j), part.load(z + j))); });
-}
 
 // f(x, y) of every head of every row
 template <class F>
@@ -91,68 +58,13 @@ ICRL_INLINE Vec one_minus_exp(Vec g) {
   return g > -.35f ? -(p * g * g + g) : 1.f - vexp(g);
 }
 
-// ---- maps
-
-void silu_map(const FusedGroup& g, const FusedOp& o) {
-  map(g, o, [](int64_t, auto, Vec x) { return silu(x); });
-}
-void relu_map(const FusedGroup& g, const FusedOp& o) {
-  map(g, o, [](int64_t, auto, Vec x) { return vmax(Vec{}, x); });
-}
-void tanh_map(const FusedGroup& g, const FusedOp& o) {
-  map(g, o, [](int64_t, auto, Vec x) { return vtanh(x); });
-}
-void elu_plus_one(const FusedGroup& g, const FusedOp& o) {
-  map(g, o, [](int64_t, auto, Vec x) { return x > 0.f ? x + 1.f : vexp(x); });
-}
-// y = numbers[0] sigmoid(x)
-void sigmoid_map(const FusedGroup& g, const FusedOp& o) {
-  map(g, o, [&](int64_t, auto, Vec x) { return o.numbers[0] * sigmoid(x); });
-}
-void multiply(const FusedGroup& g, const FusedOp& o) {
-  map2(g, o, [](int64_t, auto, Vec x, Vec z) { return x * z; });
-}
-
-// y = x w + b. weights: w, b or none
-const char* check_affine(const FusedPlan& p, const FusedOp& o) {
-  if (const char* wrong = check_map(p, o)) return wrong;
-  const int64_t n = o.in.width;
-  return has_weights(p, o, 0, n) && (o.weights[1] < 0 || has_weights(p, o, 1, n)) ? nullptr : "wants a weight a column";
-}
-void affine(const FusedGroup& g, const FusedOp& o) {
-  const float *w = weights(g, o, 0), *b = weights(g, o, 1);
-  map(g, o, [&](int64_t j, auto part, Vec x) {
-    const Vec y = x * part.load(w + j);
-    return b ? y + part.load(b + j) : y;
-  });
-}
-
-// y = x + (z - x) t. more: t
-const char* check_lerp(const FusedPlan& p, const FusedOp& o) {
-  if (const char* wrong = check_map2(p, o)) return wrong;
-  return as_wide(p, o.more[0], rows_of(p, o.in), o.in.width) && same_or_apart(o.more[0], o.out)
-             ? nullptr
-             : "wants rows of the input's shape";
-}
-void lerp(const FusedGroup& g, const FusedOp& o) {
-  const int64_t n = o.in.width, all = rows(g, o.in);
-  for (int64_t r = 0; r < all; ++r) {
-    const float* x = first_row(g, o.in) + r * stride(g, o.in);
-    const float* z = first_row(g, o.side) + r * stride(g, o.side);
-    const float* t = first_row(g, o.more[0]) + r * stride(g, o.more[0]);
-    float* y = first_row(g, o.out) + r * stride(g, o.out);
-    for_vectors(n, [&](int64_t j, auto part) {
-      const Vec a = part.load(x + j);
-      part.store(y + j, a + (part.load(z + j) - a) * part.load(t + j));
-    });
-  }
-}
-
 // y = exp g with, by sizes[0],
 //   0: g = max(-rate softplus(s x + b), least);   1: g = bound sigmoid(rate (x + b))
 // weights: rate, b or none; numbers: s, least, bound. side, if given: 1 - y
 const char* check_decay(const FusedPlan& p, const FusedOp& o) {
-  if (const char* wrong = check_affine(p, o)) return wrong;
+  if (const char* wrong = check_map(p, o)) return wrong;
+  const int64_t n = o.in.width;
+  if (!has_weights(p, o, 0, n) || (o.weights[1] >= 0 && !has_weights(p, o, 1, n))) return "wants a weight a column";
   if (o.sizes[0] > 1) return "wants one of two forms";
   if (given(o.side) &&
       !(as_wide(p, o.side, rows_of(p, o.in), o.in.width) && apart(o.side, o.out) && same_or_apart(o.side, o.in)))
@@ -618,14 +530,6 @@ void window_attention(const FusedGroup& g, const FusedOp& o) {
 
 const FusedKind* fused_mixers() {
   static constexpr FusedKind kinds[] = {
-      {"silu", check_map, silu_map},
-      {"relu", check_map, relu_map},
-      {"tanh", check_map, tanh_map},
-      {"elu_plus_one", check_map, elu_plus_one},
-      {"sigmoid", check_map, sigmoid_map},
-      {"multiply", check_map2, multiply},
-      {"affine", check_affine, affine},
-      {"lerp", check_lerp, lerp},
       {"decay", check_decay, decay},
       {"hedgehog", check_hedgehog, hedgehog},
       {"sum_norm", check_heads, sum_norm},

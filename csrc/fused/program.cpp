@@ -12,6 +12,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/step_call.h"
 #include "fused/fused_program.h"
 
 namespace icrl {
@@ -19,8 +20,8 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kMost =
-    int64_t{1} << 40;  // of any size, so that none of their products overflows what is kept of them
+// Of any size, so that none of their products overflows what is kept of them.
+constexpr int64_t kMost = int64_t{1} << 40;
 constexpr double kWeightNanoseconds = 0.03;  // about what a weight takes for a context
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
@@ -77,6 +78,7 @@ FusedProgram::FusedProgram(const std::vector<BufferGiven>& buffers, const std::v
     if (bytes < 0 || bytes > kMost) refuse(name + ": wanted a size, got " + std::to_string(bytes));
     if (below < 0 || (below && (bytes != 8 || optional))) refuse(name + ": wanted indices of int64, one a context");
     const auto at = static_cast<int64_t>(tensors_.size());
+    if (of_a_call && !bytes && optional) refuse(name + ": wanted a number, which is not optional");
     if (of_a_call) of_a_call_.push_back(at);
     if (below) indices_.push_back(at);
     tensors_.push_back({bytes, optional, below}), names_.push_back(name);
@@ -129,15 +131,12 @@ void FusedProgram::add(const OpGiven& given) {
 
 void FusedProgram::bind(int64_t tensor, uintptr_t address) {
   if (tensor < 0 || tensor >= static_cast<int64_t>(tensors_.size()))
-
     refuse("there is no tensor " + std::to_string(tensor));
   addresses_[static_cast<size_t>(tensor)] = reinterpret_cast<void*>(address);
 }
 
 void FusedProgram::set(int64_t tensor, float value) {
-  bind(tensor, 0);
   const auto at = static_cast<size_t>(tensor);
-  if (tensors_[at].bytes) refuse(names_[at] + ": wanted an address, as it is no number that all share");
   numbers_[at] = value, addresses_[at] = &numbers_[at];
 }
 
@@ -187,16 +186,15 @@ void FusedProgram::run(int threads) const {
 
 namespace {
 
-// values: an address or, of a number, a float for each tensor that is given with each call, in their order
+// values: an address, or the number that it is, for each tensor that is given with each call, in their order
 void run(FusedProgram& program, int threads, const py::args& values) {
   const auto& tensors = program.of_a_call();
   if (values.size() != tensors.size()) refuse("wanted " + std::to_string(tensors.size()) + " tensors with the call");
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const py::handle value = values[i];
-    if (PyFloat_CheckExact(value.ptr()))
-      program.set(tensors[i], static_cast<float>(PyFloat_AS_DOUBLE(value.ptr())));
+    if (program.is_number(tensors[i]))
+      program.set(tensors[i], values[i].cast<float>());
     else
-      program.bind(tensors[i], value.cast<uintptr_t>());
+      program.bind(tensors[i], values[i].cast<uintptr_t>());
   }
   if (program.long_run()) {
     const py::gil_scoped_release free_gil;
@@ -206,19 +204,26 @@ void run(FusedProgram& program, int threads, const py::args& values) {
   }
 }
 
-// Whether a reward is not finite or beyond `most`, or an end none of 0, 1 and 2, among n outcomes.
-bool strange_outcome(uintptr_t reward, uintptr_t done, int64_t n, float most) {
-  const auto* r = reinterpret_cast<const float*>(reward);
-  const auto* d = reinterpret_cast<const uint8_t*>(done);
+// The address of n numbers of a plain tensor, 0 for another.
+uintptr_t plain_integers(const py::handle& tensor, int64_t n) {
+  return reinterpret_cast<uintptr_t>(plain_memory(tensor.ptr(), kPlainInt, n));
+}
+
+// The addresses of n plain rewards and ends; None where they are none, a reward is not finite or beyond `most` in size,
+// or an end none of 0, 1 and 2.
+py::object plain_outcome(const py::handle& reward, const py::handle& done, int64_t n, float most) {
+  const auto* r = static_cast<const float*>(plain_memory(reward.ptr(), kPlainFloat, n));
+  const auto* d = static_cast<const uint8_t*>(plain_memory(done.ptr(), kPlainByte, n));
+  if (!r || !d) return py::none();
   for (int64_t i = 0; i < n; ++i)
-    if (!(r[i] <= most && -r[i] <= most) || d[i] > 2) return true;
-  return false;
+    if (!(r[i] <= most && -r[i] <= most) || d[i] > 2) return py::none();
+  return py::make_tuple(reinterpret_cast<uintptr_t>(r), reinterpret_cast<uintptr_t>(d));
 }
 
 }  // namespace
 
 void bind_fused_program(py::module_& m) {
-  m.def("strange_outcome", &strange_outcome);
+  m.def("plain_integers", &plain_integers), m.def("plain_outcome", &plain_outcome);
   py::class_<FusedProgram>(m, "FusedProgram")
       .def(py::init<const std::vector<BufferGiven>&, const std::vector<TensorGiven>&, const std::vector<OpGiven>&,
                     uintptr_t, int64_t, int64_t, int64_t>())

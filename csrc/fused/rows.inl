@@ -123,5 +123,40 @@ ICRL_INLINE Vec vtanh(Vec x) {
   return square < splat(.625f * .625f) ? near : far;
 }
 
+// ---- maps, row by row
+
+ICRL_INLINE bool as_wide(const FusedPlan& p, const FusedView& v, int64_t rows, int64_t width) {
+  return given(v) && rows_of(p, v) == rows && v.width == width;
+}
+ICRL_INLINE bool same_or_apart(const FusedView& a, const FusedView& b) { return same(a, b) || apart(a, b); }
+
+ICRL_INLINE const char* check_map(const FusedPlan& p, const FusedOp& o) {
+  if (!given(o.in) || !as_wide(p, o.out, rows_of(p, o.in), o.in.width)) return "wants an output of the input's shape";
+  return same_or_apart(o.in, o.out) ? nullptr : "wants an output apart from its input, or the input itself";
+}
+ICRL_INLINE const char* check_map2(const FusedPlan& p, const FusedOp& o) {
+  if (const char* wrong = check_map(p, o)) return wrong;
+  if (!as_wide(p, o.side, rows_of(p, o.in), o.in.width)) return "wants rows of the input's shape at its side";
+  return same_or_apart(o.side, o.out) ? nullptr : "wants an output apart from what is at its side, or that itself";
+}
+// y = f(j, part, x) of every row, z of `side` beside it where there is one
+template <class F>
+ICRL_INLINE void map(const FusedGroup& g, const FusedOp& o, F&& f) {
+  const int64_t n = o.in.width, ldx = stride(g, o.in), ldy = stride(g, o.out), all = rows(g, o.in);
+  const float* x = first_row(g, o.in);
+  float* y = first_row(g, o.out);
+  for (int64_t r = 0; r < all; ++r, x += ldx, y += ldy)
+    for_vectors(n, [&](int64_t j, auto part) { part.store(y + j, f(j, part, part.load(x + j))); });
+}
+template <class F>
+ICRL_INLINE void map2(const FusedGroup& g, const FusedOp& o, F&& f) {
+  const int64_t n = o.in.width, ldx = stride(g, o.in), ldy = stride(g, o.out), ldz = stride(g, o.side);
+  const int64_t all = rows(g, o.in);
+  const float *x = first_row(g, o.in), *z = first_row(g, o.side);
+  float* y = first_row(g, o.out);
+  for (int64_t r = 0; r < all; ++r, x += ldx, y += ldy, z += ldz)
+    for_vectors(n, [&](int64_t j, auto part) { part.store(y + j, f(j, part, part.load(x + j), part.load(z + j))); });
+}
+
 }  // namespace
 }  // namespace icrl::ICRL_ISA

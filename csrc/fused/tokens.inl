@@ -9,7 +9,7 @@
 namespace icrl::ICRL_ISA {
 namespace {
 
-constexpr int64_t kEnds = 4, kStart = 3, kRewardFeatures = 4;
+constexpr int64_t kEnds = 4, kStart = 3, kRewardFeatures = 4, kMostFloats = int64_t{1} << 40;
 
 ICRL_INLINE bool one_row_of(const FusedPlan& p, const FusedView& v, int64_t width) {
   return given(v) && rows_of(p, v) == 1 && v.width == width;
@@ -42,39 +42,52 @@ void table_row(const FusedGroup& g, const FusedOp& o) {
   }
 }
 
-// y = here[observation] + there[before, action] + ends[done, tag], where before is the previous observation, or S on a
-// context's first token. tensors: observation, previous observation, action (int64), done (uint8), tag (a number);
-// sizes: S, actions (A, and A itself: none), T; weights: here [S], there [S + 1, actions], ends [4, T] rows of y's
-// width
-const char* check_step_rows(const FusedPlan& p, const FusedOp& o) {
-  const int64_t S = o.sizes[0], A = o.sizes[1], T = o.sizes[2];
+// y += the table's row [before, action], where before is the previous observation, or S on a context's first token.
+// tensors: previous observation, action (int64), done (uint8); sizes: S, actions (A, and A itself: none); weights:
+// table [S + 1, actions][width padded]
+const char* check_transition_row(const FusedPlan& p, const FusedOp& o) {
+  const int64_t S = o.sizes[0], A = o.sizes[1];
   if (!given(o.out) || rows_of(p, o.out) != 1) return "wants an output of one row a context";
-  if (S < 1 || A < 1 || T < 1) return "wants sizes of at least 1";
-  const int64_t ld = padded(o.out.width), most = int64_t{1} << 40;
-  if (S + 1 > most / A / ld || T > most / ld) return "wants tables that fit into memory";
-  if (!has_weights(p, o, 0, S * ld) || !has_weights(p, o, 1, (S + 1) * A * ld) || !has_weights(p, o, 2, kEnds * T * ld))
-    return "wants its tables within the packed weights";
-  for (int i = 0; i < 3; ++i) {
-    const int64_t below = i < 2 ? S : A;
+  const int64_t ld = padded(o.out.width);
+  if (S < 1 || A < 1 || S >= kMostFloats / A / ld) return "wants sizes of at least 1, of a table that fits into memory";
+  if (!has_weights(p, o, 0, (S + 1) * A * ld)) return "wants its table within the packed weights";
+  for (int i = 0; i < 2; ++i) {
+    const int64_t below = i ? A : S;
     if (!has_tensor(p, o, i, 8) || p.tensors[o.tensors[i]].below < 1 || p.tensors[o.tensors[i]].below > below)
       return "wants indices of observations and actions";
   }
-  return has_tensor(p, o, 3, 1) && has_tensor(p, o, 4, 0) ? nullptr : "wants an end and a tag";
+  return has_tensor(p, o, 2, 1) ? nullptr : "wants an end";
 }
-void step_rows(const FusedGroup& g, const FusedOp& o) {
-  const int64_t S = o.sizes[0], A = o.sizes[1], T = o.sizes[2], n = o.out.width, ld = padded(n);
+void transition_row(const FusedGroup& g, const FusedOp& o) {
+  const int64_t n = o.out.width, ld = padded(n);
   for (int64_t c = 0; c < g.contexts; ++c) {
-    const int64_t done = *context_tensor<const uint8_t>(g, o, 3, c) & (kEnds - 1);
-    const float given_tag = *context_tensor<const float>(g, o, 4, c);
-    // what is no tag is for whoever gives it to refuse: here it only may not lead out of the table
-    const int64_t tag = given_tag >= 0 && given_tag < static_cast<float>(T) ? static_cast<int64_t>(given_tag) : 0;
-    const int64_t before = done == kStart ? S : *context_tensor<const int64_t>(g, o, 1, c);
-    const float* here = weights(g, o, 0) + *context_tensor<const int64_t>(g, o, 0, c) * ld;
-    const float* there = weights(g, o, 1) + (before * A + *context_tensor<const int64_t>(g, o, 2, c)) * ld;
-    const float* end = weights(g, o, 2) + (done * T + tag) * ld;
+    const bool first = *context_tensor<const uint8_t>(g, o, 2, c) == kStart;
+    const int64_t before = first ? o.sizes[0] : *context_tensor<const int64_t>(g, o, 0, c);
+    const float* x = weights(g, o, 0) + (before * o.sizes[1] + *context_tensor<const int64_t>(g, o, 1, c)) * ld;
+    float* y = context_rows(g, o.out, c);
+    for_vectors(n, [&](int64_t j, auto part) { part.store(y + j, part.load(y + j) + part.load(x + j)); });
+  }
+}
+
+// y = the table's row [done, tag], or y + that. tensors: done (uint8), tag (a number); sizes: T, whether to add;
+// weights: table [4, T][width padded]. What is no end or tag, which is for whoever gives it to refuse, is taken for 0
+const char* check_end_row(const FusedPlan& p, const FusedOp& o) {
+  if (!given(o.out) || rows_of(p, o.out) != 1) return "wants an output of one row a context";
+  const int64_t T = o.sizes[0], ld = padded(o.out.width);
+  if (T < 1 || T > kMostFloats / kEnds / ld) return "wants a tag or more, of a table that fits into memory";
+  if (!has_weights(p, o, 0, kEnds * T * ld)) return "wants its table within the packed weights";
+  return has_tensor(p, o, 0, 1) && has_tensor(p, o, 1, 0) ? nullptr : "wants an end and a tag";
+}
+void end_row(const FusedGroup& g, const FusedOp& o) {
+  const int64_t T = o.sizes[0], n = o.out.width, ld = padded(n);
+  for (int64_t c = 0; c < g.contexts; ++c) {
+    const int64_t told = *context_tensor<const uint8_t>(g, o, 0, c), done = told < kEnds ? told : 0;
+    const float number = *context_tensor<const float>(g, o, 1, c);
+    const int64_t tag = number >= 0 && number < static_cast<float>(T) ? static_cast<int64_t>(number) : 0;
+    const float* x = weights(g, o, 0) + (done * T + tag) * ld;
     float* y = context_rows(g, o.out, c);
     for_vectors(n, [&](int64_t j, auto part) {
-      part.store(y + j, part.load(here + j) + part.load(there + j) + part.load(end + j));
+      part.store(y + j, o.sizes[1] ? part.load(y + j) + part.load(x + j) : part.load(x + j));
     });
   }
 }
@@ -106,7 +119,8 @@ void reward_features(const FusedGroup& g, const FusedOp& o) {
 const FusedKind* fused_tokens() {
   static constexpr FusedKind kinds[] = {
       {"table_row", check_table_row, table_row},
-      {"step_rows", check_step_rows, step_rows},
+      {"transition_row", check_transition_row, transition_row},
+      {"end_row", check_end_row, end_row},
       {"reward_features", check_reward_features, reward_features},
       {nullptr, nullptr, nullptr},
   };

@@ -42,31 +42,29 @@ def add_stack(program: Program, stack: Stack, x: Rows, state: str, *, room: int 
     for i, block in enumerate(stack.blocks):
         if type(block) is not Block:
             raise ValueError(f"stack: wanted blocks of icrl.models.stack, got {type(block).__name__}")
-        normed, mixer = add_norm(program, x, block.mix_norm), block.mixer
-        if isinstance(mixer, Recurrent):
-            first = add_mixer(
-                program,
-                mixer.mixer,
-                normed,
-                x,
-                f"{state}{i}",
-                norm=block.mix_norm,
-                add=True,
-                v_first=first if getattr(mixer.mixer, "layer_idx", 0) else None,
-            )
-        else:
-            (qkv,) = program.linear(normed, [mixer.qkv_proj], norm=block.mix_norm)
-            q, k, v = (qkv.part(j * x.width, x.width) for j in range(3))
-            if isinstance(mixer, WindowedSoftmax):
-                slopes = mixer.slopes(torch.device("cpu"))
-                y = add_window_attention(program, q, k, v, mixer.heads, mixer.window, f"{state}{i}", slopes)
-            else:
-                room = integer("room", room, 1)
-                y = add_window_attention(program, q, k, v, mixer.heads, room, f"{state}{i}", grows=True)
-            program.linear_into(x, y, mixer.o_proj, add=True)
-        (h,) = program.linear(add_norm(program, x, block.mlp_norm), [block.mlp_in], norm=block.mlp_norm)
-        program.linear_into(x, program.gated(h) if block.gated else program.gelu_tanh(h), block.mlp_out, add=True)
+        with program.passing() as kept:
+            first = _add_mixed(program, block, x, f"{state}{i}", room, first)
+            (h,) = program.linear(add_norm(program, x, block.mlp_norm), [block.mlp_in], norm=block.mlp_norm)
+            program.linear_into(x, program.gated(h) if block.gated else program.gelu_tanh(h), block.mlp_out, add=True)
+            kept += [] if first is None else [first]
     return add_norm(program, x, stack.norm)
+
+
+def _add_mixed(program: Program, block: Block, x: Rows, state: str, room: int, first: Rows | None) -> Rows | None:
+    """x + mixer(norm x), in place; the values of RWKV-7's first layer."""
+    normed, mixer = add_norm(program, x, block.mix_norm), block.mixer
+    if isinstance(mixer, Recurrent):
+        own = first if getattr(mixer.mixer, "layer_idx", 0) else None
+        return add_mixer(program, mixer.mixer, normed, x, state, norm=block.mix_norm, add=True, v_first=own)
+    (qkv,) = program.linear(normed, [mixer.qkv_proj], norm=block.mix_norm)
+    q, k, v = (qkv.part(j * x.width, x.width) for j in range(3))
+    if isinstance(mixer, WindowedSoftmax):
+        slopes = mixer.slopes(torch.device("cpu"))
+        y = add_window_attention(program, q, k, v, mixer.heads, mixer.window, state, slopes)
+    else:
+        y = add_window_attention(program, q, k, v, mixer.heads, integer("room", room, 1), state, grows=True)
+    program.linear_into(x, y, mixer.o_proj, add=True)
+    return None
 
 
 class TrunkStep:
@@ -106,7 +104,7 @@ class TrunkStep:
             p.op("table_row", out=x, tensors=[at], weights=weights, sizes=[len(table), 1])
         y = add_stack(p, trunk, x, "layer", room=self.room)
         p.write("y", add_affine(p, y, trunk.norm), each_call=True)
-        self.step = p.step(self.batch, group=16)
+        self.step = p.step(self.batch, group=32)
         self.replace(None)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from icrl.omnirl.tokens import Tokens
 from icrl.omnirl.value_iteration_step import ValueIterationStep
 from icrl_kernels import threads_here
 from icrl_kernels.arguments import dense, integer, number
-from icrl_kernels.fused import strange_outcome, watched
+from icrl_kernels.fused import plain_integers, plain_outcome, watched
 
 # Up to so many contexts a step's operators are too short for a second thread: it brings nothing on a quiet machine, and
 # beside busy processes each of them waits for it (benches/NOTES.md, "Threads").
@@ -28,7 +28,7 @@ ONE_THREAD = 64
 MOST_REWARD = 1e15  # the model sums squares of rewards in float32
 AHEAD = 64  # the fused step draws the noise of so many steps at once, and looks so often whether weights have changed
 MOST_AHEAD = 1 << 16  # numbers that are drawn at once, at most
-LOOK = 1024  # and it looks so often whether the model is still one that it serves
+LOOK = 4096  # and it looks so often whether the model is still one that it serves
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,14 @@ class _Place:
         self.at = observation.data_ptr(), action.data_ptr()
 
 
-@dataclass
 class _Outcome:
-    """What that brought: float32 and uint8 (off the CPU int64), `[B]` each, and the tag of who acted."""
+    """What that brought: float32 and uint8 (off the CPU int64), `[B]` each, at these addresses, and the tag of who acted."""
 
-    reward: Tensor
-    done: Tensor
-    tag: int
-    given: tuple[int, int, float] = field(init=False)
+    __slots__ = ("done", "given", "reward", "tag")
 
-    def __post_init__(self) -> None:
-        self.given = self.reward.data_ptr(), self.done.data_ptr(), float(self.tag)
+    def __init__(self, reward: Tensor, done: Tensor, tag: int, at: tuple[int, int] | None = None) -> None:
+        self.reward, self.done, self.tag = reward, done, tag
+        self.given = (*(at or (reward.data_ptr(), done.data_ptr())), tag)
 
 
 class _Noise:
@@ -129,10 +126,10 @@ class Agent:
     on the CPU and are the same for every device.
 
     A step is the model's module, or one call of C++ over a copy of its weights (icrl_kernels.fused): the same actions within
-    rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL of one token
-    a step and numbered observations, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
+    rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL whose
+    observations are numbers, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
     (autocast, a dispatch mode). Weights that change, and tensors of the state that are put in others' places, are seen within
-    64 steps, and hooks within 1,024.
+    64 steps, and hooks within 4,096; noise is drawn for 64 steps at once.
 
     Args:
         model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
@@ -185,8 +182,9 @@ class Agent:
         if least < 1 or largest > model.actions:
             raise ValueError(f"num_actions: wanted 1 to {model.actions}, the model's, got {least} to {largest}")
         self.generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
-        self._alone = self.device.type == "cpu" and self.batch <= ONE_THREAD
-        self._shape, self._actions = torch.Size([self.batch]), model.actions
+        self._on_cpu = self.device.type == "cpu"
+        self._alone = self._on_cpu and self.batch <= ONE_THREAD
+        self._actions = model.actions
         self.step = 0
         # of the last step that has been observed, and of the one that was acted since
         self._last, self._now = self._place(0, model.actions), self._place(0, 0)
@@ -233,9 +231,10 @@ class Agent:
         fused = self._fused
         if fused is None:
             return None
-        if self.step >= self._renew_at:
+        if self.step >= self._renew_at or self.prompt != fused.prompt or self.num_actions is not fused.own:
             self._renew_at = self.step + AHEAD
-            if fused.stale:
+            if fused.stale or self.prompt != fused.prompt or self.num_actions is not fused.own:
+                self._fused = None
                 self._look()
                 fused = self._fused
         if self.run is self._decide and not watched():
@@ -253,14 +252,10 @@ class Agent:
         why = "it is switched off" if self.fused is False else kind.why_not(self.model)
         old = self._fused
         if why is None and (old is None or old.stale or old.step.replaced):
-            own = self.num_actions
-            own = torch.full_like(self._now.action, own) if isinstance(own, int) else own.long().contiguous()
             try:
                 model: Any = self.model
-                if kind is sequence_step:
-                    self._fused = SequenceStep(model, self._state, self.prompt, own, self.states)
-                else:
-                    self._fused = ValueIterationStep(model, self._state, self.prompt, own)
+                step = SequenceStep if kind is sequence_step else ValueIterationStep
+                self._fused = step(model, self._state, self.batch, self.states, self.prompt, self.num_actions)
             except ValueError as error:
                 why = str(error)
         if why is None:
@@ -296,16 +291,18 @@ class Agent:
     def _act_fused(
         self, fused: ValueIterationStep | SequenceStep, observation: Tensor, action_mask: Tensor | None
     ) -> Tensor:
-        if not self._plain(observation, torch.int64):
+        at = plain_integers(observation, self.batch)
+        if not at:
             self._check("observation", observation)
             observation = observation.to("cpu", torch.int64).contiguous()
-        own = None if action_mask is None else self._own(action_mask)
+            at = observation.data_ptr()
+        own = None if action_mask is None else self._own(action_mask).contiguous()
         noise = self._noise
         i = noise.need(max(1, min(AHEAD, MOST_AHEAD // (self.batch * self._actions))))
         action = noise.action(i)
         fused.run(
             1 if self._alone else torch.get_num_threads(),
-            observation.data_ptr(),
+            at,
             *self._outcome.given,
             noise.at + i * noise.bytes,
             self.temperature.at(self.step),
@@ -315,6 +312,7 @@ class Agent:
             *self._last.at,
             *self._now.at,
         )
+        fused.told()
         return action
 
     # --- for a closed loop, which runs the fused step itself
@@ -391,25 +389,12 @@ class Agent:
         """
         if not self._acted:
             raise RuntimeError("observe: there is no action yet that brought this, call act first")
-        plain = self._plain(reward, torch.float32) and self._plain(done, torch.uint8)
-        if not plain or strange_outcome(reward, done, MOST_REWARD):
+        at = plain_outcome(reward, done, self.batch, MOST_REWARD) if self._on_cpu else None
+        if at is None:
             reward, done = self._judged(reward, done)
-        self._outcome = _Outcome(reward, done, integer("tag", tag, 0, TAGS - 1))
+        self._outcome = _Outcome(reward, done, integer("tag", tag, 0, TAGS - 1), at)
         if not self._turned:
             self._last, self._now, self._turned = self._now, self._last, True
-
-    def _plain(self, tensor: Tensor, dtype: torch.dtype) -> bool:
-        """Whether its memory, on the CPU as the model, holds one number a task of this type."""
-        return (
-            type(tensor) is Tensor
-            and tensor.dtype is dtype
-            and tensor.layout is torch.strided
-            and tensor.shape == self._shape
-            and tensor.is_cpu
-            and tensor.is_contiguous()
-            and not tensor.is_neg()
-            and self.device.type == "cpu"
-        )
 
     def _judged(self, reward: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """Any real rewards and ends, as an outcome keeps them; ValueError for those that no step brings."""
@@ -422,5 +407,5 @@ class Agent:
             )
         if done.device.type == "cpu" and not bool(((done == 0) | (done == 1) | (done == 2)).all()):
             raise ValueError(f"done: wanted 0, 1 or 2, got {done.tolist()!s:.80}")
-        kept = torch.uint8 if self.device.type == "cpu" else torch.int64
-        return reward.to(self.device).contiguous(), done.to(self.device, kept).contiguous()
+        kept = torch.uint8 if self._on_cpu else torch.int64
+        return reward.to(self.device).resolve_neg().contiguous(), done.to(self.device, kept).contiguous()

@@ -115,7 +115,7 @@ class ClosedLoop:
         temperature = [agent.temperature.at(agent.step + i) for i in range(steps)]
         observation, action = torch.empty((2, batch), dtype=torch.int64, device="cpu").unbind()
         mask = torch.empty(batch, agent.model.actions, dtype=torch.bool, device="cpu")
-        given = [*(x.data_ptr() for x in (observation, reward, done)), float(tag), 0, 0.0]
+        given = [*(x.data_ptr() for x in (observation, reward, done)), tag, 0, 0.0]
         given += [0 if self._open is None else mask.data_ptr(), action.data_ptr(), 0, *agent.places()]
         closed_loop(
             fused.step,
@@ -131,5 +131,6 @@ class ClosedLoop:
             most_reward=MOST_REWARD,
             threads=torch.get_num_threads(),
         )
+        fused.told()
         agent.went(steps, reward, done)
         return steps

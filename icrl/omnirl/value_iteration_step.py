@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from icrl.omnirl.tags import TAGS
 from icrl.omnirl.value_iteration_network import Block, State, ValueIterationNetwork
@@ -32,11 +33,14 @@ def why_not(model: object) -> str | None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or type(tensor) not in (Tensor, nn.Parameter):
             return f"its {name} is not a float32 tensor on the CPU"
+        if tensor.is_inference():
+            return f"its {name} was made in inference mode, so that no change of it is seen"
     return None
 
 
-def program(model: ValueIterationNetwork, states: int, memories: int, prompt: int) -> Program:
-    """The step of contexts with up to `states` observations and so many value memories, acting by the prompt's policy.
+def program(model: ValueIterationNetwork, states: int, memories: int, prompt: int, observed: int) -> Program:
+    """The step of contexts with room for `states` observations, of which `observed` may come, and so many value memories,
+    acting by the prompt's policy.
 
     What is given with each call: what `Tokens` says, noise, temperature, mask, where to write the tasks' actions and, or 0,
     the logits; then where the agents were and what they did there, as the step before wrote it, and where to write that of
@@ -50,12 +54,12 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
     stored = [p.tensor(f"values{i}", S, width) for i in range(memories)]
     own = p.tensor("num_actions", dtype=torch.int64)
     given = partial(p.tensor, each_call=True)
-    observation = given("observation", dtype=torch.int64, below=S)
+    observation = given("observation", dtype=torch.int64, below=observed)
     reward, done, tag = given("reward"), given("done", dtype=torch.uint8), given("tag", shared=True)
     noise, temperature = given("noise", A), given("temperature", shared=True)
     mask = given("mask", A, dtype=torch.bool, optional=True)
     task_action, logits = given("task_action", dtype=torch.int64), given("logits", A, optional=True)
-    previous = given("previous", dtype=torch.int64, below=S)
+    previous = given("previous", dtype=torch.int64, below=observed)
     action = given("action", dtype=torch.int64, below=A + 1)
     kept, chosen = given("kept", dtype=torch.int64), given("chosen", dtype=torch.int64)
 
@@ -125,23 +129,40 @@ def _block(p: Program, block: Block, z: Rows, x: Rows, heads: list[nn.Module]) -
 class ValueIterationStep:
     """The step of a batch of contexts, bound to their state, which every call changes in place.
 
-    Weights are copies: see `stale`. Raises ValueError where the state is not what the network's `initial_state` gives, or where
+    `run` is one token: see `program` for what it is given. Weights are copies: see `stale`. Raises ValueError where the state is not what the network's `initial_state` gives, or where
     the program cannot be made.
     """
 
-    def __init__(self, model: ValueIterationNetwork, state: State, prompt: int, num_actions: Tensor) -> None:
-        batch, _, states, _ = state.transition.shape
+    def __init__(
+        self,
+        model: ValueIterationNetwork,
+        state: State,
+        batch: int,
+        observed: int,
+        prompt: int,
+        num_actions: Tensor | int,
+    ) -> None:
+        c = model.config
+        if not isinstance(state, State) or not (c.tied or len(state.values) == c.layers):
+            raise ValueError(f"state: wanted a State with the value memories of {c.layers} layers, got another")
+        self.prompt, self.own = prompt, num_actions
         self.state = state
+        self._changed = [t for t in (state.transition, *state.values, *state[2:]) if not t.is_inference()]
         self._layout = self._addresses()
-        self.step: Step = program(model, states, len(state.values), prompt).step(batch)
+        self.step: Step = program(model, state.transition.shape[2], len(state.values), prompt, observed).step(batch)
         names = ("sum", "deviation", "square", "largest", "count")
-        self.step.bind(transition=state.transition, num_actions=num_actions)
+        own = torch.as_tensor(num_actions, dtype=torch.int64, device="cpu").expand(batch).contiguous()
+        self.step.bind(transition=state.transition, num_actions=own)
         self.step.bind(**dict(zip(names, state[2:], strict=True)))
         self.step.bind(**{f"values{i}": memory[:, 0] for i, memory in enumerate(state.values)})
         self.run = self.step.program.run
 
     def _addresses(self) -> list[int]:
         return [t.data_ptr() for t in (self.state.transition, *self.state.values)]
+
+    def told(self) -> None:
+        """Let autograd know that the state has changed, as an operator that changes it would."""
+        increment_version(self._changed)
 
     @property
     def stale(self) -> bool:

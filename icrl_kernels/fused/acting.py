@@ -25,10 +25,15 @@ def watched() -> bool:
     return torch.is_autocast_enabled("cpu") or bool(_torch_private.dispatch_modes())
 
 
-def strange_outcome(reward: Tensor, done: Tensor, most: float) -> bool:
-    """Whether one of the rewards (float32, contiguous, on the CPU) is beyond `most` in size or none, or an end (uint8, as many)
-    is none of 0, 1 and 2."""
-    return _C.strange_outcome(reward.data_ptr(), done.data_ptr(), len(reward), most)
+def plain_integers(tensor: object, n: int) -> int:
+    """The address of a tensor [n] int64, contiguous and on the CPU; 0 for anything else."""
+    return _C.plain_integers(tensor, n)
+
+
+def plain_outcome(reward: object, done: object, n: int, most: float) -> tuple[int, int] | None:
+    """The addresses of rewards [n] float32, none beyond `most` in size, and ends [n] uint8 of 0, 1 and 2, both contiguous and
+    on the CPU; None for anything else."""
+    return _C.plain_outcome(reward, done, n, most)
 
 
 def closed_loop(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icrl_kernels import _checks, _torch_private, layers
-from icrl_kernels.fused.program import NONE, SIXTEEN, Matrix, Program, Rows, Step
+from icrl_kernels.fused.program import NONE, SIXTEEN, Matrix, Program, Rows, Slot, Step
 from icrl_kernels.layers import linear_attention as maps
 from icrl_kernels.layers._base import ConvolvedMixer, RMSNorm
 from icrl_kernels.layers.rwkv7 import SHIFTS, LowRank
@@ -54,7 +54,8 @@ def add_mixer(
     """Add a mixer's step: what `module.step` makes of the token in `source`, one row a context, into `destination`.
 
     Args:
-        state: what the state's tensors are called; see `bind_state`.
+        state: what the state's tensors are called; see `bind_state`. A program may take several tokens, one after the other,
+            by adding a mixer several times with the same state.
         norm: its weight and bias, if any, stand between `source` and the mixer: as `Program.linear` takes it.
         add: whether to add to what `destination` holds.
         v_first: for an RWKV7 with layer_idx > 0: the rows that the first one's `add_mixer` returned.
@@ -85,12 +86,15 @@ def add_mixer(
 
 
 def require_plain(module: nn.Module) -> None:
-    """Raises ValueError unless a module's parameters are float32 on the CPU and it has no hooks, which no program would run."""
+    """Raises ValueError unless a module's parameters are float32 on the CPU, not made in inference mode, in which their changes
+    are not seen, and it has no hooks, which no program would run."""
     if _torch_private.hooked(module):
         raise ValueError("module: wanted one without hooks")
     for name, tensor in module.named_parameters():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"module: wanted float32 on the CPU, got {name} of {tensor.dtype} on {tensor.device}")
+        if tensor.is_inference():
+            raise ValueError(f"module: wanted parameters whose changes are seen, got {name}, made in inference mode")
 
 
 def bind_state(step: Step, name: str, state: layers.State) -> None:
@@ -134,14 +138,14 @@ def add_window_attention(
     if q.width % heads:
         raise ValueError(f"q: wanted a multiple of heads={heads} columns, got {q.width}")
     K, out = q.width // heads, program.rows(q.width)
-    keys, values = (program.tensor(f"{state}.{name}", heads, window, K) for name in ("keys", "values"))
+    keys, values = (_tensor(program, f"{state}.{name}", heads, window, K) for name in ("keys", "values"))
     program.op(
         "window_attention",
         input=q,
         side=k,
         out=out,
         more=[v, program.rows(window)],
-        tensors=[keys, values, program.tensor(f"{state}.length", dtype=torch.int64, below=window * grows)],
+        tensors=[keys, values, _tensor(program, f"{state}.length", dtype=torch.int64, below=window * grows)],
         weights=[] if slopes is None else [program.weights(slopes)],
         sizes=[heads, window, K],
         numbers=[K**-0.5],
@@ -150,6 +154,11 @@ def add_window_attention(
 
 
 # --- ops that the mixers share
+
+
+def _tensor(p: Program, name: str, *shape: int, dtype: torch.dtype = torch.float32, below: int = 0) -> Slot:
+    """A tensor of a state: the one that there is, where the program takes several tokens."""
+    return p.slots.get(name) or p.tensor(name, *shape, dtype=dtype, below=below)
 
 
 def _map(p: Program, kind: str, x: Rows, side: Rows = NONE, **rest: list) -> Rows:
@@ -192,7 +201,7 @@ def _decay(
 
 
 def _state(p: Program, m: layers.TokenMixer, state: str) -> list:
-    return [p.tensor(f"{state}.recurrent{i}", *shape) for i, shape in enumerate(m._state_shapes()[1])]
+    return [_tensor(p, f"{state}.recurrent{i}", *shape) for i, shape in enumerate(m._state_shapes()[1])]
 
 
 def _convolved(p: Program, m: ConvolvedMixer, rows: list[Rows], state: str) -> list[Rows]:
@@ -205,7 +214,7 @@ def _convolved(p: Program, m: ConvolvedMixer, rows: list[Rows], state: str) -> l
             weights = [p.weights(F.pad(taps, (0, -C % SIXTEEN)), (conv, "weight"))]
             if conv.bias is not None:
                 weights.append(p.weights(conv.bias, (conv, "bias")))
-            window = [p.tensor(f"{state}.conv{i}", W - 1, C)] if W > 1 else []
+            window = [_tensor(p, f"{state}.conv{i}", W - 1, C)] if W > 1 else []
             _map(p, "short_conv", x, tensors=window, weights=weights, sizes=[W])
     return rows
 
@@ -416,7 +425,7 @@ def _rwkv7(
     mixtures = [(m, f"x_{name}") for name in SHIFTS]
     mu = torch.stack([F.pad(getattr(m, name).detach().flatten(), (0, -D % SIXTEEN)) for m, name in mixtures])
     shifted = p.rows(len(SHIFTS) * D)
-    before = p.tensor(f"{state}.conv0", 1, D)
+    before = _tensor(p, f"{state}.conv0", 1, D)
     p.op("token_shift", input=x, out=shifted, tensors=[before], weights=[p.weights(mu, *mixtures)], sizes=[len(SHIFTS)])
     xr, xw, xk, xv, xa, xg = (shifted.part(i * D, D) for i in range(len(SHIFTS)))
     (r,), (k,), (v,) = p.linear(xr, [m.r_proj]), p.linear(xk, [m.k_proj]), p.linear(xv, [m.v_proj])

@@ -16,7 +16,9 @@ nothing is judged again when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,13 +93,31 @@ class Program:
     def __post_init__(self) -> None:
         self._packed_of: dict[tuple, tuple[int, int]] = {}
         self._kept: list[object] = []  # what the keys above name by identity
+        self._offsets: dict[bytes, int] = {}  # of weights, by what they are
+        self._free: list[int] = []  # buffers
+        self._made: list[int] = []  # since `passing`
 
     # --- what ops work on
 
     def rows(self, width: int, count: int = 1) -> Rows:
-        """A new buffer of `count` rows a context."""
-        self.buffers.append((_checks.integer("count", count, 1), _checks.integer("width", width, 1)))
-        return Rows(len(self.buffers) - 1, 0, width)
+        """A buffer of `count` rows a context: a new one, or a free one of that shape."""
+        shape = (_checks.integer("count", count, 1), _checks.integer("width", width, 1))
+        number = next((i for i in self._free if self.buffers[i] == shape), len(self.buffers))
+        if number < len(self.buffers):
+            self._free.remove(number)
+        else:
+            self.buffers.append(shape)
+        self._made.append(number)
+        return Rows(number, 0, width)
+
+    @contextmanager
+    def passing(self) -> Iterator[list[Rows]]:
+        """Buffers made inside are free for others afterwards, but those of the rows that the list is given."""
+        outer, self._made, kept = self._made, [], []
+        yield kept
+        lasting = {rows.buffer for rows in kept}
+        self._free += [number for number in self._made if number not in lasting]
+        self._made = outer + [number for number in self._made if number in lasting]
 
     def count(self, rows: Rows) -> int:
         """Rows a context of a buffer."""
@@ -115,10 +135,14 @@ class Program:
     ) -> Slot:
         """A tensor of the user's, `[batch, *shape]`, or `[*shape]` where all contexts share it.
 
-        optional: its address may be 0. each_call: its address is given to `run`; otherwise it is bound once. A shared one of
-        no shape is a number then. below: its numbers, int64 and one a context, are indices less than this, and every run
+        optional: its address may be 0. each_call: its address is given to `run`; otherwise it is bound once. A shared one is a
+        number then, and has no shape. below: its numbers, int64 and one a context, are indices less than this, and every run
         refuses others by its name before anything has changed.
         """
+        if shared and each_call and (shape or optional):
+            raise ValueError(
+                f"{name}: wanted no shape of what is shared and given with each call, a number, got {shape}"
+            )
         if name in self.slots:
             raise ValueError(f"name: wanted one that no tensor of the program has, got {name!r}")
         slot = Slot(name, len(self.slots), shape, dtype, shared, optional, each_call, below)
@@ -126,13 +150,17 @@ class Program:
         return slot
 
     def weights(self, values: Tensor, *sources: tuple[nn.Module, str]) -> int:
-        """Keep numbers among the packed weights: their offset. sources: the modules and names of what they were made of."""
+        """Keep numbers among the packed weights, once however often they come: their offset. sources: the modules and names of
+        what they were made of."""
         flat = values.detach().to(torch.float32).flatten()
-        offset = self.floats
-        self.packed.append(torch.nn.functional.pad(flat, (0, -flat.numel() % SIXTEEN)))
-        self.floats += self.packed[-1].numel()
-        self.sources.extend(sources)
-        return offset
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % SIXTEEN))
+        key = hashlib.blake2b(flat.numpy().tobytes()).digest()
+        if key not in self._offsets:
+            self._offsets[key] = self.floats
+            self.packed.append(flat)
+            self.floats += flat.numel()
+        self.sources.extend(source for source in sources if source not in self.sources)
+        return self._offsets[key]
 
     # --- ops
 
@@ -265,8 +293,8 @@ class Program:
         slot = self.tensor(name, self.count(rows), rows.width, each_call=each_call)
         self.op("write", input=rows, tensors=[slot])
 
-    def step(self, batch: int, *, group: int = 8) -> Step:
-        """The program for `batch` contexts, which go through it in groups. Raises ValueError for what no op may do."""
+    def step(self, batch: int, *, group: int = 12) -> Step:
+        """The program for `batch` contexts, which go through it in groups of at most `group`. Raises ValueError for what no op may do."""
         return Step(self, _checks.integer("batch", batch, 1), _checks.integer("group", group, 1))
 
 
@@ -328,7 +356,7 @@ class Step:
             self._bound[name] = tensor
 
     def run(self, *given: int | float, threads: int = 1) -> None:
-        """One token. given: the address, or the number (a float), of each tensor that is given with each call, in their order.
+        """One token. given: the address, or the number, of each tensor that is given with each call, in their order.
 
         Raises:
             ValueError: an index is out of range; nothing has changed then.

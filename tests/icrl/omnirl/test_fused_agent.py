@@ -255,10 +255,72 @@ def test_states_are_replaced():
     agent.state = agent.state._replace(count=agent.state.count.double())
     with pytest.raises(ValueError, match=r"^fused: wanted .* count: wanted torch.float32"):
         lived(agent, 1)
-    agent = Agent(model, 3, 8, fused=True)
-    agent.state = model.initial_state(4, 8)
-    with pytest.raises(ValueError, match=r"^fused: wanted"):
+    for state in (model.initial_state(4, 8), model.initial_state(3, 7), random_model(layers=3).initial_state(3, 8)):
+        agent = Agent(model, 3, 8, fused=True)
+        agent.state = state
+        with pytest.raises(ValueError, match=r"^fused: wanted"):
+            lived(agent, 1)
+    agents = [Agent(model, 3, 8, fused=fused) for fused in (True, False)]
+    for agent in agents:
+        agent.state = model.initial_state(3, 11)  # room for more
+        with pytest.raises(ValueError, match=r"^observation: wanted 0 to 7, got 2 to 8"):
+            agent.act(torch.tensor([2, 8, 3]))
+    assert torch.equal(*(lived(agent, 20) for agent in agents))
+
+
+def test_settings_are_changed():
+    model = random_model(layers=2)
+    agent, plain = Agent(model, 3, 8, fused=True), Agent(model, 3, 8, fused=False)
+    actions = []
+    for x in (agent, plain):
+        went = [lived(x, 5)]
+        x.prompt = 1
+        went.append(lived(x, 10, seed=1))
+        x.num_actions = 2
+        went.append(lived(x, 10, seed=2))
+        x.temperature = Temperature(0.0, 0.0, 0)
+        actions.append(torch.cat([*went, lived(x, 10, seed=3)]))
+    assert torch.equal(*actions)
+    assert int(actions[0][15:].max()) == 1
+
+
+def test_tensors_of_any_layout():
+    """Strided observations, masks, rewards and ends; rewards whose memory holds the opposite."""
+    model = random_model(layers=2)
+    agent, plain = Agent(model, 3, 8, fused=True), Agent(model, 3, 8, fused=False)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        at = torch.randint(8, (3, 2), generator=g)[:, 1]
+        mask = torch.rand(5, 3, generator=g).ge(0.5).t()
+        mask[:, 0] = True
+        assert torch.equal(agent.act(at, mask), plain.act(at, mask))
+        reward = torch.randn(3, 2, generator=g)
+        reward = torch.view_as_complex(reward).conj().imag
+        done = torch.randint(3, (3, 2), generator=g)[:, 0]
+        agent.observe(reward, done)
+        plain.observe(reward.resolve_neg().contiguous(), done.contiguous())
+    assert torch.allclose(agent.state.transition, plain.state.transition)
+
+
+def test_inference_mode():
+    """Versions of its tensors are not kept: weights that were made in it are the module's, a state is not in the way."""
+    with torch.inference_mode():
+        model = random_model(layers=2)
+        assert Agent(model, 3, 8).serving() is None
+    model = random_model(layers=2)
+    with torch.inference_mode():
+        agents = [Agent(model, 3, 8, fused=fused) for fused in (True, False)]
+        assert torch.equal(*(lived(agent, AHEAD + 5) for agent in agents))
+
+
+def test_autograd_sees_that_the_state_changes():
+    model = random_model(layers=2)
+    for fused in (True, False):
+        agent = Agent(model, 3, 8, fused=fused)
+        loss = (agent.state.transition * torch.ones(1, requires_grad=True)).sum()
         lived(agent, 1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_an_act_without_an_outcome_is_forgotten():

@@ -13,6 +13,7 @@ from icrl.omnirl.evaluate import run_agent
 from icrl.worlds import sample_anymdp
 from icrl_kernels import _C
 
+INTERLEAVED = {"layout": "interleaved", "addressed": False}
 ISAS = ["generic", "avx2", "avx512"]
 
 
@@ -84,6 +85,10 @@ def test_mixers(mixer, batch):
         ({"actions": 9, "heads": 9, "width": 66}, {"batch": 2, "steps": 100, "masks": True, "prompt": 0}),
         ({"actions": 1}, {"batch": 2, "steps": 60}),
         ({"policy": "prompted", "gated": False}, {"batch": 3, "steps": 100, "prompt": 2}),
+        ({**INTERLEAVED, "mixer": "rwkv7", "policy": "prompted"}, {"batch": 3, "steps": 100, "prompt": 1}),
+        ({**INTERLEAVED, "arrangement": "odawr"}, {"batch": 3, "steps": 100, "masks": True}),
+        ({**INTERLEAVED, "mixer": "linear", "policy": "prompted"}, {"batch": 1, "steps": 40}),
+        ({**INTERLEAVED, "mixer": "softmax", "policy": "prompted"}, {"batch": 2, "steps": 40}),
         ({"addressed": False, "width": 40}, {"batch": 3, "steps": 100, "num_actions": torch.tensor([1, 4, 3])}),
     ],
 )
@@ -144,7 +149,7 @@ def test_changed_weights_and_states_are_seen():
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (lambda: random_model(layout="interleaved", addressed=False, policy="prompted"), "its layout is 'interleaved', not 'fused'"),
+        (lambda: random_model(channels=3), "its observations are read by a ContinuousObservations, not by number"),
         (lambda: random_model().double(), "module: wanted float32 on the CPU"),
     ],
 )

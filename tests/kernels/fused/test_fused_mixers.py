@@ -253,7 +253,7 @@ def test_instruction_sets(isa):
     if ["generic", "avx2", "avx512"].index(isa) > ["generic", "avx2", "avx512"].index(_C.isa()):
         pytest.skip(f"this processor, or ICRL_ISA, has {_C.isa()} at most")
     script = (
-        "from icrl_kernels import _C\nfrom test_mixers import *\ntorch.set_num_threads(1)\n"
+        "from icrl_kernels import _C\nfrom test_fused_mixers import *\ntorch.set_num_threads(1)\n"
         "for kind, options in OPTIONS:\n"
         "    follow(kind, options, 2, tokens=60)\n"
         "test_window_attention(3, 5, 4), test_window_attention(2, 32, 33)\n"
