@@ -208,6 +208,9 @@ void gelu_tanh(const FusedGroup& g, const FusedOp& o) {
 
 // ---- maps
 
+void copy_map(const FusedGroup& g, const FusedOp& o) {
+  map(g, o, [](int64_t, auto, Vec x) { return x; });
+}
 void silu_map(const FusedGroup& g, const FusedOp& o) {
   map(g, o, [](int64_t, auto, Vec x) { return silu(x); });
 }
@@ -301,6 +304,7 @@ const FusedKind* fused_layers() {
       {"layer_norm", same_shape, layer_norm},
       {"gated", check_gated, gated},
       {"gelu_tanh", same_shape, gelu_tanh},
+      {"copy", check_map, copy_map},
       {"silu", check_map, silu_map},
       {"relu", check_map, relu_map},
       {"tanh", check_map, tanh_map},

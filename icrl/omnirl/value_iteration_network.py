@@ -307,7 +307,7 @@ class ValueIterationNetwork(nn.Module):
         z, x, next_state, mean_reward, known, mass, visits = self._features(tokens, here, seen, rewards)
         unknown = 1 / (1 + visits.square()) if c.fading else torch.ones_like(visits)
         gain = mean_reward[..., None] + self.bonus * rewards.rms[..., None, None] * known
-        z, x = self.blocks[0](z, x)
+        z, x = first = self.blocks[0](z, x)
         readouts = [self._readout(0, z, x, z.new_zeros(()), unknown)]
         new_values = []
         units = (mean[..., None, None], scale[..., None, None])
@@ -328,6 +328,8 @@ class ValueIterationNetwork(nn.Module):
             backup = (1 - self.discounts) * gain + self.discounts * mass[..., None] * average[..., c.value_width :]
             backup = ((backup - units[0]) / units[1]).clamp(-8, 8) * (mass[..., None] > 0.02)
             compared = _compared(backup, (mass[..., None] > 0.02).float())
+            if c.tied:  # what a layer knows of those before it comes through its memory: depth dilutes nothing
+                z, x = first
             z = z + self.read[own](torch.cat([average[..., : c.value_width], backup, compared, weight], -1))
             z, x = self.blocks[own + 1](z, x)
             readouts.append(self._readout(own + 1, z, x, backup, unknown))

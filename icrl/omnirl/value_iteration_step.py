@@ -78,11 +78,17 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
     discounts, bonus = p.weights(model.discounts, (model, "discounts")), p.weights(model.bonus, (model, "bonus"))
     decays = [_rate(model, i) for i in range(c.own_layers)]
     p.sources.append((model, "write_rate"))
-    backup = None
+    backup = known = None
+    first = z, x
     for i in range(memories + 1):
         layer = 0 if c.tied else i  # whose memory is next
         at = min(i, 1) if c.tied else i  # of this block
         heads = [] if i == memories else [model.write[layer], model.q_state_heads[at]]
+        if known is not None and c.tied:  # every layer begins with the first block's streams
+            z, x = p.rows(c.action_width, A), p.rows(c.state_width)
+            p.op("copy", input=first[0], out=z)
+            p.op("copy", input=first[1], out=x)
+            p.linear_into(z, known, model.read[0], add=True)  # type: ignore[arg-type]
         more = _block(p, model.blocks[at], z, x, heads)  # type: ignore[arg-type]
         zn = p.rms_norm(z, EPS)
         if i == memories:
@@ -103,7 +109,8 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
         known = p.rows(D + 4 * G + 1, A)
         p.op("bellman_backup", input=read, side=rewards, out=known, more=[facts], weights=[discounts, bonus])
         backup = known.part(D, G)
-        p.linear_into(z, known, model.read[layer], add=True)  # type: ignore[arg-type]
+        if not c.tied:
+            p.linear_into(z, known, model.read[layer], add=True)  # type: ignore[arg-type]
     raise AssertionError("the last block returns")
 
 
