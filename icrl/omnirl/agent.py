@@ -28,6 +28,7 @@ ONE_THREAD = 64
 MOST_REWARD = 1e15  # the model sums squares of rewards in float32
 AHEAD = 64  # the fused step draws the noise of so many steps at once, and looks so often whether weights have changed
 MOST_AHEAD = 1 << 16  # numbers that are drawn at once, at most
+SEGMENT = 512  # steps that are read at once
 LOOK = 4096  # and it looks so often whether the model is still one that it serves
 
 
@@ -75,6 +76,8 @@ class Model(Protocol):
     def initial_state(self, batch: int, states: int) -> Any: ...
 
     def decide(self, tokens: Tokens, prompt: int, state: Any) -> Tensor: ...
+
+    def __call__(self, tokens: Tokens, state: Any) -> tuple[Any, Any]: ...
 
 
 class _Place:
@@ -395,6 +398,55 @@ class Agent:
         self._outcome = _Outcome(reward, done, integer("tag", tag, 0, TAGS - 1), at)
         if not self._turned:
             self._last, self._now, self._turned = self._now, self._last, True
+
+    @torch.no_grad()
+    def read(self, observation: Tensor, action: Tensor, reward: Tensor, done: Tensor, tag: int = UNKNOWN) -> None:
+        """Take what others did in these tasks into the contexts, as if it had been done here: offline data of any quality, or
+        demonstrations. The next `act` begins from there; the temperature does not count steps that are read.
+
+        Args:
+            observation, action, reward, done: `[batch,T]` each, T at least 1, as `act` and `observe` take them, on any device;
+                actions are the model's, from 0. tag: of who acted (icrl.omnirl.tags): 3 says that it was an expert.
+        Raises:
+            ValueError: naming the argument of another type, shape or range; nothing is read then. RuntimeError: there is an
+                action whose outcome has not been observed.
+        """
+        if self._acted and not self._turned:
+            raise RuntimeError("read: there is an action whose outcome is not known yet, call observe first")
+        tag = integer("tag", tag, 0, TAGS - 1)
+        given = {"observation": observation, "action": action, "done": done, "reward": reward}
+        for name, tensor in given.items():
+            dense(name, tensor)
+            if (
+                tensor.dim() != 2
+                or len(tensor) != self.batch
+                or not tensor.shape[1]
+                or tensor.shape != observation.shape
+            ):
+                raise ValueError(f"{name}: wanted [{self.batch},T] with T of at least 1, got {list(tensor.shape)}")
+            if tensor.is_complex() or (name != "reward" and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+                raise ValueError(
+                    f"{name}: wanted {'real numbers' if name == 'reward' else 'integers'}, got {tensor.dtype}"
+                )
+        for name, below in (("observation", self.states), ("action", self._actions), ("done", START)):
+            low, high = (int(x) for x in given[name].aminmax())
+            if low < 0 or high >= below:
+                raise ValueError(f"{name}: wanted 0 to {below - 1}, got {low} to {high}")
+        if not bool((reward.abs() <= MOST_REWARD).all()):
+            raise ValueError(f"reward: wanted finite numbers of at most {MOST_REWARD:g} in size, got others")
+        observation, action, done = (x.to(self.device, torch.int64) for x in (observation, action, done))
+        reward = reward.to(self.device, torch.float32)
+        steps = (observation, action, reward, done, torch.full_like(action, tag))
+        before = (torch.cat([last[:, None], x[:, :-1]], 1) for last, x in zip(self._previous, steps, strict=True))
+        tokens, state = Tokens(observation, *before), self._state
+        with threads_here(1) if self._alone else nullcontext():
+            for begin in range(0, observation.shape[1], SEGMENT):
+                _, state = self.model(Tokens(*(x[:, begin : begin + SEGMENT] for x in tokens)), state)
+        self.state = state
+        last = [x[:, -1].contiguous() for x in steps]
+        self._last, self._now = _Place(last[0], last[1]), self._place(0, 0)
+        self._outcome = _Outcome(*self._judged(last[2], last[3]), tag)
+        self._acted = self._turned = True
 
     def _judged(self, reward: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """Any real rewards and ends, as an outcome keeps them; ValueError for those that no step brings."""

@@ -330,7 +330,11 @@ class OmniRL(nn.Module):
             reward_features(reward / scale),
             torch.full_like(tokens.previous_tag, UNKNOWN) if prompt is None else prompt,
         )
-        after = (square[:, -1], count[:, -1]) if square.shape[1] else (state.reward_square, state.count)
+        after = (
+            (square[:, -1].contiguous(), count[:, -1].contiguous())
+            if square.shape[1]
+            else (state.reward_square, state.count)
+        )
         if not self.layout.world_actions:
             earlier = ((s[:, None], now[:, :-1]) for s, now in ((state.reward_square, square), (state.count, count)))
             scale = _root_mean(*(torch.cat(x, 1) for x in earlier))

@@ -367,7 +367,8 @@ class ValueIterationNetwork(nn.Module):
             neginf=0.0
         )
         found = Rewards(mean, deviation / n + 1e-2, (square / n).sqrt(), most, count)
-        return found, (total[:, -1], deviation[:, -1], square[:, -1], most[:, -1], count[:, -1] + 1)
+        last = (total[:, -1], deviation[:, -1], square[:, -1], most[:, -1], count[:, -1] + 1)
+        return found, tuple(x.contiguous() for x in last)
 
     def _read_transitions(self, t: Tokens, here: Tensor, memory: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         A, done = self.config.actions, t.previous_done

@@ -1,5 +1,6 @@
 """What an agent is given: values that no step can bring are refused by name, and leave the agent as it was."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from icrl.omnirl import Agent, Temperature, ValueIterationNetwork, ValueIterationNetworkConfig
+from icrl.omnirl.tokens import Tokens
 
 B, S = 3, 8
 
@@ -220,3 +222,59 @@ def test_actions_are_of_the_mask(model):
 
 def tensors_of(state):
     return [x for field in state for x in (field if isinstance(field, list) else [field])]
+
+
+def trajectory(steps):
+    g = torch.Generator().manual_seed(3)
+    observation = torch.randint(S, (3, steps), generator=g)
+    action = torch.randint(5, (3, steps), generator=g)
+    done = (torch.rand(3, steps, generator=g) < 0.1).long()
+    return observation, action, torch.randn(3, steps, generator=g), done
+
+
+@pytest.mark.parametrize("steps", [1, 40, 600])
+def test_what_is_read_is_as_if_it_had_been_done(model, steps):
+    observation, action, reward, done = trajectory(steps)
+    tokens = [torch.zeros(3, 1, dtype=torch.int64) for _ in range(2)] + [torch.zeros(3, 1)]
+    tokens[1] += 5
+    previous = [*tokens, torch.full((3, 1), 3), torch.full((3, 1), 7)]
+    state = model.initial_state(3, S)
+    for t in range(steps):
+        model.step(Tokens(observation[:, t : t + 1], *previous), state)
+        previous = [x[:, t : t + 1] for x in (observation, action, reward, done)] + [torch.full((3, 1), 3)]
+    for fused in (True, False):
+        agent = Agent(model, 3, S, seed=2, fused=fused, temperature=Temperature(0, 0, 1))
+        agent.read(*(x[:, : steps // 2] for x in trajectory(steps)), tag=3) if steps > 1 else None
+        agent.read(*(x[:, steps // 2 :] for x in trajectory(steps)), tag=3)
+        for found, wanted in zip(
+            [agent.state.transition, *agent.state.values], [state.transition, *state.values], strict=True
+        ):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        here = seen()
+        logits = model.decide(Tokens(here[:, None], *previous), agent.prompt, copy.deepcopy(state))
+        assert torch.equal(agent.act(here), logits.argmax(-1))
+        agent.observe(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+
+
+def test_what_cannot_be_read(model):
+    agent = Agent(model, 3, S, seed=2)
+    good = dict(zip(("observation", "action", "reward", "done"), trajectory(4), strict=True))
+    wrong = {
+        "observation": (good["observation"] + S, "wanted 0 to"),
+        "action": (good["action"] + 5, "wanted 0 to 4"),
+        "reward": (good["reward"] / 0, "wanted finite numbers"),
+        "done": (good["done"] + 3, "wanted 0 to 2"),
+    }
+    for name, (value, what) in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: {what}"):
+            agent.read(**{**good, name: value})
+        with pytest.raises(ValueError, match=f"{name}: wanted .3,T."):
+            agent.read(**{**good, name: good[name][:, :0] if name == "observation" else good[name][:2]})
+    with pytest.raises(ValueError, match="action: wanted integers"):
+        agent.read(**{**good, "action": good["reward"]})
+    with pytest.raises(ValueError, match="tag: wanted"):
+        agent.read(**good, tag=8)
+    assert not agent.state.transition.any()
+    agent.act(seen())
+    with pytest.raises(RuntimeError, match="read: there is an action"):
+        agent.read(**good)
