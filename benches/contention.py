@@ -29,9 +29,10 @@ def unit(what: str) -> Callable[[], Any]:
     from icrl.omnirl.agent import Agent
     from icrl.omnirl.checkpoints import shipped
     from icrl.omnirl.distill import make_batch
+    from icrl.omnirl.targets import targets_of, tokens_of
     from icrl.omnirl.tokens import Tokens
     from icrl.omnirl.value_iteration_network import ValueIterationNetwork
-    from icrl.omnirl.value_iteration_training import ValueIterationTraining, loss_of, targets_of, tokens_of
+    from icrl.omnirl.value_iteration_training import ValueIterationTraining, loss_of
     from icrl.worlds import sample_anymdp
     from icrl_kernels import gla, rollout_start, rollout_step
 
@@ -53,7 +54,7 @@ def unit(what: str) -> Callable[[], Any]:
         tokens = Tokens(*(x[:, :512] for x in tokens_of(records)))
         targets = targets_of(records, config)
         targets = type(targets)(*(x[:, :512] for x in targets))
-        state = model.initial_state(len(tokens[0]), 16)
+        state = model.initial_state(len(tokens[0]), config.data.states)
 
         def train() -> None:
             output, _ = model(tokens, state)
