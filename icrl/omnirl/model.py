@@ -32,13 +32,13 @@ from icrl.models.tokenizers import ContinuousObservations, DiscreteObservations,
 from icrl.omnirl import value_iteration_network
 from icrl.omnirl.labels import LABELS_VERSION, version_of
 from icrl.omnirl.layouts import FusedTokens, InterleavedTokens, Parts, check_arrangement, reward_features
-from icrl.omnirl.tags import START, UNKNOWN
+from icrl.omnirl.tags import START, UNKNOWN, Policies
 from icrl.omnirl.tokens import Tokens
 from icrl.reading import shown
 from icrl.training import checkpoint
 from icrl.training.config import configured
 from icrl_kernels import layers
-from icrl_kernels.arguments import integer, integer_fields, number
+from icrl_kernels.arguments import integer, integer_fields
 
 KIND = "omnirl_sequence"
 """What its files say that they hold. ("omnirl" are older ones, of value-iteration networks.)"""
@@ -48,7 +48,7 @@ HEADS = ("each", "prompted")
 
 
 @dataclass(frozen=True)
-class OmniRLConfig:
+class OmniRLConfig(Policies):
     """The defaults are the recipe for a CPU: .85M parameters."""
 
     actions: int = 5
@@ -103,21 +103,7 @@ class OmniRLConfig:
             raise ValueError(
                 f"arrangement: wanted a prompt p with policy 'prompted' alone, got {self.arrangement!r} with {self.policy!r}"
             )
-        for name in ("discounts", "explorer_discount"):
-            given = getattr(self, name)
-            for discount in given if isinstance(given, (tuple, list)) else (given,):
-                if not 0 <= number(name, discount) <= 1:
-                    raise ValueError(f"{name}: wanted numbers in [0, 1], got {discount}")
-
-    @property
-    def policies(self) -> int:
-        """How many policies a prompt may ask for: the optimal one at each discount, and the explorer (tags 0..4)."""
-        return len(self.policy_discounts)
-
-    @property
-    def policy_discounts(self) -> tuple[float, ...]:
-        """Each policy's discount, by its tag."""
-        return (*self.discounts, self.explorer_discount)
+        self.check_discounts()
 
     @classmethod
     def published(cls, **changed: Any) -> OmniRLConfig:

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icrl.omnirl.labels import LABELS_VERSION, version_of
-from icrl.omnirl.tags import START, TAGS
+from icrl.omnirl.tags import START, TAGS, Policies
 from icrl.omnirl.tokens import Tokens
 from icrl.reading import shown
 from icrl.training import checkpoint
@@ -57,7 +57,7 @@ BEFORE = {"tied": False, "fading": False}
 
 
 @dataclass(frozen=True)
-class ValueIterationNetworkConfig:
+class ValueIterationNetworkConfig(Policies):
     actions: int = 5
     layers: int = 8
     action_width: int = 32
@@ -79,26 +79,12 @@ class ValueIterationNetworkConfig:
         integer_fields(self, layers=(0, 1024), **dict.fromkeys(one, 1))
         if not 0 < number("write_rate", self.write_rate) < 1:
             raise ValueError(f"write_rate: wanted a number in (0, 1), got {self.write_rate}")
-        for name in ("discounts", "explorer_discount"):
-            given = getattr(self, name)
-            for discount in given if isinstance(given, (tuple, list)) else (given,):
-                if not 0 <= number(name, discount) <= 1:
-                    raise ValueError(f"{name}: wanted numbers in [0, 1], got {discount}")
+        self.check_discounts()
 
     @property
     def own_layers(self) -> int:
         """How many layers have weights of their own."""
         return min(self.layers, 1) if self.tied else self.layers
-
-    @property
-    def policies(self) -> int:
-        """How many policies are read out: the optimal one at each discount, and the explorer (tags 0..4)."""
-        return len(self.policy_discounts)
-
-    @property
-    def policy_discounts(self) -> tuple[float, ...]:
-        """Each policy's discount, by its tag."""
-        return (*self.discounts, self.explorer_discount)
 
 
 class Readout(NamedTuple):
