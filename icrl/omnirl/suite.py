@@ -192,6 +192,16 @@ def _check_cell(path: Path, found: dict[str, Any]) -> None:
         raise ValueError(f"{path} is damaged ({name}: not what was written); delete it to have it made again")
 
 
+def _name_apart(rows: dict[str, Any]) -> None:
+    """Columns of one title, as models that came by several commands may have, are told apart by their files' names."""
+    all_cells = [(column, cell) for row in rows.values() for column, cell in row["cells"].items()]
+    for column, cell in all_cells:
+        cell["apart"] = any(other["title"] == cell["title"] and name != column for name, other in all_cells)
+    for column, cell in all_cells:
+        if cell.pop("apart"):
+            cell["title"] += f", {column.removeprefix('model-')}"
+
+
 def collect(out: Path) -> dict[str, Any]:
     """All finished cells of a folder, by row and column, which go to `results.json`, `table.md` and `curves.png` there."""
     rows: dict[str, Any] = {}
@@ -208,6 +218,7 @@ def collect(out: Path) -> dict[str, Any]:
                 if figure is not None
             }
             rows[name] = {"title": row.title, "states": row.states, "cells": cells, "paper": paper}
+    _name_apart(rows)
     results = {"settings": read_json(out / "suite.json", dict), "rows": rows}
     save_numbers(out / "results.json", results)
     if rows:

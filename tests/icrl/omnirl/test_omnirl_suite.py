@@ -190,3 +190,10 @@ def test_ppo_is_trained_in_tasks_that_are_kept(tmp_path, monkeypatch):
     cell = rows["bandit"]["cells"]["ppo"]
     assert cell["tasks"] == 2
     assert len(cell["mean"]) == 600 // 80
+
+
+def test_columns_of_one_title_are_told_apart():
+    cells = [{"model-a": {"title": "network"}, "random": {"title": "random"}}, {"model-b": {"title": "network"}}]
+    rows = {str(i): {"cells": row} for i, row in enumerate(cells)}
+    module._name_apart(rows)
+    assert [[cell["title"] for cell in row.values()] for row in cells] == [["network, a", "random"], ["network, b"]]
