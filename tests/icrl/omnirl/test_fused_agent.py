@@ -316,8 +316,8 @@ def test_a_copy_is_an_agent_of_its_own(copied, steps, fused):
         return torch.stack(actions)
 
     agent, other = (Agent(random_model(), 2, 8, seed=3, fused=fused) for _ in range(2))
-    if steps:
-        go(agent, steps, 1.0), go(other, steps, 1.0)
+    for each in (agent, other) if steps else ():
+        go(each, steps, 1.0)
     twin = copied(agent)
     go(agent, 20, -1.0)  # of which the copy knows nothing
     del agent
