@@ -77,7 +77,7 @@ class Model(Protocol):
 
     def decide(self, tokens: Tokens, prompt: int, state: Any) -> Tensor: ...
 
-    def __call__(self, tokens: Tokens, state: Any) -> tuple[Any, Any]: ...
+    def follow(self, tokens: Tokens, prompt: int, state: Any) -> Any: ...
 
 
 class _Place:
@@ -86,6 +86,9 @@ class _Place:
     def __init__(self, observation: Tensor, action: Tensor) -> None:
         self.observation, self.action = observation, action
         self.at = observation.data_ptr(), action.data_ptr()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Place, (self.observation, self.action)  # a copy has addresses of its own
 
 
 class _Outcome:
@@ -97,6 +100,9 @@ class _Outcome:
         self.reward, self.done, self.tag = reward, done, tag
         self.given = (*(at or (reward.data_ptr(), done.data_ptr())), tag)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Outcome, (self.reward, self.done, self.tag)
+
 
 class _Noise:
     """Gumbel noise of the next steps, drawn for some of them at once: the same numbers however many those are."""
@@ -104,6 +110,14 @@ class _Noise:
     def __init__(self, generator: torch.Generator, batch: int, actions: int) -> None:
         self.generator, self.size, self.next, self.steps = generator, (batch, actions), 0, 0
         self.bytes = 4 * batch * actions  # of a step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "actions": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.steps:
+            self.at = self.values.data_ptr()
 
     def need(self, steps: int) -> int:
         """The number of the next step's noise in `values`; where there is none left, that of `steps` steps is drawn first."""
@@ -131,8 +145,9 @@ class Agent:
     A step is the model's module, or one call of C++ over a copy of its weights (icrl_kernels.fused): the same actions within
     rounding, up to some hundred times faster. That is taken where it serves: a ValueIterationNetwork, or an OmniRL whose
     observations are numbers, of float32 weights on the CPU, without hooks, which nothing replaces (`run`) or watches
-    (autocast, a dispatch mode). Weights that change, and tensors of the state that are put in others' places, are seen within
-    64 steps, and hooks within 4,096; noise is drawn for 64 steps at once.
+    (autocast, a dispatch mode). Weights that change (but through `parameter.data`, which torch does not count), and tensors of
+    the state that are put in others' places, are seen within 64 steps, and hooks within 4,096; noise is drawn for 64 steps at
+    once.
 
     Args:
         model: what acts. batch: how many tasks. states: capacity for observations (at least the largest task's).
@@ -203,6 +218,10 @@ class Agent:
         size = (self.batch,)
         filled = [torch.full(size, value, dtype=torch.int64, device=self.device) for value in (observation, action)]
         return _Place(*filled)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the fused step, which a copy makes for itself."""
+        return {**vars(self), "_fused": None, "_look_at": 0}
 
     @property
     def state(self) -> Any:
@@ -428,20 +447,26 @@ class Agent:
                 raise ValueError(
                     f"{name}: wanted {'real numbers' if name == 'reward' else 'integers'}, got {tensor.dtype}"
                 )
-        for name, below in (("observation", self.states), ("action", self._actions), ("done", START)):
-            low, high = (int(x) for x in given[name].aminmax())
+        observation, action, done = (x.to(self.device, torch.int64) for x in (observation, action, done))
+        reward = reward.to(self.device, torch.float32)
+        wanted = (
+            ("observation", observation, self.states),
+            ("action", action, self._actions),
+            ("done", done, START),
+        )
+        for name, tensor, below in wanted:
+            low, high = (int(x) for x in tensor.aminmax())
             if low < 0 or high >= below:
                 raise ValueError(f"{name}: wanted 0 to {below - 1}, got {low} to {high}")
         if not bool((reward.abs() <= MOST_REWARD).all()):
             raise ValueError(f"reward: wanted finite numbers of at most {MOST_REWARD:g} in size, got others")
-        observation, action, done = (x.to(self.device, torch.int64) for x in (observation, action, done))
-        reward = reward.to(self.device, torch.float32)
         steps = (observation, action, reward, done, torch.full_like(action, tag))
         before = (torch.cat([last[:, None], x[:, :-1]], 1) for last, x in zip(self._previous, steps, strict=True))
         tokens, state = Tokens(observation, *before), self._state
         with threads_here(1) if self._alone else nullcontext():
             for begin in range(0, observation.shape[1], SEGMENT):
-                _, state = self.model(Tokens(*(x[:, begin : begin + SEGMENT] for x in tokens)), state)
+                segment = Tokens(*(x[:, begin : begin + SEGMENT] for x in tokens))
+                state = self.model.follow(segment, self.prompt, state)
         self.state = state
         last = [x[:, -1].contiguous() for x in steps]
         self._last, self._now = _Place(last[0], last[1]), self._place(0, 0)

@@ -299,6 +299,11 @@ class OmniRL(nn.Module):
         output, _ = self.step(tokens, state, asked)
         return output.logits[:, 0, :, prompt if self.policies > 1 else 0]
 
+    @torch.no_grad()
+    def follow(self, tokens: Tokens, prompt: int, state: OmniRLState) -> OmniRLState:
+        """The state after tokens `[B,T]`, as `decide` by the same prompt leaves it token by token; `state` is left as it is."""
+        return self(tokens, state, torch.full_like(tokens.previous_tag, prompt))[1]
+
     def _parts(
         self, tokens: Tokens, state: OmniRLState, prompt: Tensor | None, missing: Tensor | None
     ) -> tuple[Parts, Tensor, tuple[Tensor, Tensor]]:

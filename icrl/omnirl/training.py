@@ -143,6 +143,11 @@ class OmniRLTraining:
             raise ValueError(f"channels: records have observations by number, got a model of {c.channels} channels")
         if len(self.policy_weights) != c.policies:
             raise ValueError(f"policy_weights: wanted {c.policies} of them, got {self.policy_weights}")
+        shares = [number("policy_weights", weight) for weight in self.policy_weights]
+        if not min(shares) >= 0 or (c.policy == "prompted" and not sum(shares) > 0):
+            raise ValueError(
+                f"policy_weights: wanted at least 0 each, and not all 0 where prompts ask, got {self.policy_weights}"
+            )
         weights = ("observation_weight", "reward_weight", "done_weight", "world_later", "prompted_weight")
         for name in weights:
             if not number(name, getattr(self, name)) >= 0:

@@ -283,6 +283,11 @@ class ValueIterationNetwork(nn.Module):
         output, _ = self.step(tokens, state)
         return output.readouts[-1].logits[:, 0, :, prompt]
 
+    @torch.no_grad()
+    def follow(self, tokens: Tokens, prompt: int, state: State) -> State:
+        """The state after tokens `[B,T]`, whatever the prompt; `state` is left as it is."""
+        return self(tokens, state)[1]
+
     def _run(self, tokens: Tokens, state: State, attend: Attend) -> tuple[Output, State]:
         c = self.config
         states = state.transition.shape[2]

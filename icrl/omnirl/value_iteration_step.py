@@ -165,7 +165,7 @@ class ValueIterationStep:
         self.run = self.step.program.run
 
     def _addresses(self) -> list[int]:
-        return [t.data_ptr() for t in (self.state.transition, *self.state.values)]
+        return [t.data_ptr() for t in (self.state.transition, *self.state.values, *self.state[2:])]
 
     def told(self) -> None:
         """Let autograd know that the state has changed, as an operator that changes it would."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icrl.worlds.tasks import TabularTasks
 from icrl_kernels import rollout_start, rollout_step
+from icrl_kernels.arguments import dense
 
 
 class Step(NamedTuple):
@@ -79,6 +80,7 @@ class TabularWorld:
 
 def checked(action: Tensor, contexts: int, actions: int) -> Tensor:
     """The actions; ValueError unless they are `[contexts]` int64 in [0, actions)."""
+    dense("action", action)
     if action.shape != (contexts,) or action.dtype != torch.int64:
         raise ValueError(f"action: wanted [{contexts}] of int64, got {list(action.shape)} of {action.dtype}")
     low, high = (int(x) for x in action.aminmax())

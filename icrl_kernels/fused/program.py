@@ -318,17 +318,18 @@ class Step:
         )
         self._copied = self._parameters()
         self._versions = self._now()
-        self._bound: dict[str, Tensor] = {}
+        self._bound: dict[str, tuple[Tensor, object]] = {}  # and its memory, which `tensor.data = other` would free
 
     def _parameters(self) -> list[Tensor]:
         return [getattr(module, name) for module, name in self.sources]
 
-    def _now(self) -> list[int]:
-        return [parameter._version for parameter in self._copied]
+    def _now(self) -> list[tuple[int, int]]:
+        return [(parameter._version, parameter.data_ptr()) for parameter in self._copied]
 
     @property
     def stale(self) -> bool:
-        """Whether a parameter that was copied has changed in place."""
+        """Whether a parameter that was copied has changed in place, or is elsewhere (`parameter.data = other`). What is written
+        through `parameter.data`, which torch does not count, is not seen."""
         return self._now() != self._versions
 
     @property
@@ -353,7 +354,7 @@ class Step:
             if not tensor.is_contiguous() or tensor.is_neg():
                 raise ValueError(f"{name}: wanted a contiguous tensor, got strides {tensor.stride()}")
             self.program.bind(slot.number, tensor.data_ptr())
-            self._bound[name] = tensor
+            self._bound[name] = tensor, tensor.untyped_storage()
 
     def run(self, *given: int | float, threads: int = 1) -> None:
         """One token. given: the address, or the number, of each tensor that is given with each call, in their order.

@@ -256,6 +256,17 @@ def test_what_is_read_is_as_if_it_had_been_done(model, steps):
         agent.observe(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint64, torch.bool])
+def test_numbers_of_any_dtype_are_read(model, dtype):
+    observation, action, reward, done = trajectory(5)
+    reward = (reward > 0).to(dtype)
+    integers = torch.int32 if dtype == torch.bool else dtype
+    agents = [Agent(model, 3, S, seed=2) for _ in range(2)]
+    agents[0].read(observation.to(integers), action.to(integers), reward, done.to(integers))
+    agents[1].read(observation, action, reward.float(), done)
+    assert torch.equal(agents[0].state.transition, agents[1].state.transition)
+
+
 def test_what_cannot_be_read(model):
     agent = Agent(model, 3, S, seed=2)
     good = dict(zip(("observation", "action", "reward", "done"), trajectory(4), strict=True))

@@ -1,6 +1,8 @@
 """The fused step does what the module does: the same actions and states within rounding, the same refusals."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -190,6 +192,20 @@ def test_changed_weights_are_packed_anew():
     assert torch.equal(lived(agent, 50, seed=1), lived(plain, 50, seed=1))
 
 
+def test_parameters_given_other_memory_are_packed_anew():
+    agents = [Agent(random_model(), 2, 8, seed=3, fused=fused) for fused in (True, False)]
+    for t in range(3 * AHEAD):
+        if t == AHEAD:  # when the weights are next looked at
+            for agent in agents:
+                parameters = list(agent.model.parameters())
+                nn.utils.vector_to_parameters(-nn.utils.parameters_to_vector(parameters), parameters)
+        seen = torch.tensor([t % 8, t % 5])
+        fused, plain = (agent.act(seen) for agent in agents)
+        assert torch.equal(fused, plain)
+        for agent in agents:
+            agent.observe(torch.tensor([1.0, t % 3]), torch.tensor([0, 0], dtype=torch.uint8))
+
+
 def test_hooks_and_strange_modules_keep_it_from_serving():
     def hook(module, args):
         return None
@@ -248,7 +264,7 @@ def test_it_gives_way_and_comes_back_in_one_context():
 
 
 def test_states_are_replaced():
-    model = random_model(layers=2)
+    model = random_model(layers=2, tied=False)
     agent, plain = Agent(model, 3, 8, fused=True), Agent(model, 3, 8, fused=False)
     for x in (agent, plain):
         lived(x, 5)
@@ -258,7 +274,11 @@ def test_states_are_replaced():
     agent.state = agent.state._replace(count=agent.state.count.double())
     with pytest.raises(ValueError, match=r"^fused: wanted .* count: wanted torch.float32"):
         lived(agent, 1)
-    for state in (model.initial_state(4, 8), model.initial_state(3, 7), random_model(layers=3).initial_state(3, 8)):
+    for state in (
+        model.initial_state(4, 8),
+        model.initial_state(3, 7),
+        random_model(layers=3, tied=False).initial_state(3, 8),
+    ):
         agent = Agent(model, 3, 8, fused=True)
         agent.state = state
         with pytest.raises(ValueError, match=r"^fused: wanted"):
@@ -269,6 +289,41 @@ def test_states_are_replaced():
         with pytest.raises(ValueError, match=r"^observation: wanted 0 to 7, got 2 to 8"):
             agent.act(torch.tensor([2, 8, 3]))
     assert torch.equal(*(lived(agent, 20) for agent in agents))
+
+
+def test_a_states_tensors_may_be_given_other_memory():
+    agents = [Agent(random_model(), 4, 40, seed=3, fused=fused) for fused in (True, False)]
+    for t in range(3 * AHEAD):
+        if t in (AHEAD, AHEAD + 7):  # the second time they go on in what they had, up to the next look
+            for agent in agents:
+                for tensor in tensors(agent.state):
+                    tensor.data = tensor.data.clone()
+        actions = [agent.act(torch.full((4,), t % 40)) for agent in agents]
+        assert t > AHEAD + 6 or torch.equal(*actions)
+        for agent in agents:
+            agent.observe(torch.full((4,), float(t % 3)), torch.zeros(4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+@pytest.mark.parametrize("steps", [0, 1, 30, AHEAD])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_copy_is_an_agent_of_its_own(copied, steps, fused):
+    def go(agent, steps, reward):
+        actions = []
+        for t in range(steps):
+            actions.append(agent.act(torch.tensor([t % 8, t % 5])))
+            agent.observe(torch.full((2,), reward * (t % 3)), torch.zeros(2, dtype=torch.uint8))
+        return torch.stack(actions)
+
+    agent, other = (Agent(random_model(), 2, 8, seed=3, fused=fused) for _ in range(2))
+    for each in (agent, other) if steps else ():
+        go(each, steps, 1.0)
+    twin = copied(agent)
+    go(agent, 20, -1.0)  # of which the copy knows nothing
+    del agent
+    assert torch.equal(go(twin, 2 * AHEAD, 0.5), go(other, 2 * AHEAD, 0.5))
+    for a, b in zip(tensors(twin.state), tensors(other.state), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_settings_are_changed():

@@ -158,6 +158,21 @@ def test_models_without_a_fused_step(model, said):
         Agent(model(), 2, 12, fused=True)
 
 
+@pytest.mark.parametrize("config", [{"policy": "prompted"}, INTERLEAVED | {"policy": "prompted"}, {}])
+def test_what_is_read_is_as_if_it_had_been_done_by_the_prompt(config):
+    model, g = random_model(**config), torch.Generator().manual_seed(2)
+    seen, reward = torch.randint(12, (2, 30), generator=g), torch.randn(2, 30, generator=g)
+    done = torch.randint(3, (2, 30), generator=g)
+    acting, reading = (Agent(model, 2, 12, prompt=2) for _ in range(2))
+    action = []
+    for t in range(30):
+        action.append(acting.act(seen[:, t]))
+        acting.observe(reward[:, t], done[:, t])
+    reading.read(seen, torch.stack(action, 1), reward, done)
+    for a, b in zip(tensors(reading.state), tensors(acting.state), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_indices_are_judged():
     agent = Agent(random_model(), 2, 12, fused=True)
     with pytest.raises(ValueError, match=r"^observation: wanted 0 to 11, got 3 to 12"):

@@ -201,6 +201,11 @@ REFUSED = {
     "evaluation": ({"evaluation_states": 17}, "evaluation_states: wanted at most the model's 16, got 17"),
     "actions": ({"data": DPDConfig(actions=4)}, "actions: the model has 3, the data 4"),
     "weights": ({"policy_weights": (1.0,)}, "policy_weights: wanted 5 of them"),
+    "signs": ({"policy_weights": (-1.0, 1.0, 1.0, 1.0, 1.0)}, "policy_weights: wanted at least 0 each"),
+    "nothing asked": (
+        {"policy_weights": (0.0,) * 5, "model": replace(MODEL, policy="prompted")},
+        "policy_weights: wanted at least 0 each, and not all 0",
+    ),
     "shares": ({"stages": (Stage(0.5), Stage(0.4))}, "stages: wanted shares that sum to 1"),
     "records": ({"records": "somewhere"}, "records: wanted none with stages"),
     "dagger": ({"dagger": 1.0}, r"dagger: wanted a share in \[0, 1\), got 1.0"),

@@ -124,7 +124,9 @@ def test_the_pendulums_oracle_swings_up():
     assert float(total.mean()) > 15
 
 
-@pytest.mark.parametrize("action", [torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.zeros(2), torch.zeros(3).long()])
+@pytest.mark.parametrize(
+    "action", [torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.zeros(2), torch.zeros(3).long(), [0, 1]]
+)
 def test_actions_are_judged(action):
     for world in (DiscretePendulum(2, 1.0, seed=0), Switch2(1)):
         with pytest.raises(ValueError, match=r"^action: wanted"):
