@@ -58,7 +58,7 @@ def main() -> int:
     elif which == ["context"]:
         from icrl.commands.context import context
 
-        print(write("context", [], **context(compile=True)))
+        print(write("context", [], **context()))
     elif which == ["difficulty"]:
         from icrl.commands.worlds import difficulty
         from icrl.files import write_figure

@@ -75,6 +75,17 @@ def context() -> str:
     return table([where(r), ""], rows)
 
 
+def acting() -> str:
+    r = result("acting")
+    rows = []
+    for x in r["rows"]:
+        if not x["what"].startswith("trunk") and x["states"] == 16:
+            times = [f"{x['fused_us']:,.0f}", f"{x['module_us']:,.0f}", f"{x['ratio']:.0f}×"]
+            rows.append([x["what"], str(x["contexts"]), *times, f"{x['fused_steps_per_s']:,.0f}"])
+    heads = ["16 states, one thread", "contexts", "one call, µs a step", "the module, µs", "faster", "steps/s"]
+    return table(heads, rows) + f"\n\n{where(r)}, medians in turns; the actions are the same."
+
+
 def linear_attention() -> str:
     rows = []
     for op in LINEAR_ATTENTION:
@@ -280,6 +291,7 @@ def training_step() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "context": context,
+    "acting": acting,
     "linear_attention": linear_attention,
     "steps": steps,
     "swap": swap,
