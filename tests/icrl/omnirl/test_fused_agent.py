@@ -1,14 +1,12 @@
 """The fused step does what the module does: the same actions and states within rounding, the same refusals."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from instruction_sets import ISAS, check_with
 from torch import nn
 
 from icrl.omnirl import EXPLORER, Agent, Temperature, ValueIterationNetwork, ValueIterationNetworkConfig, shipped
@@ -16,10 +14,8 @@ from icrl.omnirl.agent import AHEAD
 from icrl.omnirl.closed_loop import ClosedLoop
 from icrl.omnirl.evaluate import run_agent
 from icrl.worlds import sample_anymdp
-from icrl_kernels import _C
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has learned labels")
-ISAS = ["generic", "avx2", "avx512"]
 
 
 def random_model(seed=0, **config):
@@ -122,18 +118,12 @@ def test_any_network(config, batch, states, options):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
-    if ISAS.index(isa) > ISAS.index(_C.isa()):
-        pytest.skip(f"this processor, or ICRL_ISA, has {_C.isa()} at most")
     script = (
-        "from icrl_kernels import _C\n"
-        "from test_fused_agent import *\n"
-        f"assert _C.isa() == '{isa}'\n"
         "assert compare(random_model(actions=9), 7, 33, 70, masks=True, tags=True) <= 1e-4\n"
         "assert compare(random_model(layers=3, tied=True), 1, 16, 70) <= 1e-4\n"
         "test_same_bits_in_any_batch()\n"
     )
-    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "ICRL_ISA": isa, "PYTHONPATH": path})
+    check_with(isa, __file__, script)
 
 
 def test_same_bits_in_any_batch():

@@ -1,20 +1,15 @@
 """The sequence model's fused step does what its module does: the same actions, logits and states within rounding."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import ISAS, check_with
 
 from icrl.models.mixers import MIXERS
 from icrl.omnirl import Agent, OmniRL, OmniRLConfig, Temperature
 from icrl.omnirl.evaluate import run_agent
 from icrl.worlds import sample_anymdp
-from icrl_kernels import _C
 
 INTERLEAVED = {"layout": "interleaved", "addressed": False}
-ISAS = ["generic", "avx2", "avx512"]
 
 
 def random_model(seed=0, **config):
@@ -103,17 +98,10 @@ def test_the_recipes_model_over_2000_steps():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
-    if ISAS.index(isa) > ISAS.index(_C.isa()):
-        pytest.skip(f"this processor, or ICRL_ISA, has {_C.isa()} at most")
     script = (
-        "from icrl_kernels import _C\nfrom test_fused_sequence import *\ntorch.set_num_threads(1)\n"
-        "for mixer in MIXERS:\n"
-        "    assert compare(random_model(mixer=mixer), 2, 60) < 1e-4\n"
-        "assert _C.isa() == '" + isa + "'\n"
+        "torch.set_num_threads(1)\nfor mixer in MIXERS:\n    assert compare(random_model(mixer=mixer), 2, 60) < 1e-4\n"
     )
-    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
-    env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env)
+    check_with(isa, __file__, script)
 
 
 def test_closed_loop_is_the_loop_step_by_step():

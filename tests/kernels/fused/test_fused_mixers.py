@@ -1,14 +1,11 @@
 """Fused steps of the token mixers against the modules: outputs and states over hundreds of tokens, and what is refused."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import ISAS, check_with
 from torch import nn
 
-from icrl_kernels import _C, layers
+from icrl_kernels import layers
 from icrl_kernels.fused import Program, add_mixer, add_window_attention, bind_state
 
 D = 40
@@ -248,20 +245,15 @@ def test_attention_that_grows_refuses_a_token_without_room():
     assert length.item() == 3
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
-    if ["generic", "avx2", "avx512"].index(isa) > ["generic", "avx2", "avx512"].index(_C.isa()):
-        pytest.skip(f"this processor, or ICRL_ISA, has {_C.isa()} at most")
     script = (
-        "from icrl_kernels import _C\nfrom test_fused_mixers import *\ntorch.set_num_threads(1)\n"
+        "torch.set_num_threads(1)\n"
         "for kind, options in OPTIONS:\n"
         "    follow(kind, options, 2, tokens=60)\n"
         "test_window_attention(3, 5, 4), test_window_attention(2, 32, 33)\n"
-        "assert _C.isa() == '" + isa + "'\n"
     )
-    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
-    env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env)
+    check_with(isa, __file__, script)
 
 
 # ---- what is refused

@@ -1,15 +1,11 @@
 """Programs of fused ops: values against torch, the same bits however contexts are shared out, and what is refused."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import ISAS, check_with
 from torch import nn
 from torch.nn import functional as F
 
-from icrl_kernels import _C
 from icrl_kernels.fused import Program, Rows
 
 SIZES = [(1, 1, 1), (7, 5, 3), (16, 33, 16), (64, 176, 24), (37, 130, 97), (96, 64, 5)]  # width, hidden, outputs
@@ -123,20 +119,14 @@ def test_changed_parameters_are_seen():
     assert step.replaced
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
-    if ["generic", "avx2", "avx512"].index(isa) > ["generic", "avx2", "avx512"].index(_C.isa()):
-        pytest.skip(f"this processor, or ICRL_ISA, has {_C.isa()} at most")
     script = (
-        "from icrl_kernels import _C\nfrom test_program import *\n"
         "for sizes in SIZES:\n"
         "    test_values(sizes, 13, 9), test_values(sizes, 1, 5)\n"
         "test_same_bits_in_any_batch_group_and_threads((37, 130, 97))\n"
-        "assert _C.isa() == '" + isa + "'\n"
     )
-    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
-    env = {**os.environ, "ICRL_ISA": isa, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env)
+    check_with(isa, __file__, script)
 
 
 # ---- what is refused, when a step is made
