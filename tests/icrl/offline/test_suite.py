@@ -210,7 +210,7 @@ def test_a_world_model_of_another_environment_is_refused(config, tmp_path, capsy
         (["eval", "sicql", "--methods", "bc"], "methods"),
         (["eval", "sicql", "--methods", "ad", "ad"], "each once, got ad, ad"),
         (["eval", "sicql", "--methods"], "each once, got none"),
-        (["eval", "--suite", "omni"], "suite: wanted one of sicql, got 'omni'"),
+        (["eval", "--suite", "omni"], "suite: wanted one of sicql, omnirl, got 'omni'"),
         (["eval", "--suite"], "suite: wanted one of sicql"),
         (["train", "offline", "--method", "ad", "--world-model", "wm"], "world_model: ad uses none"),
     ],
