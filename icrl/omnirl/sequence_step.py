@@ -7,8 +7,6 @@ heads are left out.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
@@ -19,6 +17,7 @@ from icrl.models.step import add_stack
 from icrl.models.tokenizers import DiscreteObservations
 from icrl.omnirl.layouts import FusedTokens, InterleavedTokens
 from icrl.omnirl.model import OmniRL, OmniRLState
+from icrl.omnirl.step_inputs import step_inputs
 from icrl.omnirl.tags import TAGS
 from icrl_kernels import layers
 from icrl_kernels.fused import Matrix, Program, Slot, Step, bind_state, require_plain
@@ -74,22 +73,15 @@ class _Tables:
 
 def program(model: OmniRL, states: int, prompt: int) -> Program:
     """The step of contexts with `states` observations at most, acting by the prompt's policy; what is given with each call is
-    what the value-iteration network's program is given."""
+    said in icrl.omnirl.step_inputs."""
     c, p, t = model.config, Program(), model.layout
     A, D, S = c.actions, c.width, c.states
     if states > S:
         raise ValueError(f"states: wanted at most the model's {S} observations, got {states}")
     square, count = p.tensor("reward_square"), p.tensor("count")
-    own = p.tensor("num_actions", dtype=torch.int64)
-    given = partial(p.tensor, each_call=True)
-    observation = given("observation", dtype=torch.int64, below=states)
-    reward, done, tag = given("reward"), given("done", dtype=torch.uint8), given("tag", shared=True)
-    noise, temperature = given("noise", A), given("temperature", shared=True)
-    mask = given("mask", A, dtype=torch.bool, optional=True)
-    task_action, logits = given("task_action", dtype=torch.int64), given("logits", A, optional=True)
-    previous = given("previous", dtype=torch.int64, below=states)
-    action = given("action", dtype=torch.int64, below=A + 1)
-    kept, chosen = given("kept", dtype=torch.int64), given("chosen", dtype=torch.int64)
+    inputs = step_inputs(p, A, states)
+    observation, reward, done, tag = inputs.observation, inputs.reward, inputs.done, inputs.tag
+    previous, action = inputs.previous, inputs.action
 
     features = p.rows(4)
     p.op("reward_features", out=features, tensors=[reward, done, square, count])
@@ -124,8 +116,7 @@ def program(model: OmniRL, states: int, prompt: int) -> Program:
         weight, bias = (of.detach()[prompt :: model.policies].double() for of in (chooses.weight, chooses.bias))
         chooses = Matrix(weight, bias, [(model.policy_head, "weight"), (model.policy_head, "bias")])
     (out,) = p.linear(y, [chooses], norm=model.stack.norm)
-    choice = [noise, temperature, mask, own, observation, chosen, task_action, kept, logits]
-    p.op("choose_action", input=out, tensors=choice)
+    p.op("choose_action", input=out, tensors=inputs.choice())
     return p
 
 

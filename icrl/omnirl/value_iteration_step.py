@@ -6,12 +6,11 @@ the same state. Only what acting reads is: the logits of one policy in the last 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from icrl.omnirl.step_inputs import step_inputs
 from icrl.omnirl.tags import TAGS
 from icrl.omnirl.value_iteration_network import Block, State, ValueIterationNetwork
 from icrl_kernels import layers
@@ -42,9 +41,7 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
     """The step of contexts with room for `states` observations, of which `observed` may come, and so many value memories,
     acting by the prompt's policy.
 
-    What is given with each call: what `Tokens` says, noise, temperature, mask, where to write the tasks' actions and, or 0,
-    the logits; then where the agents were and what they did there, as the step before wrote it, and where to write that of
-    this step.
+    What is given with each call is said in icrl.omnirl.step_inputs.
     """
     c, p = model.config, Program()
     A, G, D, S = c.actions, c.policies, c.value_width, states
@@ -52,16 +49,9 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
     numbers = {name: p.tensor(name) for name in ("sum", "deviation", "square", "largest", "count")}
     memory = p.tensor("transition", A, S, seen_width)
     stored = [p.tensor(f"values{i}", S, width) for i in range(memories)]
-    own = p.tensor("num_actions", dtype=torch.int64)
-    given = partial(p.tensor, each_call=True)
-    observation = given("observation", dtype=torch.int64, below=observed)
-    reward, done, tag = given("reward"), given("done", dtype=torch.uint8), given("tag", shared=True)
-    noise, temperature = given("noise", A), given("temperature", shared=True)
-    mask = given("mask", A, dtype=torch.bool, optional=True)
-    task_action, logits = given("task_action", dtype=torch.int64), given("logits", A, optional=True)
-    previous = given("previous", dtype=torch.int64, below=observed)
-    action = given("action", dtype=torch.int64, below=A + 1)
-    kept, chosen = given("kept", dtype=torch.int64), given("chosen", dtype=torch.int64)
+    inputs = step_inputs(p, A, observed)
+    observation, reward, done, tag = inputs.observation, inputs.reward, inputs.done, inputs.tag
+    previous, action = inputs.previous, inputs.action
 
     rewards, seen = p.rows(5), p.rows(seen_width, A)
     p.op("reward_statistics", out=rewards, tensors=[reward, *numbers.values()])
@@ -93,8 +83,7 @@ def program(model: ValueIterationNetwork, states: int, memories: int, prompt: in
         zn = p.rms_norm(z, EPS)
         if i == memories:
             (out,) = p.linear(zn, [model.policy_heads[at]])  # type: ignore[list-item]
-            choice = [noise, temperature, mask, own, observation, chosen, task_action, kept, logits]
-            p.op("choose_action", input=out.part(prompt, 1), tensors=choice)
+            p.op("choose_action", input=out.part(prompt, 1), tensors=inputs.choice())
             return p
         written, q_state = more
         value, read = p.rows(width), p.rows(width, A)
