@@ -132,6 +132,11 @@ def context(
     _say(json)
 
 
+def _said(**settings: Any) -> dict[str, Any]:
+    """The settings that the command line gives: fields of the loop's configuration."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def train_omnirl(
     out: Path = Path("runs/omnirl"),
     preset: Literal["cpu", "published"] = "cpu",
@@ -168,9 +173,7 @@ def train_omnirl(
     from icrl.omnirl.training import read_config
 
     _new_file("json", json)
-    over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
-    over |= {"device": device, "autocast": autocast}
-    over = {name: value for name, value in over.items() if value is not None}
+    over = _said(seed=seed, updates=updates, threads=threads, compile=compile, device=device, autocast=autocast)
     given = _given(config)
     with _read_from(config):
         read_config(given, preset)
@@ -216,9 +219,7 @@ def train_value_iteration_network(
     from icrl.omnirl.value_iteration_training import read_config
 
     _new_file("json", json)
-    over = {"seed": seed, "updates": updates, "threads": threads, "compile": compile}
-    over |= {"device": device, "autocast": autocast}
-    over = {name: value for name, value in over.items() if value is not None}
+    over = _said(seed=seed, updates=updates, threads=threads, compile=compile, device=device, autocast=autocast)
     given = _given(config)
     with _read_from(config):
         read_config(given)
