@@ -194,11 +194,12 @@ def _check_cell(path: Path, found: dict[str, Any]) -> None:
 
 def _name_apart(rows: dict[str, Any]) -> None:
     """Columns of one title, as models that came by several commands may have, are told apart by their files' names."""
+    columns: dict[str, set[str]] = {}
     all_cells = [(column, cell) for row in rows.values() for column, cell in row["cells"].items()]
     for column, cell in all_cells:
-        cell["apart"] = any(other["title"] == cell["title"] and name != column for name, other in all_cells)
+        columns.setdefault(cell["title"], set()).add(column)
     for column, cell in all_cells:
-        if cell.pop("apart"):
+        if len(columns[cell["title"]]) > 1:
             cell["title"] += f", {column.removeprefix('model-')}"
 
 
